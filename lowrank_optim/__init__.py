@@ -1,0 +1,1 @@
+"""Memory-efficient LLM pretraining: exact low-rank optimizers behind torch.optim APIs."""

@@ -1,0 +1,57 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TRAIN = [
+    "accelerate>=1.3",
+    "datasets>=3.2",
+    "pyyaml>=6.0",
+    "safetensors>=0.5",
+    "tokenizers>=0.21",
+    "tqdm>=4.66",
+    "transformers>=4.48",
+]
+
+setup(
+    name="lowrank-optim",
+    version="0.1.0",
+    description="Memory-efficient LLM pretraining: exact low-rank optimizers with torch.optim APIs",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    # kernels/ is a source root without an __init__.py: as a package it would shadow the
+    # Hugging Face distribution "kernels", which transformers probes by that very name.
+    packages=find_packages(include=["lowrank_optim*"]) + find_packages("kernels"),
+    package_dir={"lowrank_kernels": "kernels/lowrank_kernels"},
+    package_data={"lowrank_optim": ["py.typed"], "lowrank_kernels": ["py.typed"]},
+    install_requires=[
+        "torch>=2.6",
+        "numpy>=1.26",
+        "accelerate>=1.3; platform_system == 'Linux'",
+        "bitsandbytes>=0.50; platform_system == 'Linux'",
+        "triton>=3.2; platform_system == 'Linux'",
+    ],
+    extras_require={
+        "train": TRAIN,
+        "test": [
+            *TRAIN,
+            "hypothesis>=6.120",
+            "mypy>=1.14",
+            "pytest>=8.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+            "types-PyYAML",
+            "types-tqdm",
+        ],
+        "plots": ["matplotlib>=3.9"],
+        "peers": ["galore-torch==1.0", "apollo-torch==1.0.3", "fira==1.0.2"],
+    },
+    entry_points={"console_scripts": ["lowrank-memory = lowrank_optim.memory.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
