@@ -1,0 +1,1 @@
+"""Triton twins of the operations in ``lowrank_optim.ops``: same names, same signatures, one a file."""

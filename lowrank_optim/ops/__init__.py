@@ -1,0 +1,48 @@
+"""Operations on tensors, one a file. The eager function is the specification; a Triton twin of the same
+name and signature may stand in ``lowrank_kernels``, and :func:`pick` chooses between the two."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+import torch
+
+F = TypeVar("F", bound=Callable[..., object])
+
+BACKENDS = (None, "eager", "triton")
+
+
+@functools.cache
+def _triton_twin(name: str) -> Callable[..., object] | ImportError:
+    try:
+        return cast("Callable[..., object]", getattr(importlib.import_module(f"lowrank_kernels.{name}"), name))
+    except ImportError as error:
+        return error
+
+
+def pick(eager: F, backend: str | None, device: torch.device) -> F:
+    """The implementation of ``eager`` that ``backend`` asks for on ``device``.
+
+    Args:
+        eager: an operation of this package.
+        backend: None takes Triton on CUDA and ROCm where it can be imported, else eager;
+            "eager" and "triton" are obeyed.
+        device: where the operands live.
+
+    Raises:
+        RuntimeError: "triton" was asked for and cannot run here.
+    """
+    if backend == "eager" or (backend is None and device.type != "cuda"):
+        return eager
+    twin = _triton_twin(eager.__name__)
+    if isinstance(twin, ImportError):
+        if backend is None:
+            return eager
+        raise RuntimeError(f"backend='triton' has no kernel {eager.__name__!r} here: {twin}") from twin
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(f"backend='triton' needs tensors on a CUDA or ROCm device, got {device}; use backend=None")
+    return cast("F", twin)

@@ -1,0 +1,414 @@
+"""The loop that every low-rank optimizer shares, and the protocols of its three parts.
+
+State of a parameter: plain tensors and ints under flat names.
+
+    step            updates done; an int, or a 0-d float32 tensor where ``capturable``
+    seed            the parameter's position over all groups: its source of randomness and of stagger
+    left            whether the rows are the compressed axis (matrices only)
+    basis, basis.k  orthonormal basis (d, rank) of the compressed axis; basis.k: of axis k of a tensor
+    exp_avg         first moment, in the subspace
+    exp_avg_sq      second moment, in the subspace, real
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any, NamedTuple, Protocol, TypeAlias, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lowrank_optim.ops import BACKENDS
+from lowrank_optim.optim.groups import as_groups
+
+State: TypeAlias = dict[str, Any]
+Group: TypeAlias = dict[str, Any]
+
+FORMAT_VERSION = 1
+
+
+class Subspace(Protocol):
+    """Where the gradient lives. Stateless: hyper-parameters are in the group, memory is in the state."""
+
+    def validate(self, group: Group) -> None:
+        """Raise ValueError on hyper-parameters out of range."""
+
+    def compresses(self, shape: torch.Size, group: Group) -> bool:
+        """Whether a parameter of this shape is compressed; else it gets the full-rank rule."""
+
+    def init(self, param: Tensor, state: State, group: Group) -> torch.Size:
+        """Allocate the subspace's state, on the meta device too; the shape of the low-rank gradient."""
+
+    def orient(self, tensor: Tensor, state: State) -> Tensor:
+        """A view of a full-size tensor as the other methods expect it."""
+
+    def refresh(self, grad: Tensor, state: State, group: Group) -> bool:
+        """Renew the basis in place from an oriented, finite, non-zero gradient; False if that failed."""
+
+    def down(self, grad: Tensor, state: State, group: Group) -> Tensor:
+        """The low-rank gradient."""
+
+    def add_up_(self, target: Tensor, low: Tensor, state: State, group: Group, *, alpha: float | Tensor) -> None:
+        """target += alpha * up(low), without an intermediate of target's size where possible."""
+
+
+class Rule(Protocol):
+    """Turns a gradient into a direction. Knows no learning rate, no decay and no parameter."""
+
+    def validate(self, group: Group) -> None:
+        """Raise ValueError on hyper-parameters out of range."""
+
+    def init(self, like: Tensor, shape: torch.Size, state: State, group: Group) -> None:
+        """Allocate the moments for low-rank gradients of ``shape``, with the dtype and device of ``like``."""
+
+    def direction(self, low: Tensor, state: State, group: Group) -> Tensor:
+        """The direction before bias correction; moments are updated in place."""
+
+    def correction(self, step: int | Tensor, group: Group) -> float | Tensor:
+        """Bias correction as a factor of the step size."""
+
+
+class Lift(Protocol):
+    """Turns a direction into an update of the whole weight."""
+
+    def validate(self, group: Group) -> None:
+        """Raise ValueError on hyper-parameters out of range."""
+
+    def apply_(
+        self, target: Tensor, grad: Tensor, low: Tensor, direction: Tensor, subspace: Subspace,
+        state: State, group: Group, *, alpha: float | Tensor,
+    ) -> None:  # fmt: skip
+        """target += alpha * update; ``grad`` and ``target`` are oriented."""
+
+
+class Identity:
+    """The subspace of parameters that are not compressed: the gradient itself."""
+
+    def validate(self, group: Group) -> None:
+        pass
+
+    def compresses(self, shape: torch.Size, group: Group) -> bool:
+        return False
+
+    def init(self, param: Tensor, state: State, group: Group) -> torch.Size:
+        return self.orient(param, state).shape
+
+    def orient(self, tensor: Tensor, state: State) -> Tensor:
+        return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+    def refresh(self, grad: Tensor, state: State, group: Group) -> bool:
+        return True
+
+    def down(self, grad: Tensor, state: State, group: Group) -> Tensor:
+        return grad
+
+    def add_up_(self, target: Tensor, low: Tensor, state: State, group: Group, *, alpha: float | Tensor) -> None:
+        if isinstance(alpha, Tensor):
+            target.add_(low * alpha)
+        else:
+            target.add_(low, alpha=alpha)
+
+
+class Plain:
+    """Lift the direction and scale it: W += alpha * scale * up(N)."""
+
+    def __init__(self, scale_key: str | None = "scale") -> None:
+        self.scale_key = scale_key
+
+    def validate(self, group: Group) -> None:
+        if self.scale_key is not None:
+            check_range(self.scale_key, group[self.scale_key], low=0.0)
+
+    def apply_(
+        self, target: Tensor, grad: Tensor, low: Tensor, direction: Tensor, subspace: Subspace,
+        state: State, group: Group, *, alpha: float | Tensor,
+    ) -> None:  # fmt: skip
+        scale = 1.0 if self.scale_key is None else group[self.scale_key]
+        subspace.add_up_(target, direction, state, group, alpha=alpha * scale)
+
+
+IDENTITY = Identity()
+UNSCALED = Plain(scale_key=None)
+
+
+class Explanation(NamedTuple):
+    """What an optimizer does with one parameter, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    method: str
+    reason: str
+
+
+def check_range(name: str, value: Any, *, low: float, high: float = float("inf"), high_open: bool = False) -> None:
+    """Raise ValueError unless ``value`` is a number (or one-element tensor) in [low, high] or [low, high)."""
+    interval = f"a number in [{low:g}, {high:g}{')' if high_open or high == float('inf') else ']'}"
+    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+        raise ValueError(f"Invalid {name}: {value!r}, expected {interval}")
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"Invalid {name}: tensor of shape {tuple(value.shape)}, expected one element")
+        if value.is_cuda:
+            # Reading a device scalar would synchronise; torch.optim does not look at it either.
+            return
+    if not (low <= value < high or (value == high and not high_open and high != float("inf"))):
+        raise ValueError(f"Invalid {name}: {value}, expected {interval}")
+
+
+def check_positive_int(name: str, value: Any, *, optional: bool = False) -> None:
+    """Raise ValueError unless ``value`` is an int of at least 1, or None where ``optional``."""
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"Invalid {name}: {value!r}, expected a positive int{' or None' if optional else ''}")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"Invalid {name}: {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def refresh_due(state: State, group: Group) -> bool:
+    """Whether the coming step refreshes the basis: steps 1, 1 + gap, 1 + 2 gap, ... of the parameter.
+
+    With ``stagger`` the first is the same, the later ones are moved by a share of the gap that the golden
+    ratio spreads evenly over the parameters. While a CUDA graph is being captured the answer is no.
+    """
+    step, gap = state["step"], group["update_proj_gap"]
+    if isinstance(step, Tensor):
+        if step.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        # A synchronisation for every parameter: capturable steps belong into a graph, not here.
+        step = int(step)
+    offset = int(gap * (state["seed"] * 0.6180339887498949 % 1.0)) if group["stagger"] else 0
+    return bool(step == 0 or (step + offset) % gap == 0)
+
+
+class LowRankOptimizer(Optimizer):
+    """Base of all optimizers here: a subclass names its subspace, rule and lift and declares its arguments.
+
+    Args:
+        params: tensors, named tensors, or groups; see :func:`lowrank_optim.optim.groups.as_groups`.
+        defaults: every hyper-parameter of the method; those below are common to all.
+
+            - lr, weight_decay: non-negative numbers; lr may be a one-element tensor.
+            - rank: columns of the basis, or None for the full-rank rule.
+            - update_proj_gap: updates from one refresh of the basis to the next.
+            - stagger: spread the refreshes of the parameters over the gap.
+            - maximize: ascend.
+            - capturable: keep the step counter on the device, so that a CUDA graph can replay the step.
+              The graph never refreshes: run one step outside of it every update_proj_gap steps.
+            - backend: None, "eager" or "triton"; see :func:`lowrank_optim.ops.pick`.
+
+    Raises:
+        ValueError: a hyper-parameter out of range, no parameters, a parameter in two groups.
+    """
+
+    subspace: Subspace
+    rule: Rule
+    lift: Lift
+    # Wall time spent in refreshes. A class attribute, because Optimizer.__getstate__ keeps neither this
+    # nor the set of warnings given.
+    refresh_seconds: float = 0.0
+    _warned: frozenset[str] = frozenset()
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        groups, switched = as_groups(params)
+        if switched:
+            # Groups in the manner of the published packages: the key "rank" switches the method on.
+            defaults = {**defaults, "rank": None}
+        super().__init__(groups, defaults)
+        self._warn_if_nothing_is_compressed()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; hyper-parameters that it does not name take the constructor's values."""
+        super().add_param_group(param_group)
+        try:
+            self._validate(self.param_groups[-1])
+        except ValueError:
+            del self.param_groups[-1]
+            raise
+
+    def _validate(self, group: Group) -> None:
+        check_range("lr", group["lr"], low=0.0)
+        check_range("weight_decay", group["weight_decay"], low=0.0)
+        check_positive_int("rank", group["rank"], optional=True)
+        check_positive_int("update_proj_gap", group["update_proj_gap"])
+        check_choice("backend", group["backend"], BACKENDS)
+        for part in (self.subspace, self.rule, self.lift):
+            part.validate(group)
+
+    def _warn_if_nothing_is_compressed(self) -> None:
+        asked = [group for group in self.param_groups if group["rank"] is not None]
+        params = [(p, group) for group in asked for p in group["params"]]
+        if params and all(self.subspace_of(p, group) is IDENTITY for p, group in params):
+            ranks = ", ".join(str(rank) for rank in sorted({group["rank"] for group in asked}))
+            warnings.warn(
+                f"{type(self).__name__}: rank={ranks} compresses no parameter, all get the full-rank rule; "
+                "a matrix is compressed where its smaller side exceeds the rank",
+                stacklevel=4,
+            )
+
+    def subspace_of(self, param: Tensor, group: Group) -> Subspace:
+        """The subspace of one parameter; :data:`IDENTITY` where it gets the full-rank rule."""
+        if group["rank"] is not None and self.subspace.compresses(param.shape, group):
+            return self.subspace
+        return IDENTITY
+
+    def explain(self) -> list[Explanation]:
+        """Which parameter gets which method and why, in the order of the groups."""
+        rows: list[Explanation] = []
+        for group in self.param_groups:
+            for i, p in enumerate(group["params"]):
+                if group["rank"] is None:
+                    method, reason = "full-rank", "its group has no rank"
+                elif self.subspace_of(p, group) is not IDENTITY:
+                    method, reason = f"rank {group['rank']}", f"its smaller side exceeds {group['rank']}"
+                elif p.ndim < 2:
+                    method, reason = "full-rank", "fewer than two dimensions"
+                else:
+                    method, reason = "full-rank", f"its smaller side does not exceed {group['rank']}"
+                name = group["param_names"][i] if "param_names" in group else f"param.{len(rows)}"
+                rows.append(Explanation(name, tuple(p.shape), method, reason))
+        return rows
+
+    def init_state(self, param: Tensor, group: Group) -> State:
+        """Create the state of one parameter; this only allocates, so it works on the meta device."""
+        state: State = self.state[param]
+        everyone = chain.from_iterable(g["params"] for g in self.param_groups)
+        state["step"] = torch.zeros((), device=param.device) if group["capturable"] else 0
+        state["seed"] = next(i for i, other in enumerate(everyone) if other is param)
+        subspace = self.subspace_of(param, group)
+        shape = subspace.init(param, state, group)
+        self.rule.init(subspace.orient(param, state), shape, state, group)
+        return state
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient; returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.step_param(p, group)
+        return loss
+
+    @torch.no_grad()
+    def step_param(self, param: Tensor, group: Group) -> None:
+        """Update one parameter from its gradient, which is left as it is.
+
+        A gradient with a NaN or an infinity counts as None: exactly so on the CPU and at a refresh; elsewhere
+        its low-rank image counts as zero, because a look at it would make the host wait for the device.
+        """
+        grad = param.grad
+        if grad is None or grad.numel() == 0:
+            return
+        if grad.layout is not torch.strided:
+            raise RuntimeError(
+                f"{type(self).__name__} takes dense gradients only, got {grad.layout} for a parameter of shape "
+                f"{tuple(param.shape)}: use nn.Embedding(sparse=False), or torch.optim.SparseAdam for it"
+            )
+        state: State = self.state[param] or self.init_state(param, group)
+        subspace = self.subspace_of(param, group)
+        grad, target = subspace.orient(grad, state), subspace.orient(param, state)
+        compressed = subspace is not IDENTITY
+        if compressed and refresh_due(state, group) and not self._refresh(subspace, grad, state, group):
+            return
+        low = subspace.down(grad, state, group)
+        # NaN and infinity both survive summation; this reads a rank-sized tensor, not the gradient.
+        finite = low.sum(dtype=torch.promote_types(low.dtype, torch.float32)).isfinite()
+        if low.device.type != "cpu":
+            low = torch.where(finite, low, 0)
+        elif not finite:
+            self._warn_once("skipped an update because of a non-finite gradient")
+            return
+        state["step"] += 1
+        direction = self.rule.direction(low, state, group)
+        alpha = group["lr"] * self.rule.correction(state["step"], group)
+        # Every direction is odd in the gradient, so ascent is descent with the sign turned.
+        alpha = alpha if group["maximize"] else -alpha
+        lift = self.lift if compressed else UNSCALED
+        lift.apply_(target, grad, low, direction, subspace, state, group, alpha=alpha)
+        if group["weight_decay"] != 0:
+            target.mul_(1 - group["lr"] * group["weight_decay"])
+
+    def _refresh(self, subspace: Subspace, grad: Tensor, state: State, group: Group) -> bool:
+        """Renew the basis; False where there is no usable basis, so that the update must be skipped."""
+        largest = float(grad.abs().amax())
+        if not math.isfinite(largest):
+            self._warn_once("skipped an update because of a non-finite gradient")
+            return False
+        start = time.perf_counter()
+        # A zero gradient has no subspace: the basis stays, and a first refresh waits for another gradient.
+        renewed = largest > 0 and subspace.refresh(grad, state, group)
+        self.refresh_seconds += time.perf_counter() - start
+        if largest > 0 and not renewed:
+            self._warn_once("kept an old basis because no new one could be computed")
+        return renewed or int(state["step"]) > 0
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned |= {message}
+            warnings.warn(f"{type(self).__name__} {message}; this is said once", RuntimeWarning, stacklevel=4)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, plus ``format_version``; loads with ``torch.load(..., weights_only=True)``."""
+        return {**super().state_dict(), "format_version": FORMAT_VERSION}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; unlike torch's, every tensor keeps the dtype that it was saved with.
+
+        Raises:
+            ValueError: groups that do not fit, or a state written by a newer version.
+        """
+        version = state_dict.get("format_version", FORMAT_VERSION)
+        if version > FORMAT_VERSION:
+            raise ValueError(f"Invalid format_version: {version}, expected at most {FORMAT_VERSION}")
+        saved: dict[str, Any] = {}
+
+        # Hooks, not a copy of torch's method: the first runs after the user's own, the second before them.
+        def take_state(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
+            saved.update(incoming)
+            return {**incoming, "state": {}}
+
+        def put_state(_: Optimizer) -> None:
+            ids = chain.from_iterable(group["params"] for group in saved["param_groups"])
+            params = chain.from_iterable(group["params"] for group in self.param_groups)
+            for key, param in zip(ids, params):
+                if key in saved["state"]:
+                    self.state[param] = {
+                        name: value.detach().to(param.device, copy=True) if isinstance(value, Tensor) else value
+                        for name, value in saved["state"][key].items()
+                    }
+
+        handles = (
+            self.register_load_state_dict_pre_hook(take_state),
+            self.register_load_state_dict_post_hook(put_state, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
