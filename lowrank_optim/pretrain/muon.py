@@ -16,7 +16,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     Args:
         hidden: named 2-D matrices for Muon.
-        rest: named parameters for AdamW.
+        rest: named parameters for AdamW, possibly none.
         lr: learning rate of both; the default ``adjust_lr_fn`` scales Muon's update to the size of AdamW's.
         weight_decay: of both.
         momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn: see ``torch.optim.Muon``.
@@ -49,12 +49,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
             ns_steps=ns_steps,
             adjust_lr_fn=adjust_lr_fn,
         )
-        adamw = torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay)
-        self._members: dict[str, torch.optim.Optimizer] = {"muon": muon, "adamw": adamw}
+        self._members: dict[str, torch.optim.Optimizer] = {"muon": muon}
+        if rest:
+            self._members["adamw"] = torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay)
         for method, member in self._members.items():
             for group in member.param_groups:
                 group["method"] = method
-        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+        super().__init__([group for member in self._members.values() for group in member.param_groups], {})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_members": self._members}

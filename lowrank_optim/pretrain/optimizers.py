@@ -109,15 +109,15 @@ def build_optimizer(
                 f"Invalid argument for {name}: {key!r}, expected one of {', '.join(allowed)}"
                 + _nearest(key, allowed)
             )
-    selection = {"targets": _names(options.pop("targets"))} if "targets" in options else {}
+    selection = {"targets": options.pop("targets")} if "targets" in options else {}
     try:
         if name in _own_classes():
             # In groups the key "rank" is the switch; the class's other options are defaults of every group.
             rank = options.pop("rank", inspect.signature(cls).parameters["rank"].default)
             return cls(lowrank_optim.low_rank_groups(model, rank=rank, **selection), **options)
         if cls is MuonWithAdamW:
-            hidden, rest = lowrank_optim.low_rank_groups(model, **selection)
-            return MuonWithAdamW(_named(hidden), _named(rest), **options)
+            hidden, *rest = lowrank_optim.low_rank_groups(model, **selection)
+            return MuonWithAdamW(_named(hidden), _named(*rest), **options)
         return cls([(n, p) for n, p in model.named_parameters() if p.requires_grad], **options)
     except (TypeError, IndexError) as error:
         # What constructors raise on a value of the wrong kind, such as betas=0.9 or eps=tiny.
@@ -133,13 +133,8 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _names(targets: Any) -> Any:
-    # One name on a command line is a string; iterating over it would match single letters.
-    return (targets,) if isinstance(targets, str) else targets
-
-
-def _named(group: Mapping[str, Any]) -> list[tuple[str, nn.Parameter]]:
-    return list(zip(group["param_names"], group["params"], strict=True))
+def _named(*groups: Mapping[str, Any]) -> list[tuple[str, nn.Parameter]]:
+    return [pair for group in groups for pair in zip(group["param_names"], group["params"], strict=True)]
 
 
 def _resolve(name: str) -> type[torch.optim.Optimizer]:
