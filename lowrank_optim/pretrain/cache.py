@@ -31,6 +31,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         os.rename(temporary, target)
         _sync(target.parent)
     except BaseException:
+        # An interrupt as well must leave nothing behind.
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 

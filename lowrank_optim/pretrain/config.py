@@ -1,5 +1,7 @@
 """The options of a run, declared once: command line, YAML file, help text and resolved copy all come from here."""
 
+# ruff: noqa: RUF009
+# option() returns a dataclass field, which the rule against calls in defaults cannot see.
 from __future__ import annotations
 
 import argparse
@@ -19,9 +21,12 @@ class UserError(Exception):
 @contextmanager
 def user_errors(*more: type[Exception]) -> Iterator[None]:
     """Turn the ``ValueError`` and ``RuntimeError`` of set-up code (and ``more``) into one :class:`UserError`."""
+    kinds: tuple[type[Exception], ...] = (ValueError, RuntimeError, *more)
     try:
         yield
-    except (ValueError, RuntimeError, *more) as error:
+    except UserError:
+        raise
+    except kinds as error:
         raise UserError(" ".join(str(error).split())) from error
 
 
@@ -58,17 +63,13 @@ class Options:
     )
     checkpointing: bool = option(False, "model", "recompute activations in the backward pass")
     compile: bool = option(False, "model", "torch.compile the model")
-    optimizer: str = option(
-        "GaLoreAdamW", "optimizer", "a class of lowrank_optim, torch.optim or bitsandbytes.optim"
-    )
+    optimizer: str = option("GaLoreAdamW", "optimizer", "a class of lowrank_optim, torch.optim or bitsandbytes.optim")
     optimizer_args: list[str] = option(
         [], "optimizer", "its keyword arguments as k=v pairs, e.g. rank=128 update_proj_gap=200"
     )
     lr: float | None = option(None, "optimizer", "peak learning rate")
     weight_decay: float | None = option(None, "optimizer", "decoupled weight decay (published: 0)")
-    warmup_steps: int | None = option(
-        None, "optimizer", "updates of linear warm-up; default 10 %% of the run"
-    )
+    warmup_steps: int | None = option(None, "optimizer", "updates of linear warm-up; default 10 %% of the run")
     grad_clip: float | None = option(None, "optimizer", "largest gradient norm, 0 = no clipping")
     max_steps: int | None = option(None, "run", "updates; the cosine reaches 10 %% of the peak at the last")
     batch_size: int | None = option(None, "run", "sequences a micro-batch and process")
@@ -78,9 +79,7 @@ class Options:
         "micro-batches an update; default 1 beside --batch-size, otherwise what the published total needs",
     )
     seed: int = option(0, "run", "of the weights and of the data order")
-    eval_every: int | None = option(
-        None, "evaluation", "updates between evaluations, 0 = first and last only"
-    )
+    eval_every: int | None = option(None, "evaluation", "updates between evaluations, 0 = first and last only")
     eval_batches: int | None = option(None, "evaluation", "validation micro-batches, 0 = the whole split")
     legacy_eval: bool = option(
         False,

@@ -10,6 +10,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -87,12 +88,8 @@ def _stdlib(
     def train(state: State | None) -> Iterator[tuple[Batch, State]]:
         return shuffled_windows(text.train, *cut, options.seed, state)
 
-    description = (
-        f"stdlib, {len(text.train):,} training and {len(text.validation):,} validation tokens, packed"
-    )
-    return Data(
-        text.tokenizer, description, text.fingerprint, train, lambda: ordered_windows(text.validation, *cut)
-    )
+    description = f"stdlib, {len(text.train):,} training and {len(text.validation):,} validation tokens, packed"
+    return Data(text.tokenizer, description, text.fingerprint, train, lambda: ordered_windows(text.validation, *cut))
 
 
 def _documents(
@@ -113,9 +110,7 @@ def _documents(
             tokenizer = trained_tokenizer(train_shards, source, vocab_size)
     else:
         source = C4 if options.dataset == "c4" else options.dataset
-        parts, split = (
-            (marked, "validation") if shards.has_split(source, "validation") else (unmarked, "train")
-        )
+        parts, split = (marked, "validation") if shards.has_split(source, "validation") else (unmarked, "train")
         training = HubDocuments(source, "train", parts[0], options.seed, loop=True)
         held_out = HubDocuments(source, split, parts[1], options.seed, loop=False)
         description = f"{source} from the hub, streamed"
@@ -123,9 +118,7 @@ def _documents(
             tokenizer = tokenization.load_tokenizer(HUB_TOKENIZER)
             tokenization.check_vocabulary(tokenizer, vocab_size, options.model)
     cut = (tokenizer, options.seq_len, options.batch_size, vocab_size)
-    description += (
-        ", packed" if options.pack else f", each document cut or padded to {options.seq_len} tokens"
-    )
+    description += ", packed" if options.pack else f", each document cut or padded to {options.seq_len} tokens"
     return Data(
         tokenizer,
         description,
@@ -266,10 +259,9 @@ def read_ahead(items: Iterator[T], depth: int = 4) -> Iterator[T]:
 
     def put(item: Any) -> None:
         while not stop.is_set():
-            try:
-                return made.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+            with suppress(queue.Full):
+                made.put(item, timeout=0.1)
+                return
 
     def work() -> None:
         try:

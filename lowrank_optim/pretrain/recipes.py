@@ -75,9 +75,7 @@ def resolve(options: Options, *, hidden_size: int, processes: int) -> Resolved:
         if values[name] is None:
             values[name] = value
 
-    default(
-        "accumulate", 1 if options.batch_size else math.ceil(budget.sequences / budget.batch_size / processes)
-    )
+    default("accumulate", 1 if options.batch_size else math.ceil(budget.sequences / budget.batch_size / processes))
     for name in ("max_steps", "batch_size", "grad_clip", "seq_len", "eval_every", "save_every"):
         default(name, getattr(budget, name))
     default("warmup_steps", values["max_steps"] // 10)
@@ -96,7 +94,5 @@ def resolve(options: Options, *, hidden_size: int, processes: int) -> Resolved:
             f"Invalid warmup_steps: {values['warmup_steps']}, expected at most max_steps = {values['max_steps']}"
         )
     if values["seq_len"] < 2:
-        raise UserError(
-            f"Invalid seq_len: {values['seq_len']}, expected at least 2, a token and its successor"
-        )
+        raise UserError(f"Invalid seq_len: {values['seq_len']}, expected at least 2, a token and its successor")
     return Resolved(**values)

@@ -142,9 +142,7 @@ class LocalDocuments:
             if not self.loop:
                 return
             if not found:
-                raise UserError(
-                    f"No training document for process {self.part.rank} in {self.shards[0].parent}"
-                )
+                raise UserError(f"No training document for process {self.part.rank} in {self.shards[0].parent}")
             at.update(epoch=at["epoch"] + 1, shard=0)
 
     def _block(self, at: Position, texts: list[str]) -> tuple[Position, list[str]]:
@@ -203,9 +201,7 @@ class HubDocuments:
             yield from stream
         # Network, parquet and gzip failures come as many unrelated classes.
         except Exception as error:
-            raise UserError(
-                f"Cannot read {self.name} from the hub: {' '.join(str(error).split())}"
-            ) from error
+            raise UserError(f"Cannot read {self.name} from the hub: {' '.join(str(error).split())}") from error
 
     def _block(self, at: Position, texts: list[str]) -> tuple[Position, list[str]]:
         if self.loop:

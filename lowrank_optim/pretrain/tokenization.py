@@ -50,9 +50,7 @@ def wrap(serialized: str) -> PreTrainedTokenizerBase:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(serialized), pad_token=PAD, eos_token=EOS
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(serialized), pad_token=PAD, eos_token=EOS)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, model: str) -> None:
@@ -67,9 +65,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, model:
         )
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None
-) -> list[list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None) -> list[list[int]]:
     """Token ids of documents; each ends with the end-of-text token unless it was cut at ``max_length``."""
     end = tokenizer.eos_token_id
     # Without truncation tokenizers warn of documents longer than the length they were made for.
