@@ -16,7 +16,8 @@ from lowrank_kernels.adam_direction import BLOCK, adam_direction_kernel
 signature = {name: "*fp32" for name in ("grad_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "direction_ptr")}
 signature |= {"n": "i32", "BLOCK": "constexpr"}
 signature |= {name: "fp32" for name in ("beta1", "beta2", "one_minus_beta1", "one_minus_beta2", "eps")}
-source = triton.compiler.ASTSource(fn=adam_direction_kernel, signature=signature, constexprs={"BLOCK": BLOCK})
+# By position: triton 3.2 calls the third argument constants, later ones constexprs.
+source = triton.compiler.ASTSource(adam_direction_kernel, signature, {"BLOCK": BLOCK})
 compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
 assert compiled.asm["cubin"][:4] == b"\\x7fELF", "no cubin"
 print("sm_90", len(compiled.asm["cubin"]))
