@@ -19,6 +19,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("GaLoreAdamW", {}),
     ("GaLoreAdamW", {"refresh": "svd"}),
     ("GaLoreAdamW", {"refresh": "randomized", "stagger": True}),
+    ("GaLoreAdamW", {"moments": "align"}),
+    ("GaLoreAdamW", {"moments": "rotate"}),
     ("GaLoreAdamW", {"proj_type": "reverse_std"}),
     ("GaLoreAdamW", {"proj_type": "left"}),
     ("GaLoreAdamW", {"proj_type": "right"}),

@@ -87,6 +87,39 @@ def test_the_basis_is_orthonormal_and_dominant(refresh: str, dtype: torch.dtype,
     assert overlap(v[:, :5], basis) > 0.999
 
 
+@pytest.mark.parametrize(("moments", "moved"), [("keep", -1.0), ("align", 1.0), ("rotate", 1.0)])
+def test_moments_follow_a_basis_that_turns_its_sign(
+    moments: str, moved: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same subspace with the opposite sign: kept moments point backwards, the others do not."""
+    p = nn.Parameter(torch.zeros(8, 6))
+    optimizer = GaLoreAdamW([p], rank=2, update_proj_gap=2, moments=moments)
+    grad = torch.randn(8, 2) @ torch.randn(2, 6)
+    step_with(optimizer, p, grad)
+    step_with(optimizer, p, grad)
+    lifted = optimizer.state[p]["exp_avg"] @ optimizer.state[p]["basis"].mT
+    second = (optimizer.state[p]["exp_avg_sq"]).clone()
+    turned = -optimizer.state[p]["basis"]
+    monkeypatch.setattr("lowrank_optim.optim.galore.top_basis", lambda *_, **__: turned)
+    step_with(optimizer, p, torch.full_like(grad, 1e-12))
+    state = optimizer.state[p]
+    torch.testing.assert_close(state["exp_avg"] @ state["basis"].mT, 0.9 * moved * lifted, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(state["exp_avg_sq"], 0.999 * second, atol=1e-6, rtol=1e-4)
+
+
+def test_rotated_moments_are_projected_onto_the_new_basis() -> None:
+    p = nn.Parameter(torch.zeros(9, 6))
+    optimizer = GaLoreAdamW([p], rank=3, update_proj_gap=2, moments="rotate", refresh="svd")
+    for _ in range(2):
+        step_with(optimizer, p, torch.randn(9, 6))
+    lifted = optimizer.state[p]["exp_avg"] @ optimizer.state[p]["basis"].mT
+    grad = torch.randn(9, 6)
+    step_with(optimizer, p, grad)
+    basis = optimizer.state[p]["basis"]
+    torch.testing.assert_close(optimizer.state[p]["exp_avg"], (0.9 * lifted + 0.1 * grad) @ basis)
+    assert bool((optimizer.state[p]["exp_avg_sq"] > 0).all())
+
+
 def test_a_rank_that_does_not_compress_is_adam() -> None:
     # torch adds eps after the bias correction; with eps = 0 and no decay the two formulas are the same.
     p, q = (nn.Parameter(torch.full((6, 9), 0.5)) for _ in range(2))
