@@ -15,8 +15,9 @@ from torch import nn
 import lowrank_optim
 from lowrank_optim.pretrain.muon import MuonWithAdamW
 
-# LBFGS evaluates the loss several times a step, SparseAdam takes sparse gradients only.
-_UNFIT = {"Optimizer", "LBFGS", "SparseAdam"}
+# LBFGS evaluates the loss several times a step, SparseAdam takes sparse gradients only, PytorchLARS is the
+# yardstick of bitsandbytes' own tests.
+_UNFIT = {"Optimizer", "LBFGS", "SparseAdam", "PytorchLARS"}
 _WORDS = {"none": None, "true": True, "false": False}
 
 
@@ -33,9 +34,7 @@ def parse_optimizer_args(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         key, _, value = (part.strip() for part in pair.partition("="))
         if not key.isidentifier() or not value:
-            raise ValueError(
-                f"Invalid optimizer argument: {pair!r}, expected key=value, for example rank=128"
-            )
+            raise ValueError(f"Invalid optimizer argument: {pair!r}, expected key=value, for example rank=128")
         if key in parsed:
             raise ValueError(f"Invalid optimizer argument: {key!r} is given twice")
         parsed[key] = _literal(value)
@@ -106,8 +105,7 @@ def build_optimizer(
     for key in options:
         if key not in allowed:
             raise ValueError(
-                f"Invalid argument for {name}: {key!r}, expected one of {', '.join(allowed)}"
-                + _nearest(key, allowed)
+                f"Invalid argument for {name}: {key!r}, expected one of {', '.join(allowed)}" + _nearest(key, allowed)
             )
     selection = {"targets": options.pop("targets")} if "targets" in options else {}
     try:
@@ -159,7 +157,7 @@ def _nearest(given: str, known: Iterable[str]) -> str:
 
 
 def _own_classes() -> dict[str, type[torch.optim.Optimizer]]:
-    return _optimizers(lowrank_optim, getattr(lowrank_optim, "__all__", ()))
+    return _optimizers(lowrank_optim, lowrank_optim.__all__)
 
 
 def _torch_classes() -> dict[str, type[torch.optim.Optimizer]]:
