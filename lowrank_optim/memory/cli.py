@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 import warnings
@@ -14,7 +13,13 @@ import torch
 
 from lowrank_optim.memory.plan import Estimate, estimate
 from lowrank_optim.pretrain.llama import PRESETS
-from lowrank_optim.pretrain.optimizers import accepted_arguments, low_rank_names, parse_optimizer_args
+from lowrank_optim.pretrain.optimizers import (
+    accepted_arguments,
+    low_rank_names,
+    nearest,
+    optimizer_names,
+    parse_optimizer_args,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 UNITS = "GB = 10^9 bytes, GiB = 2^30 bytes"
@@ -67,8 +72,8 @@ def _parser() -> _Parser:
     )
     estimating.add_argument("--optimizer-args", nargs="+", default=[], metavar="KEY=VALUE", help="such as rank=1024")
     estimating.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights and gradients (default bf16)")
-    estimating.set_defaults(run=_estimate)
     estimating.add_argument("--json", action="store_true", help="one JSON object, sizes in bytes")
+    estimating.set_defaults(run=_estimate)
     return parser
 
 
@@ -84,12 +89,15 @@ def _estimate(options: argparse.Namespace) -> str:
 
 def _compare(model: str, names: Sequence[str], args: Mapping[str, Any], dtype: torch.dtype) -> list[Estimate]:
     if not names:
-        eight_bit = ["AdamW8bit"] if importlib.util.find_spec("bitsandbytes") else []
-        names = ["AdamW", *eight_bit, *low_rank_names()]
-    accepted = {name: set(accepted_arguments(name)) for name in names}
+        known = optimizer_names()
+        names = [*(name for name in ("AdamW", "AdamW8bit") if name in known), *low_rank_names()]
+    accepted = {name: accepted_arguments(name) for name in names}
+    anywhere = set().union(*accepted.values())
     for key in args:
-        if not any(key in keys for keys in accepted.values()):
-            raise ValueError(f"Invalid argument: {key!r}, expected an argument of {', '.join(names)}")
+        if key not in anywhere:
+            raise ValueError(
+                f"Invalid argument: {key!r}, expected an argument of {', '.join(names)}" + nearest(key, anywhere)
+            )
     return [
         estimate(model, name, {k: v for k, v in args.items() if k in keys}, dtype) for name, keys in accepted.items()
     ]

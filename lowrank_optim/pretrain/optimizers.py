@@ -105,7 +105,7 @@ def build_optimizer(
     for key in options:
         if key not in allowed:
             raise ValueError(
-                f"Invalid argument for {name}: {key!r}, expected one of {', '.join(allowed)}" + _nearest(key, allowed)
+                f"Invalid argument for {name}: {key!r}, expected one of {', '.join(allowed)}" + nearest(key, allowed)
             )
     selection = {"targets": options.pop("targets")} if "targets" in options else {}
     try:
@@ -120,6 +120,13 @@ def build_optimizer(
     except (TypeError, IndexError) as error:
         # What constructors raise on a value of the wrong kind, such as betas=0.9 or eps=tiny.
         raise ValueError(f"Invalid arguments for {name}: {options} ({error})") from error
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """``"; did you mean X?"`` for the known word that ``given`` resembles, else nothing."""
+    by_case = {word.lower(): word for word in known}
+    near = difflib.get_close_matches(given.lower(), by_case, n=1)
+    return f"; did you mean {by_case[near[0]]}?" if near else ""
 
 
 def _literal(text: str) -> Any:
@@ -146,14 +153,8 @@ def _resolve(name: str) -> type[torch.optim.Optimizer]:
     own = ", ".join(low_rank_names())
     raise ValueError(
         f"Invalid optimizer: {name!r}, expected {own} or a class of torch.optim or bitsandbytes.optim"
-        + _nearest(name, optimizer_names())
+        + nearest(name, optimizer_names())
     )
-
-
-def _nearest(given: str, known: Iterable[str]) -> str:
-    by_case = {word.lower(): word for word in known}
-    near = difflib.get_close_matches(given.lower(), by_case, n=1)
-    return f"; did you mean {by_case[near[0]]}?" if near else ""
 
 
 def _own_classes() -> dict[str, type[torch.optim.Optimizer]]:

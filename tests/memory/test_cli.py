@@ -74,6 +74,7 @@ def test_compare_without_names_takes_all_low_rank_optimizers_and_adamw(capsys):
         ([*GALORE, "--bogus"], "--bogus"),
         (["estimate", "--model", "llama_9m"], "--optimizer"),
         (["estimate", "--model", "llama_9m", "--compare", "AdamW", "--optimizer-args", "rank=1"], "'rank'"),
+        (["estimate", "--model", "llama_9m", "--compare", "--optimizer-args", "rnk=1"], "did you mean rank?"),
         (["weigh"], "'weigh'"),
         ([], "COMMAND"),
     ],
