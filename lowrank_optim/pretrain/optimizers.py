@@ -1,0 +1,185 @@
+"""Optimizers by class name, for the command lines: ours, then torch.optim, then bitsandbytes.optim."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+import lowrank_optim
+from lowrank_optim.pretrain.muon import MuonWithAdamW
+
+# LBFGS evaluates the loss several times a step, SparseAdam takes sparse gradients only, PytorchLARS is the
+# yardstick of bitsandbytes' own tests.
+_UNFIT = {"Optimizer", "LBFGS", "SparseAdam", "PytorchLARS"}
+_WORDS = {"none": None, "true": True, "false": False}
+
+
+def parse_optimizer_args(pairs: Sequence[str]) -> dict[str, Any]:
+    """Keyword arguments from ``key=value`` strings.
+
+    Values are Python literals (``rank=128``, ``betas=(0.9,0.95)``), ``none``/``true``/``false`` in any case,
+    or else plain strings (``proj_type=std``).
+
+    Raises:
+        ValueError: a pair without ``=``, key or value, or a key given twice.
+    """
+    parsed: dict[str, Any] = {}
+    for pair in pairs:
+        key, _, value = (part.strip() for part in pair.partition("="))
+        if not key.isidentifier() or not value:
+            raise ValueError(f"Invalid optimizer argument: {pair!r}, expected key=value, for example rank=128")
+        if key in parsed:
+            raise ValueError(f"Invalid optimizer argument: {key!r} is given twice")
+        parsed[key] = _literal(value)
+    return parsed
+
+
+def optimizer_names() -> list[str]:
+    """Every NAME that :func:`build_optimizer` takes on this machine."""
+    return list(dict.fromkeys([*low_rank_names(), *_torch_classes(), *_bitsandbytes_classes()]))
+
+
+def low_rank_names() -> list[str]:
+    """The optimizers of this package."""
+    return list(_own_classes())
+
+
+def accepted_arguments(name: str) -> list[str]:
+    """The keyword arguments of an optimizer, ``targets`` included where only some parameters are taken.
+
+    Raises:
+        ValueError: unknown optimizer.
+        RuntimeError: a bitsandbytes optimizer where bitsandbytes is not installed.
+    """
+    cls = _resolve(name)
+    named = [
+        parameter.name
+        for parameter in inspect.signature(cls).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    ]
+    selects = cls is MuonWithAdamW or name in _own_classes()
+    return [key for key in named if key not in ("params", "hidden", "rest")] + ["targets"] * selects
+
+
+def build_optimizer(
+    name: str,
+    model: nn.Module,
+    *,
+    lr: float | None = None,
+    weight_decay: float | None = None,
+    args: Mapping[str, Any] | None = None,
+) -> torch.optim.Optimizer:
+    """The optimizer ``name`` over the trainable parameters of ``model``, which may be on the meta device.
+
+    Ours compress the attention and MLP matrices that :func:`lowrank_optim.low_rank_groups` selects and give
+    the rest the full-rank rule; Muon takes the same matrices and leaves the rest to AdamW.
+
+    Args:
+        name: a class of ``lowrank_optim``, ``torch.optim`` or ``bitsandbytes.optim``, in this order.
+        model: holds the parameters.
+        lr: learning rate; None leaves the class's default.
+        weight_decay: None leaves the class's default.
+        args: further constructor arguments; ``targets`` goes to ``low_rank_groups``.
+
+    Raises:
+        ValueError: unknown optimizer or argument (the nearest is named), a value that the class refuses,
+            or a model without a parameter to select.
+        RuntimeError: a bitsandbytes optimizer where bitsandbytes is not installed.
+    """
+    cls = _resolve(name)
+    options = dict(args or {})
+    for key, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if value is None:
+            continue
+        if key in options:
+            raise ValueError(f"Invalid optimizer argument: {key!r} is also given as an option of its own")
+        options[key] = value
+    allowed = accepted_arguments(name)
+    for key in options:
+        if key not in allowed:
+            raise ValueError(
+                f"Invalid argument for {name}: {key!r}, expected one of {', '.join(allowed)}" + nearest(key, allowed)
+            )
+    selection = {"targets": options.pop("targets")} if "targets" in options else {}
+    try:
+        if name in _own_classes():
+            # In groups the key "rank" is the switch; the class's other options are defaults of every group.
+            rank = options.pop("rank", inspect.signature(cls).parameters["rank"].default)
+            return cls(lowrank_optim.low_rank_groups(model, rank=rank, **selection), **options)
+        if cls is MuonWithAdamW:
+            hidden, *rest = lowrank_optim.low_rank_groups(model, **selection)
+            return MuonWithAdamW(_named(hidden), _named(*rest), **options)
+        return cls([(n, p) for n, p in model.named_parameters() if p.requires_grad], **options)
+    except (TypeError, IndexError) as error:
+        # What constructors raise on a value of the wrong kind, such as betas=0.9 or eps=tiny.
+        raise ValueError(f"Invalid arguments for {name}: {options} ({error})") from error
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """``"; did you mean X?"`` for the known word that ``given`` resembles, else nothing."""
+    by_case = {word.lower(): word for word in known}
+    near = difflib.get_close_matches(given.lower(), by_case, n=1)
+    return f"; did you mean {by_case[near[0]]}?" if near else ""
+
+
+def _literal(text: str) -> Any:
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+
+
+def _named(*groups: Mapping[str, Any]) -> list[tuple[str, nn.Parameter]]:
+    return [pair for group in groups for pair in zip(group["param_names"], group["params"], strict=True)]
+
+
+def _resolve(name: str) -> type[torch.optim.Optimizer]:
+    for classes in (_own_classes, _torch_classes, _bitsandbytes_classes):
+        found = classes().get(name)
+        if found is not None:
+            return found
+    absent = importlib.util.find_spec("bitsandbytes") is None
+    if absent and (name.endswith(("8bit", "32bit")) or name.startswith("Paged")):
+        raise RuntimeError(f"{name} needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    own = ", ".join(low_rank_names())
+    raise ValueError(
+        f"Invalid optimizer: {name!r}, expected {own} or a class of torch.optim or bitsandbytes.optim"
+        + nearest(name, optimizer_names())
+    )
+
+
+def _own_classes() -> dict[str, type[torch.optim.Optimizer]]:
+    return _optimizers(lowrank_optim, lowrank_optim.__all__)
+
+
+def _torch_classes() -> dict[str, type[torch.optim.Optimizer]]:
+    classes = _optimizers(torch.optim, vars(torch.optim))
+    if "Muon" in classes:
+        classes["Muon"] = MuonWithAdamW
+    return classes
+
+
+def _bitsandbytes_classes() -> dict[str, type[torch.optim.Optimizer]]:
+    try:
+        import bitsandbytes
+    except ImportError:
+        return {}
+    return _optimizers(bitsandbytes.optim, vars(bitsandbytes.optim))
+
+
+def _optimizers(module: Any, names: Iterable[str]) -> dict[str, type[torch.optim.Optimizer]]:
+    found = {name: getattr(module, name) for name in names if name not in _UNFIT}
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
+    }
