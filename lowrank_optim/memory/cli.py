@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -13,7 +13,13 @@ import torch
 
 from lowrank_optim.memory.plan import Estimate, estimate
 from lowrank_optim.pretrain.llama import PRESETS
-from lowrank_optim.pretrain.optimizers import accepted_arguments, low_rank_names, parse_optimizer_args
+from lowrank_optim.pretrain.optimizers import (
+    accepted_arguments,
+    low_rank_names,
+    nearest,
+    optimizer_names,
+    parse_optimizer_args,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 UNITS = "GB = 10^9 bytes, GiB = 2^30 bytes"
@@ -25,20 +31,19 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} ({self.prog} --help lists the options)")
 
 
+def _warn(message: Warning | str, *_: Any) -> None:
+    print(f"lowrank-memory: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; 0 on success, 2 with one line on stderr where the input is wrong."""
     try:
         options = _parser().parse_args(argv)
-        args = parse_optimizer_args(options.optimizer_args)
-        if options.compare is None:
-            result = estimate(options.model, options.optimizer, args, DTYPES[options.dtype])
-            print(json.dumps(result.as_dict()) if options.json else _sheet(result))
-        else:
-            results = _compare(options.model, options.compare, args, DTYPES[options.dtype])
-            rows = {"estimates": [result.as_dict() for result in results]}
-            print(json.dumps(rows) if options.json else _table(results))
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn  # type: ignore[assignment]
+            print(options.run(options))
     except (ValueError, RuntimeError) as error:
-        print(f"lowrank-memory: {' '.join(str(error).split())}", file=sys.stderr)
+        _warn(str(error))
         return 2
     return 0
 
@@ -68,21 +73,39 @@ def _parser() -> _Parser:
     estimating.add_argument("--optimizer-args", nargs="+", default=[], metavar="KEY=VALUE", help="such as rank=1024")
     estimating.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights and gradients (default bf16)")
     estimating.add_argument("--json", action="store_true", help="one JSON object, sizes in bytes")
+    estimating.set_defaults(run=_estimate)
     return parser
+
+
+def _estimate(options: argparse.Namespace) -> str:
+    args = parse_optimizer_args(options.optimizer_args)
+    dtype = DTYPES[options.dtype]
+    if options.compare is None:
+        result = estimate(options.model, options.optimizer, args, dtype)
+        return _json(result.as_dict()) if options.json else _sheet(result)
+    results = _compare(options.model, options.compare, args, dtype)
+    return _json({"estimates": [result.as_dict() for result in results]}) if options.json else _table(results)
 
 
 def _compare(model: str, names: Sequence[str], args: Mapping[str, Any], dtype: torch.dtype) -> list[Estimate]:
     if not names:
-        eight_bit = ["AdamW8bit"] if importlib.util.find_spec("bitsandbytes") else []
-        names = ["AdamW", *eight_bit, *low_rank_names()]
-    accepted = {name: set(accepted_arguments(name)) for name in names}
+        known = optimizer_names()
+        names = [*(name for name in ("AdamW", "AdamW8bit") if name in known), *low_rank_names()]
+    accepted = {name: accepted_arguments(name) for name in names}
+    anywhere = set().union(*accepted.values())
     for key in args:
-        if not any(key in keys for keys in accepted.values()):
-            raise ValueError(f"Invalid argument: {key!r}, expected an argument of {', '.join(names)}")
+        if key not in anywhere:
+            raise ValueError(
+                f"Invalid argument: {key!r}, expected an argument of {', '.join(names)}" + nearest(key, anywhere)
+            )
     return [
-        estimate(model, name, {k: v for k, v in args.items() if k in keys}, dtype)
-        for name, keys in accepted.items()
+        estimate(model, name, {k: v for k, v in args.items() if k in keys}, dtype) for name, keys in accepted.items()
     ]
+
+
+def _json(answer: Mapping[str, Any]) -> str:
+    # Arguments may be anything that Python can write, a set for instance.
+    return json.dumps(answer, default=str)
 
 
 def _sheet(result: Estimate) -> str:

@@ -6,6 +6,7 @@ initialisation, so there is no formula that could drift from the code.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -138,20 +139,16 @@ def init_state_(optimizer: torch.optim.Optimizer) -> None:
             for p in group["params"]:
                 optimizer.init_state(p, group)
     elif _is_bitsandbytes(optimizer):
-        # Paged memory needs CUDA and is as large.
-        optimizer.is_paged = False
-        for i, group in enumerate(optimizer.param_groups):
-            for j, p in enumerate(group["params"]):
-                optimizer.init_state(group, p, i, j)
+        _init_bitsandbytes_(optimizer)
     else:
         for group in optimizer.param_groups:
             # Ways to compute, which check the device; the state is as large without them.
             group.update(dict.fromkeys({"foreach", "fused", "capturable"} & group.keys(), False))
-        with _ScalarsAreOne():
+        with _ScalarsAreOne():  # type: ignore[no-untyped-call]
             optimizer.step()
 
 
-class _ScalarsAreOne(TorchDispatchMode):
+class _ScalarsAreOne(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets ``item()`` of a meta tensor return 1, for optimizers that read a norm or a step on the host."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -160,7 +157,7 @@ class _ScalarsAreOne(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _is_bitsandbytes(optimizer: Any) -> bool:
+def _is_bitsandbytes(optimizer: torch.optim.Optimizer) -> bool:
     if not type(optimizer).__module__.startswith("bitsandbytes."):
         return False
     from bitsandbytes.optim.optimizer import Optimizer8bit
@@ -168,11 +165,18 @@ def _is_bitsandbytes(optimizer: Any) -> bool:
     return isinstance(optimizer, Optimizer8bit)
 
 
+def _init_bitsandbytes_(optimizer: Any) -> None:
+    # Paged memory needs CUDA and is as large.
+    optimizer.is_paged = False
+    for i, group in enumerate(optimizer.param_groups):
+        for j, p in enumerate(group["params"]):
+            optimizer.init_state(group, p, i, j)
+
+
 def _low_rank_parameters(optimizer: torch.optim.Optimizer) -> int:
     if not isinstance(optimizer, LowRankOptimizer):
         return 0
-    rows = optimizer.explain()
-    return sum(torch.Size(row.shape).numel() for row in rows if row.method.startswith("low-rank"))
+    return sum(math.prod(row.shape) for row in optimizer.explain() if row.method != "full-rank")
 
 
 def _storage_bytes(tensors: Iterable[Tensor | None], seen: set[int]) -> int:

@@ -38,11 +38,12 @@ def pick(eager: F, backend: str | None, device: torch.device) -> F:
     """
     if backend == "eager" or (backend is None and device.type != "cuda"):
         return eager
+    # Before the import: a kernel that is decorated without TRITON_INTERPRET=1 never runs in the interpreter.
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(f"backend='triton' needs tensors on a CUDA or ROCm device, got {device}; use backend=None")
     twin = _triton_twin(eager.__name__)
     if isinstance(twin, ImportError):
         if backend is None:
             return eager
         raise RuntimeError(f"backend='triton' has no kernel {eager.__name__!r} here: {twin}") from twin
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError(f"backend='triton' needs tensors on a CUDA or ROCm device, got {device}; use backend=None")
     return cast("F", twin)

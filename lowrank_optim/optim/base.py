@@ -30,6 +30,19 @@ State: TypeAlias = dict[str, Any]
 Group: TypeAlias = dict[str, Any]
 
 FORMAT_VERSION = 1
+MOMENTS = ("keep", "align", "rotate")
+
+
+class Refresh(NamedTuple):
+    """What became of a refresh.
+
+    renewed: False where no basis could be computed and the old one stays.
+    overlap: how the moments move into the new basis, None where they stay as they are: old_basisᴴ new_basis
+        (rank, rank), or, for bases made of columns, int64 (rank,) with the old column of each new one, -1 for none.
+    """
+
+    renewed: bool
+    overlap: Tensor | None = None
 
 
 class Subspace(Protocol):
@@ -47,8 +60,8 @@ class Subspace(Protocol):
     def orient(self, tensor: Tensor, state: State) -> Tensor:
         """A view of a full-size tensor as the other methods expect it."""
 
-    def refresh(self, grad: Tensor, state: State, group: Group) -> bool:
-        """Renew the basis in place from an oriented, finite, non-zero gradient; False if that failed."""
+    def refresh(self, grad: Tensor, state: State, group: Group) -> Refresh:
+        """Renew the basis in place from an oriented, finite, non-zero gradient."""
 
     def down(self, grad: Tensor, state: State, group: Group) -> Tensor:
         """The low-rank gradient."""
@@ -72,12 +85,21 @@ class Rule(Protocol):
     def correction(self, step: int | Tensor, group: Group) -> float | Tensor:
         """Bias correction as a factor of the step size."""
 
+    def transport(self, state: State, overlap: Tensor, group: Group) -> None:
+        """Move the moments into a new basis in place; ``overlap`` as in :class:`Refresh`."""
+
 
 class Lift(Protocol):
     """Turns a direction into an update of the whole weight."""
 
     def validate(self, group: Group) -> None:
         """Raise ValueError on hyper-parameters out of range."""
+
+    def init(self, param: Tensor, subspace: Subspace, state: State, group: Group) -> None:
+        """Allocate the lift's own state (a norm, an error)."""
+
+    def before(self, grad: Tensor, state: State, group: Group) -> Tensor:
+        """The oriented gradient that the step works on; error feedback adds the error, into a new tensor."""
 
     def apply_(
         self, target: Tensor, grad: Tensor, low: Tensor, direction: Tensor, subspace: Subspace,
@@ -101,8 +123,8 @@ class Identity:
     def orient(self, tensor: Tensor, state: State) -> Tensor:
         return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
-    def refresh(self, grad: Tensor, state: State, group: Group) -> bool:
-        return True
+    def refresh(self, grad: Tensor, state: State, group: Group) -> Refresh:
+        return Refresh(renewed=True)
 
     def down(self, grad: Tensor, state: State, group: Group) -> Tensor:
         return grad
@@ -123,6 +145,12 @@ class Plain:
     def validate(self, group: Group) -> None:
         if self.scale_key is not None:
             check_range(self.scale_key, group[self.scale_key], low=0.0)
+
+    def init(self, param: Tensor, subspace: Subspace, state: State, group: Group) -> None:
+        pass
+
+    def before(self, grad: Tensor, state: State, group: Group) -> Tensor:
+        return grad
 
     def apply_(
         self, target: Tensor, grad: Tensor, low: Tensor, direction: Tensor, subspace: Subspace,
@@ -202,6 +230,8 @@ class LowRankOptimizer(Optimizer):
             - rank: columns of the basis, or None for the full-rank rule.
             - update_proj_gap: updates from one refresh of the basis to the next.
             - stagger: spread the refreshes of the parameters over the gap.
+            - moments: what becomes of the moments at a refresh: "keep" (as published), "align" (kept, the signs of the
+              new basis' columns turned towards the old ones) or "rotate" (moved by the overlap of the bases).
             - maximize: ascend.
             - capturable: keep the step counter on the device, so that a CUDA graph can replay the step.
               The graph never refreshes: run one step outside of it every update_proj_gap steps.
@@ -247,6 +277,7 @@ class LowRankOptimizer(Optimizer):
         check_range("weight_decay", group["weight_decay"], low=0.0)
         check_positive_int("rank", group["rank"], optional=True)
         check_positive_int("update_proj_gap", group["update_proj_gap"])
+        check_choice("moments", group["moments"], MOMENTS)
         check_choice("backend", group["backend"], BACKENDS)
         for part in (self.subspace, self.rule, self.lift):
             part.validate(group)
@@ -294,6 +325,8 @@ class LowRankOptimizer(Optimizer):
         subspace = self.subspace_of(param, group)
         shape = subspace.init(param, state, group)
         self.rule.init(subspace.orient(param, state), shape, state, group)
+        if subspace is not IDENTITY:
+            self.lift.init(param, subspace, state, group)
         return state
 
     @overload
@@ -334,6 +367,8 @@ class LowRankOptimizer(Optimizer):
         subspace = self.subspace_of(param, group)
         grad, target = subspace.orient(grad, state), subspace.orient(param, state)
         compressed = subspace is not IDENTITY
+        lift = self.lift if compressed else UNSCALED
+        grad = lift.before(grad, state, group)
         if compressed and refresh_due(state, group) and not self._refresh(subspace, grad, state, group):
             return
         low = subspace.down(grad, state, group)
@@ -349,7 +384,6 @@ class LowRankOptimizer(Optimizer):
         alpha = group["lr"] * self.rule.correction(state["step"], group)
         # Every direction is odd in the gradient, so ascent is descent with the sign turned.
         alpha = alpha if group["maximize"] else -alpha
-        lift = self.lift if compressed else UNSCALED
         lift.apply_(target, grad, low, direction, subspace, state, group, alpha=alpha)
         if group["weight_decay"] != 0:
             target.mul_(1 - group["lr"] * group["weight_decay"])
@@ -362,11 +396,14 @@ class LowRankOptimizer(Optimizer):
             return False
         start = time.perf_counter()
         # A zero gradient has no subspace: the basis stays, and a first refresh waits for another gradient.
-        renewed = largest > 0 and subspace.refresh(grad, state, group)
+        started = int(state["step"]) > 0
+        renewed, overlap = subspace.refresh(grad, state, group) if largest > 0 else Refresh(renewed=False)
+        if overlap is not None and started:
+            self.rule.transport(state, overlap, group)
         self.refresh_seconds += time.perf_counter() - start
         if largest > 0 and not renewed:
             self._warn_once("kept an old basis because no new one could be computed")
-        return renewed or int(state["step"]) > 0
+        return renewed or started
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

@@ -12,6 +12,7 @@ from lowrank_optim.optim.base import (
     Group,
     LowRankOptimizer,
     Plain,
+    Refresh,
     State,
     Subspace,
     check_choice,
@@ -86,12 +87,21 @@ class TopSingular:
         """The view whose last axis is the compressed one."""
         return tensor.mT if state["left"] else tensor
 
-    def refresh(self, grad: Tensor, state: State, group: Group) -> bool:
+    def refresh(self, grad: Tensor, state: State, group: Group) -> Refresh:
         """Replace the basis by the dominant directions of this gradient."""
         basis = top_basis(grad, group["rank"], group, state, left=state["left"], key="basis")
-        if basis is not None:
-            state["basis"].copy_(basis)
-        return basis is not None
+        if basis is None:
+            return Refresh(renewed=False)
+        overlap = None
+        if group["moments"] != "keep" and int(state["step"]) > 0:
+            overlap = state["basis"].to(basis.dtype).mH @ basis
+            if group["moments"] == "align":
+                # A new column that is orthogonal to its predecessor keeps the sign that it came with.
+                turn = overlap.diagonal().conj().sgn()
+                basis = basis * torch.where(turn == 0, torch.ones_like(turn), turn)
+                overlap = None
+        state["basis"].copy_(basis)
+        return Refresh(renewed=True, overlap=overlap)
 
     def down(self, grad: Tensor, state: State, group: Group) -> Tensor:
         """(rows, rank)."""
@@ -113,6 +123,8 @@ def along_axis(tensor: Tensor, matrix: Tensor, axis: int) -> Tensor:
 
 class Tucker:
     """The dominant singular subspaces of several axes at once: a truncated higher-order SVD.
+
+    ``moments`` other than "keep" do not apply here: a core is turned along every axis at once.
 
     Every axis longer than the rank is compressed, the others (a convolution's kernel) are left alone. For a matrix
     this is ``proj_type="full"``: low = PᵀGQ. Source: De Lathauwer, De Moor, Vandewalle 2000.
@@ -142,19 +154,19 @@ class Tucker:
     def _axes(self, tensor: Tensor, state: State) -> list[int]:
         return [axis for axis in range(tensor.ndim) if f"basis.{axis}" in state]
 
-    def refresh(self, grad: Tensor, state: State, group: Group) -> bool:
-        """Replace every basis, or none."""
+    def refresh(self, grad: Tensor, state: State, group: Group) -> Refresh:
+        """Replace every basis, or none; the moments are kept."""
         bases: dict[str, Tensor] = {}
         for axis in self._axes(grad, state):
             unfolding = grad.movedim(axis, -1).reshape(-1, grad.shape[axis])
             left = grad.ndim == 2 and axis == 0
             basis = top_basis(unfolding, group["rank"], group, state, left=left, key=f"basis.{axis}")
             if basis is None:
-                return False
+                return Refresh(renewed=False)
             bases[f"basis.{axis}"] = basis
         for key, basis in bases.items():
             state[key].copy_(basis)
-        return True
+        return Refresh(renewed=True)
 
     def down(self, grad: Tensor, state: State, group: Group) -> Tensor:
         """The core: every compressed axis shortened to the rank."""
@@ -204,6 +216,8 @@ class GaLoreAdamW(LowRankOptimizer):
             "full" both.
         refresh: "power" (one subspace iteration from the previous P, the first from a Gaussian sketch),
             "randomized" (a new Gaussian sketch with two power iterations) or "svd" (exact).
+        moments: "keep" (as published), "align" (kept; each new column's sign turned towards the old one's) or "rotate"
+            (moved by the overlap of the two bases).
         stagger: spread the refreshes of the parameters over the gap instead of one step for all.
         maximize: ascend.
         capturable: step counters on the device, for CUDA graphs; see :class:`LowRankOptimizer`.
@@ -238,6 +252,7 @@ class GaLoreAdamW(LowRankOptimizer):
         scale: float = 0.25,
         proj_type: str = "std",
         refresh: str = "power",
+        moments: str = "keep",
         stagger: bool = False,
         maximize: bool = False,
         capturable: bool = False,
@@ -255,6 +270,7 @@ class GaLoreAdamW(LowRankOptimizer):
                 "scale": scale,
                 "proj_type": proj_type,
                 "refresh": refresh,
+                "moments": moments,
                 "stagger": stagger,
                 "maximize": maximize,
                 "capturable": capturable,

@@ -44,3 +44,18 @@ class Adam:
         beta1, beta2 = group["betas"]
         factor: float | Tensor = (1 - beta2**step) ** 0.5 / (1 - beta1**step)
         return factor
+
+    def transport(self, state: State, overlap: Tensor, group: Group) -> None:
+        """M <- M O, V <- V |O|² with the overlap O, or both gathered by column.
+
+        V is moved as if the coordinates of the gradient were independent; LDAdam's rule is finer.
+        """
+        if overlap.dtype == torch.int64:
+            gone = overlap < 0
+            for key in ("exp_avg", "exp_avg_sq"):
+                moved = state[key].index_select(-1, overlap.clamp_min(0))
+                state[key].copy_(moved.masked_fill_(gone, 0))
+            return
+        overlap = overlap.to(state["exp_avg"].dtype)
+        state["exp_avg"].copy_(state["exp_avg"] @ overlap)
+        state["exp_avg_sq"].copy_(state["exp_avg_sq"] @ overlap.abs().square())

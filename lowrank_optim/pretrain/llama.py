@@ -89,7 +89,11 @@ def build_config(model: str, *, vocab_size: int | None = None) -> LlamaConfig:
             raise ValueError(f"Invalid model: {path} is no readable JSON configuration ({error})") from error
         if not isinstance(fields, dict) or fields.get("model_type", "llama") != "llama":
             raise ValueError(f"Invalid model: {path} describes no LLaMA model (model_type must be 'llama')")
-        config = LlamaConfig(**fields)
+        try:
+            config = LlamaConfig(**fields)
+        except Exception as error:
+            # Its checks differ between versions of transformers, and so do their exceptions.
+            raise ValueError(f"Invalid model: {path}: {' '.join(str(error).split())}") from error
     if vocab_size is not None:
         config.vocab_size = vocab_size
     return config
@@ -98,9 +102,16 @@ def build_config(model: str, *, vocab_size: int | None = None) -> LlamaConfig:
 def build_model(
     config: LlamaConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """A freshly initialised ``LlamaForCausalLM``; on ``device="meta"`` it takes no memory."""
+    """A freshly initialised ``LlamaForCausalLM``; on ``device="meta"`` it takes no memory.
+
+    Raises:
+        ValueError: a configuration from which transformers cannot build the model.
+    """
     from transformers import LlamaForCausalLM
 
-    with torch.device(device):
-        model = LlamaForCausalLM(config)
+    try:
+        with torch.device(device):
+            model = LlamaForCausalLM(config)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"Invalid model configuration: {type(error).__name__}: {error}") from error
     return model.to(dtype)

@@ -15,8 +15,9 @@ from torch import nn
 import lowrank_optim
 from lowrank_optim.pretrain.muon import MuonWithAdamW
 
-# LBFGS evaluates the loss several times a step, SparseAdam takes sparse gradients only.
-_UNFIT = {"Optimizer", "LBFGS", "SparseAdam"}
+# LBFGS evaluates the loss several times a step, SparseAdam takes sparse gradients only, PytorchLARS is the
+# yardstick of bitsandbytes' own tests.
+_UNFIT = {"Optimizer", "LBFGS", "SparseAdam", "PytorchLARS"}
 _WORDS = {"none": None, "true": True, "false": False}
 
 
@@ -33,9 +34,7 @@ def parse_optimizer_args(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         key, _, value = (part.strip() for part in pair.partition("="))
         if not key.isidentifier() or not value:
-            raise ValueError(
-                f"Invalid optimizer argument: {pair!r}, expected key=value, for example rank=128"
-            )
+            raise ValueError(f"Invalid optimizer argument: {pair!r}, expected key=value, for example rank=128")
         if key in parsed:
             raise ValueError(f"Invalid optimizer argument: {key!r} is given twice")
         parsed[key] = _literal(value)
@@ -106,8 +105,7 @@ def build_optimizer(
     for key in options:
         if key not in allowed:
             raise ValueError(
-                f"Invalid argument for {name}: {key!r}, expected one of {', '.join(allowed)}"
-                + _nearest(key, allowed)
+                f"Invalid argument for {name}: {key!r}, expected one of {', '.join(allowed)}" + nearest(key, allowed)
             )
     selection = {"targets": options.pop("targets")} if "targets" in options else {}
     try:
@@ -122,6 +120,13 @@ def build_optimizer(
     except (TypeError, IndexError) as error:
         # What constructors raise on a value of the wrong kind, such as betas=0.9 or eps=tiny.
         raise ValueError(f"Invalid arguments for {name}: {options} ({error})") from error
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """``"; did you mean X?"`` for the known word that ``given`` resembles, else nothing."""
+    by_case = {word.lower(): word for word in known}
+    near = difflib.get_close_matches(given.lower(), by_case, n=1)
+    return f"; did you mean {by_case[near[0]]}?" if near else ""
 
 
 def _literal(text: str) -> Any:
@@ -148,18 +153,12 @@ def _resolve(name: str) -> type[torch.optim.Optimizer]:
     own = ", ".join(low_rank_names())
     raise ValueError(
         f"Invalid optimizer: {name!r}, expected {own} or a class of torch.optim or bitsandbytes.optim"
-        + _nearest(name, optimizer_names())
+        + nearest(name, optimizer_names())
     )
 
 
-def _nearest(given: str, known: Iterable[str]) -> str:
-    by_case = {word.lower(): word for word in known}
-    near = difflib.get_close_matches(given.lower(), by_case, n=1)
-    return f"; did you mean {by_case[near[0]]}?" if near else ""
-
-
 def _own_classes() -> dict[str, type[torch.optim.Optimizer]]:
-    return _optimizers(lowrank_optim, getattr(lowrank_optim, "__all__", ()))
+    return _optimizers(lowrank_optim, lowrank_optim.__all__)
 
 
 def _torch_classes() -> dict[str, type[torch.optim.Optimizer]]:

@@ -1,0 +1,125 @@
+import json
+import runpy
+import sys
+
+import pytest
+
+from lowrank_optim.memory.cli import main
+
+GALORE = ["estimate", "--model", "llama_9m", "--optimizer", "GaLoreAdamW", "--optimizer-args", "rank=16"]
+
+
+def run_json(capsys, *argv):
+    assert main([*argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json(capsys):
+    answer = run_json(capsys, *GALORE)
+    assert answer["total_bytes"] == sum(answer["by_category"].values())
+    assert list(answer["by_category"]) == ["weights", "gradients", "optimizer", "activations", "other"]
+    assert answer["not_included"] == ["activations", "other"]
+    assert sum(answer["optimizer_by_key"].values()) == answer["by_category"]["optimizer"]
+    # 8,995,968 parameters of two bytes
+    assert answer["by_category"]["weights"] == answer["by_category"]["gradients"] == 2 * 8_995_968
+    assert answer["optimizer_args"] == {"rank": 16}
+    assert answer["dtype"] == "bfloat16"
+
+
+def test_dtype(capsys):
+    bf16, fp32 = (run_json(capsys, *GALORE, "--dtype", dtype) for dtype in ("bf16", "fp32"))
+    assert fp32["by_category"]["weights"] == 2 * bf16["by_category"]["weights"]
+
+
+def test_sheet_shows_both_units_and_what_is_missing(capsys):
+    assert main(["estimate", "--model", "llama_7b", "--optimizer", "AdamW"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    weights = next(line.split() for line in lines if line.startswith("weights"))
+    assert weights == ["weights", "13,476,831,232", "13.477", "12.551"]
+    assert next(line for line in lines if line.startswith("activations")).endswith("not estimated")
+    assert "GB = 10^9 bytes, GiB = 2^30 bytes." in lines
+
+
+def test_compare_names_share_the_arguments_that_they_have(capsys):
+    answer = run_json(
+        capsys,
+        *("estimate", "--model", "llama_9m", "--compare", "GaLoreAdamW", "AdamW", "SGD"),
+        *("--optimizer-args", "rank=16", "momentum=0.9"),
+    )
+    names_and_args = [(row["optimizer"], row["optimizer_args"]) for row in answer["estimates"]]
+    assert names_and_args == [("GaLoreAdamW", {"rank": 16}), ("AdamW", {}), ("SGD", {"momentum": 0.9})]
+    sizes = [row["by_category"]["optimizer"] for row in answer["estimates"]]
+    # GaLore's fp32 moments of the embeddings outweigh AdamW's bf16 ones in so small a model.
+    assert sizes[0] > sizes[1] > sizes[2] == 2 * 8_995_968
+
+
+def test_compare_without_names_takes_all_low_rank_optimizers_and_adamw(capsys):
+    assert main(["estimate", "--model", "llama_60m", "--compare", "--optimizer-args", "rank=128"]) == 0
+    table = capsys.readouterr().out
+    assert "AdamW()" in table
+    assert "GaLoreAdamW(rank=128)" in table
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["estimate", "--model", "llama_7", "--optimizer", "AdamW"], "did you mean llama_7b?"),
+        (["estimate", "--model", "llama_9m", "--optimizer", "GaLorAdamW"], "did you mean GaLoreAdamW?"),
+        ([*GALORE, "rnk=3"], "did you mean rank?"),
+        ([*GALORE, "scale"], "'scale', expected key=value"),
+        ([*GALORE, "scale=-1"], "Invalid scale: -1"),
+        ([*GALORE, "betas=0.9"], "betas"),
+        ([*GALORE, "--dtype", "int3"], "invalid choice: 'int3'"),
+        ([*GALORE, "--compare"], "not allowed with argument"),
+        ([*GALORE, "--bogus"], "--bogus"),
+        (["estimate", "--model", "llama_9m"], "--optimizer"),
+        (["estimate", "--model", "llama_9m", "--compare", "AdamW", "--optimizer-args", "rank=1"], "'rank'"),
+        (["estimate", "--model", "llama_9m", "--compare", "--optimizer-args", "rnk=1"], "did you mean rank?"),
+        (["weigh"], "'weigh'"),
+        ([], "COMMAND"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) and value else None,
+)
+def test_bad_input_gets_one_line_and_status_2(capsys, argv, expected):
+    assert main(argv) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert expected in output.err
+    assert output.err.startswith("lowrank-memory: ")
+    assert output.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"model_type": "gpt2"}',
+        '{"hidden_size": "wide"}',
+        '{"num_attention_heads": 0}',
+        '{"hidden_act": "nope", "num_hidden_layers": 1}',
+    ],
+)
+def test_broken_config_gets_one_line_and_status_2(tmp_path, capsys, text):
+    (tmp_path / "config.json").write_text(text)
+    assert main(["estimate", "--model", str(tmp_path), "--optimizer", "AdamW"]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("lowrank-memory: Invalid model")
+    assert output.err.count("\n") == 1
+
+
+def test_a_rank_that_compresses_nothing_is_said_in_one_line(capsys):
+    assert main([*GALORE[:-1], "rank=4096"]) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("lowrank-memory: ")
+    assert "compresses no parameter" in error
+    assert error.count("\n") == 1
+
+
+def test_python_m(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lowrank-memory", *GALORE, "--json"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("lowrank_optim.memory", run_name="__main__")
+    assert stop.value.code == 0
+    assert json.loads(capsys.readouterr().out)["optimizer"] == "GaLoreAdamW"

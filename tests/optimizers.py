@@ -1,0 +1,34 @@
+"""The table that drives the conformance suite: one row a public optimizer."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import lowrank_optim
+from lowrank_optim.optim.base import LowRankOptimizer
+
+OPTIMIZERS: dict[str, type[LowRankOptimizer]] = {
+    name: cls
+    for name in lowrank_optim.__all__
+    if inspect.isclass(cls := getattr(lowrank_optim, name)) and issubclass(cls, LowRankOptimizer)
+}
+
+# Constructor arguments beside rank=4, update_proj_gap=3 that the suite runs each class with.
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("GaLoreAdamW", {}),
+    ("GaLoreAdamW", {"refresh": "svd"}),
+    ("GaLoreAdamW", {"refresh": "randomized", "stagger": True}),
+    ("GaLoreAdamW", {"moments": "align"}),
+    ("GaLoreAdamW", {"moments": "rotate"}),
+    ("GaLoreAdamW", {"proj_type": "reverse_std"}),
+    ("GaLoreAdamW", {"proj_type": "left"}),
+    ("GaLoreAdamW", {"proj_type": "right"}),
+    ("GaLoreAdamW", {"proj_type": "full"}),
+    ("GaLoreAdamW", {"capturable": True}),
+]
+IDS = ["-".join([name, *(f"{k}={v}" for k, v in kwargs.items())]) for name, kwargs in VARIANTS]
+
+
+def build(name: str, params: Any, **kwargs: Any) -> LowRankOptimizer:
+    return OPTIMIZERS[name](params, **{"lr": 1e-2, "rank": 4, "update_proj_gap": 3, **kwargs})

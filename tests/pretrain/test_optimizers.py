@@ -1,0 +1,234 @@
+import copy
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import lowrank_optim
+from lowrank_optim.pretrain.optimizers import (
+    accepted_arguments,
+    build_optimizer,
+    low_rank_names,
+    optimizer_names,
+    parse_optimizer_args,
+)
+
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.Linear(12, 20)
+        self.mlp = nn.Linear(20, 12, bias=False)
+        self.norm = nn.LayerNorm(12)
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(30, 12)
+        self.block = Block()
+        self.head = nn.Linear(12, 30, bias=False)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        return self.head(self.block.norm(x + self.block.mlp(self.block.attn(x).relu())))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Toy()
+
+
+def backward(model, seed=0):
+    tokens = torch.randint(0, 30, (2, 7), generator=torch.Generator().manual_seed(seed))
+    model.zero_grad()
+    nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten().roll(-1)).backward()
+
+
+def names_by_group(optimizer):
+    return [set(group["param_names"]) for group in optimizer.param_groups]
+
+
+def test_parse_optimizer_args():
+    pairs = ["rank=128", "lr=1e-3", "betas=(0.9,0.95)", "proj_type=std", "scale=none", "maximize=True", "a = x=y"]
+    assert parse_optimizer_args(pairs) == {
+        "rank": 128,
+        "lr": 1e-3,
+        "betas": (0.9, 0.95),
+        "proj_type": "std",
+        "scale": None,
+        "maximize": True,
+        "a": "x=y",
+    }
+    assert parse_optimizer_args([]) == {}
+
+
+@pytest.mark.parametrize("pairs", [["rank"], ["=3"], ["rank="], ["a-b=3"], ["rank=3", "rank=4"]], ids=str)
+def test_parse_optimizer_args_refuses(pairs):
+    with pytest.raises(ValueError, match="Invalid optimizer argument"):
+        parse_optimizer_args(pairs)
+
+
+def test_names_hold_only_what_a_training_loop_can_use():
+    names = optimizer_names()
+    assert names[: len(low_rank_names())] == low_rank_names()
+    assert len(names) == len(set(names))
+    assert {"GaLoreAdamW", "AdamW", "SGD", "Adafactor"} <= set(names)
+    assert not {"Optimizer", "LBFGS", "SparseAdam"} & set(names)
+
+
+@pytest.mark.parametrize("name", low_rank_names())
+def test_ours_split_the_model(model, name):
+    optimizer = build_optimizer(name, model, lr=0.01, weight_decay=0.1, args={"rank": 4})
+    assert type(optimizer) is getattr(lowrank_optim, name)
+    assert names_by_group(optimizer)[0] == {"block.attn.weight", "block.mlp.weight"}
+    assert [group["rank"] for group in optimizer.param_groups] == [4, None]
+    assert all(group["lr"] == 0.01 and group["weight_decay"] == 0.1 for group in optimizer.param_groups)
+
+
+@pytest.mark.filterwarnings("ignore:.*compresses no parameter")
+def test_defaults_are_the_class_s_own(model):
+    ours = build_optimizer("GaLoreAdamW", model)
+    assert ours.param_groups[0]["rank"] == 128
+    assert ours.param_groups[0]["lr"] == 1e-3
+    adamw = build_optimizer("AdamW", model)
+    assert adamw.defaults == torch.optim.AdamW(model.parameters()).defaults
+
+
+def test_targets(model):
+    optimizer = build_optimizer("GaLoreAdamW", model, args={"rank": 4, "targets": "mlp"})
+    assert names_by_group(optimizer)[0] == {"block.mlp.weight"}
+    with pytest.raises(ValueError, match="Invalid targets"):
+        build_optimizer("GaLoreAdamW", model, args={"targets": "experts"})
+
+
+@pytest.mark.parametrize("name", ["GaLoreAdamW", "AdamW", "SGD", "AdamW8bit"])
+def test_frozen_parameters_are_left_out_and_steps_work(model, name):
+    if name == "AdamW8bit":
+        pytest.importorskip("bitsandbytes")
+    model.embed.weight.requires_grad_(False)
+    optimizer = build_optimizer(name, model, lr=0.1, args={"rank": 4} if name == "GaLoreAdamW" else {})
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(held) == len(list(model.parameters())) - 1
+    before = copy.deepcopy(model)
+    backward(model)
+    optimizer.step()
+    for (key, old), new in zip(before.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(old, new) == (key == "embed.weight"), key
+
+
+def test_torch_goes_before_bitsandbytes(model):
+    assert type(build_optimizer("AdamW", model)) is torch.optim.AdamW
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("GaloreAdamw", "GaLoreAdamW"), ("adamw", "AdamW"), ("Adafactr", "Adafactor")]
+)
+def test_unknown_name_names_the_nearest(model, name, near):
+    with pytest.raises(ValueError, match=f"Invalid optimizer: '{name}'.*did you mean {near}\\?"):
+        build_optimizer(name, model)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "near"),
+    [
+        ("GaLoreAdamW", "update_proj_gpa", "update_proj_gap"),
+        ("AdamW", "beta", "betas"),
+        ("SGD", "momentun", "momentum"),
+    ],
+)
+def test_unknown_argument_names_the_nearest(model, name, key, near):
+    with pytest.raises(ValueError, match=f"Invalid argument for {name}: '{key}'.*did you mean {near}\\?"):
+        build_optimizer(name, model, args={key: 1})
+
+
+@pytest.mark.parametrize("args", [{"betas": 0.9}, {"eps": "tiny"}, {"betas": (0.9,)}], ids=str)
+def test_values_of_the_wrong_kind_are_value_errors(model, args):
+    for name in ("AdamW", "GaLoreAdamW"):
+        with pytest.raises(ValueError, match=next(iter(args))):
+            build_optimizer(name, model, args=args)
+
+
+def test_an_argument_is_given_once(model):
+    with pytest.raises(ValueError, match="'lr' is also given"):
+        build_optimizer("AdamW", model, lr=0.1, args={"lr": 0.2})
+
+
+def test_weight_decay_is_never_dropped(model):
+    with pytest.raises(ValueError, match="Invalid argument for Rprop: 'weight_decay'"):
+        build_optimizer("Rprop", model, weight_decay=0.1)
+
+
+def test_missing_bitsandbytes_is_said(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(RuntimeError, match="pip install bitsandbytes"):
+        build_optimizer("AdamW8bit", model)
+    assert "AdamW8bit" not in optimizer_names()
+    assert type(build_optimizer("AdamW", model)) is torch.optim.AdamW
+
+
+@pytest.mark.filterwarnings("ignore:.*compresses no parameter")
+def test_works_on_the_meta_device():
+    with torch.device("meta"):
+        model = Toy()
+    for name in ("GaLoreAdamW", "AdamW", "SGD"):
+        held = [p for group in build_optimizer(name, model).param_groups for p in group["params"]]
+        assert all(p.is_meta for p in held)
+
+
+@needs_muon
+def test_muon_leaves_the_rest_to_adamw(model):
+    optimizer = build_optimizer("Muon", model, lr=0.01, weight_decay=0.0, args={"momentum": 0.9})
+    assert names_by_group(optimizer)[0] == {"block.attn.weight", "block.mlp.weight"}
+    twin = copy.deepcopy(model)
+    named = dict(twin.named_parameters())
+    hidden = [named.pop("block.attn.weight"), named.pop("block.mlp.weight")]
+    options = {"lr": 0.01, "weight_decay": 0.0}
+    muon = torch.optim.Muon(hidden, momentum=0.9, adjust_lr_fn="match_rms_adamw", **options)
+    adamw = torch.optim.AdamW(named.values(), **options)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    for step in range(3):
+        for group in (*muon.param_groups, *adamw.param_groups):
+            group["lr"] = 0.01 / (step + 1)
+        backward(model, step)
+        backward(twin, step)
+        optimizer.step()
+        schedule.step()
+        muon.step()
+        adamw.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@needs_muon
+def test_muon_resumes_bit_exactly(model):
+    optimizer = build_optimizer("Muon", model, lr=0.01)
+    backward(model)
+    optimizer.step()
+    resumed_model = copy.deepcopy(model)
+    resumed = build_optimizer("Muon", resumed_model)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    copied_model, copied = copy.deepcopy((model, optimizer))
+    for some_model, some_optimizer in [(model, optimizer), (resumed_model, resumed), (copied_model, copied)]:
+        backward(some_model, 1)
+        some_optimizer.step()
+    for p, q, r in zip(model.parameters(), resumed_model.parameters(), copied_model.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(p, r)
+
+
+@needs_muon
+def test_muon_of_matrices_alone(model):
+    matrices = nn.ModuleDict({"mlp": nn.Linear(3, 4, bias=False)})
+    optimizer = build_optimizer("Muon", matrices, args={"targets": "mlp"})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_accepted_arguments():
+    assert {"lr", "rank", "scale", "targets"} <= set(accepted_arguments("GaLoreAdamW"))
+    assert "targets" not in accepted_arguments("AdamW")
+    assert not {"self", "params"} & set(accepted_arguments("AdamW"))
