@@ -17,11 +17,22 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from itertools import islice
 from typing import Any
 
-from lowrank_optim.pretrain.config import Options, Resolved, UserError, parse_options, user_errors, write_options
+# Before torch starts its threads: where other programs want the cores too, threads that wait by spinning make an
+# update 3 times slower (measured on 2 cores); alone it makes no difference.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from lowrank_optim.pretrain.config import (
+    Options,
+    Resolved,
+    UserError,
+    parse_options,
+    user_errors,
+    write_options,
+)
 
 NON_FINITE_LIMIT = 10
 
@@ -109,13 +120,15 @@ def train(options: Options) -> int:
     run, config, model, optimizer = build(options, device, world)
     schedule = build_schedule(optimizer, warmup=run.warmup_steps, total=run.max_steps)
     say(report.banner(run, config, model, world=world, device=report.device_name(device)))
+    progress, position, fingerprint = checkpoint.Progress(), None, None
+    if found:
+        progress, fingerprint = checkpoint.read_state(found, run, processes=world)
     with accelerator.main_process_first():
         text = load_data(run, vocab_size=config.vocab_size, rank=rank, world=world)
     say(f"data       {text.description}\nfolder     {folder}")
-
-    progress, position = checkpoint.Progress(), None
     if found:
-        progress = checkpoint.read_state(found, run, fingerprint=text.fingerprint, processes=world)
+        if fingerprint != text.fingerprint:
+            raise UserError(f"Cannot resume {found}: the data or the tokenizer is not what it was saved with")
         position = checkpoint.load_(found, model=model, optimizer=optimizer, schedule=schedule, rank=rank)
         say(f"resumed    {found} after {progress.step} updates")
         if progress.step >= run.max_steps:
@@ -178,9 +191,12 @@ def train(options: Options) -> int:
     if progress.step == 0:
         progress.untrained_loss = validate()
     meter = report.Meter(run, config, model, start=progress.step, device=device)
-    stream = read_ahead(text.train(position), depth=2 * run.accumulate)
     sizes, skipped, evaluated = None, 0, math.nan
-    with catch_signals() as stop, report.progress_bar(run, progress.step, show=leads) as bar:
+    with (
+        closing(read_ahead(text.train(position), depth=2 * run.accumulate)) as stream,
+        report.progress_bar(run, progress.step, show=leads) as bar,
+        catch_signals() as stop,
+    ):
         while progress.step < run.max_steps:
             # All micro-batches of an update first: its loss is a mean over all of their tokens.
             update = list(islice(stream, run.accumulate))

@@ -119,28 +119,27 @@ def find(resume: str | None, output_dir: Path | None) -> Path | None:
     return found
 
 
-def read_state(path: Path, options: Resolved, *, fingerprint: str, processes: int) -> Progress:
-    """The progress of a checkpoint, once its run is known to be the one that ``options`` describe.
+def read_state(path: Path, options: Resolved, *, processes: int) -> tuple[Progress, str]:
+    """The progress of a checkpoint and the fingerprint of its data, once its run is the one of ``options``.
 
     Raises:
         UserError: an option that shapes the run differs, or the file cannot be read.
     """
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if state["format"] != FORMAT:
+            raise UserError(f"Cannot resume {path}: its format is {state['format']!r}, expected {FORMAT}")
         saved, now = state["options"], json.loads(json.dumps(asdict(options)))
         changed = {name: (saved[name], now[name]) for name in FIXED if saved[name] != now[name]}
-        changed |= {} if state["processes"] == processes else {"processes": (state["processes"], processes)}
-        if state["format"] != FORMAT:
-            raise UserError(f"Cannot resume {path}: its format {state['format']} is not {FORMAT}")
-        progress = Progress(**state["progress"])
+        if state["processes"] != processes:
+            changed["processes"] = (state["processes"], processes)
+        progress, fingerprint = Progress(**state["progress"]), str(state["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"Broken checkpoint: {path / 'state.json'} ({error!r})") from error
     if changed:
         what = ", ".join(f"{name} was {old!r} and is now {new!r}" for name, (old, new) in changed.items())
         raise UserError(f"Cannot resume {path}: {what}")
-    if state["fingerprint"] != fingerprint:
-        raise UserError(f"Cannot resume {path}: the data or the tokenizer is not what it was saved with")
-    return progress
+    return progress, fingerprint
 
 
 def load_(path: Path, *, model: PreTrainedModel, optimizer: Optimizer, schedule: LRScheduler, rank: int) -> Any:

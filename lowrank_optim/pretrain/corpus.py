@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Tokens = NDArray[np.unsignedinteger[Any]]
-# Tests are a third of the library and mostly tables; what is installed beside it differs between machines.
-SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+# Tests are a third of the library, encodings are tables of characters; what is installed beside the library
+# differs between machines.
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
 # One file in 16 is held out, by the hash of its name.
 VALIDATION_SHARE = 16
 FILES_PER_BATCH = 32

@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,7 +251,7 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def read_ahead(items: Iterator[T], depth: int = 4) -> Iterator[T]:
+def read_ahead(items: Iterator[T], depth: int) -> Generator[T, None, None]:
     """The same items, made by a background thread up to ``depth`` ahead; errors surface where they are due."""
     made: queue.Queue[Any] = queue.Queue(depth)
     stop = threading.Event()
@@ -260,8 +260,8 @@ def read_ahead(items: Iterator[T], depth: int = 4) -> Iterator[T]:
     def put(item: Any) -> None:
         while not stop.is_set():
             with suppress(queue.Full):
-                made.put(item, timeout=0.1)
-                return
+                return made.put(item, timeout=0.1)
+        return None
 
     def work() -> None:
         try:
@@ -273,7 +273,8 @@ def read_ahead(items: Iterator[T], depth: int = 4) -> Iterator[T]:
         except BaseException as error:
             put((end, error))
 
-    threading.Thread(target=work, daemon=True).start()
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
     try:
         while True:
             item, error = made.get()
@@ -284,3 +285,5 @@ def read_ahead(items: Iterator[T], depth: int = 4) -> Iterator[T]:
             yield item
     finally:
         stop.set()
+        # A thread inside a tokenizer must not outlive the interpreter; one that waits for a network may.
+        thread.join(timeout=5)

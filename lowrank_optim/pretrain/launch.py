@@ -41,7 +41,10 @@ def start_accelerator(options: Options, folder: Path) -> Accelerator:
             raise UserError(f"{package} is not installed: pip install {extra}")
     from accelerate import Accelerator
     from accelerate.utils import DistributedType
+    from transformers.utils import logging
 
+    # Its bars for writing one file would break up ours.
+    logging.disable_progress_bar()
     if tracker == "wandb":
         # No account, no login, no question: `wandb sync` uploads the run later.
         os.environ.setdefault("WANDB_MODE", "offline")

@@ -196,7 +196,8 @@ def write(text: str) -> None:
     """Print above a progress bar that may be there."""
     from tqdm import tqdm
 
-    tqdm.write(text)
+    # Redrawing the bar around every line is for terminals.
+    (tqdm.write if sys.stderr.isatty() else print)(text)
     sys.stdout.flush()
 
 

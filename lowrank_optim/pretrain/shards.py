@@ -175,6 +175,7 @@ class HubDocuments:
             if at["stream"] is not None:
                 stream.load_state_dict(at["stream"])
                 index = at["document"]
+            last = _stream_state(stream)
             own = self.part._replace(rank=0, world=1)
             block: list[str] = []
             for record in self._records(stream):
@@ -183,11 +184,10 @@ class HubDocuments:
                 index += 1
                 if len(block) == BLOCK:
                     yield self._block(at, block)
-                    before, block = at["stream"], []
-                    after = stream.state_dict() if hasattr(stream, "state_dict") else None
+                    before, last, block = last, _stream_state(stream), []
                     # datasets has had releases whose state stood still after a resume (datasets#8308):
                     # a position must not rest on a state that did not move.
-                    at.update(document=index, stream=None if after == before else after)
+                    at.update(document=index, stream=None if last == before else last)
             if block:
                 yield self._block(at, block)
             if not self.loop:
@@ -207,6 +207,10 @@ class HubDocuments:
         if self.loop:
             random.Random(f"{self.seed} {at['epoch']} {at['document']}").shuffle(texts)
         return dict(at), texts
+
+
+def _stream_state(stream: Any) -> Any:
+    return stream.state_dict() if hasattr(stream, "state_dict") else None
 
 
 def open_stream(name: str, split: str) -> Any:
