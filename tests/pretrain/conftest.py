@@ -7,28 +7,7 @@ from pathlib import Path
 
 import pytest
 
-WORDS = [
-    "the",
-    "a",
-    "one",
-    "small",
-    "large",
-    "red",
-    "blue",
-    "cat",
-    "dog",
-    "tree",
-    "river",
-    "runs",
-    "sees",
-    "finds",
-    "and",
-    "or",
-    "but",
-    "under",
-    "over",
-    "quickly",
-]
+WORDS = ("the", "a", "one", "small", "large", "red", "blue", "cat", "dog", "tree", "river", "runs", "sees", "under")
 
 
 def documents(number: int, seed: int) -> list[str]:

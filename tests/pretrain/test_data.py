@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +41,7 @@ def test_batches_hold_the_documents_and_resume(shards: Path, pack: bool, monkeyp
     texts = [text for _, block in islice(source.blocks(), 40) for text in block]
     encoded = encode(tokenizer, texts, None)
     if pack:
-        joined = torch.tensor(sum(encoded, []))[: rows.numel()]
+        joined = torch.tensor(list(chain.from_iterable(encoded)))[: rows.numel()]
         assert torch.equal(rows.flatten(), joined)
         assert torch.equal(labels, rows)
     else:
@@ -62,9 +62,9 @@ def test_windows_cover_an_epoch_and_resume() -> None:
     tokens = np.arange(103, dtype=np.uint16)
     made = [list(islice(shuffled_windows(tokens, 5, 3, rank, 2, 0, None), 8)) for rank in (0, 1)]
     starts = [[batch.ids[:, 0].tolist() for batch, _ in part] for part in made]
-    epochs = [sum((starts[0][i : i + 3] + starts[1][i : i + 3] for i in (e,)), []) for e in (0, 3)]
+    epochs = [[*starts[0][i : i + 3], *starts[1][i : i + 3]] for i in (0, 3)]
     for epoch in epochs:
-        seen = sum(epoch, [])
+        seen = list(chain.from_iterable(epoch))
         assert len(seen) == len(set(seen)) == 18
         assert all(start % 5 == 0 for start in seen)
     assert epochs[0] != epochs[1]
@@ -73,7 +73,7 @@ def test_windows_cover_an_epoch_and_resume() -> None:
         assert torch.equal(following.ids, made[1][i + 1][0].ids)
         assert after == made[1][i + 1][1]
     ordered = [b.ids[:, 0].tolist() for rank in (0, 1) for b in ordered_windows(tokens, 5, 3, rank, 2)]
-    assert sorted(sum(ordered, [])) == list(range(0, 100, 5))
+    assert sorted(chain.from_iterable(ordered)) == list(range(0, 100, 5))
 
 
 @needs_t5
@@ -100,7 +100,7 @@ def test_sentinels_do_not_count() -> None:
 
 def test_token_beyond_the_vocabulary(shards: Path) -> None:
     source = LocalDocuments(find_shards(str(shards))[0], Slice(0, 1, None), seed=0, loop=True)
-    with pytest.raises(UserError, match="Invalid token id: .* expected less than the model's 30"):
+    with pytest.raises(UserError, match=r"Invalid token id: .* expected less than the model's 30"):
         next(document_batches(source, train_bpe(documents(9, 0), 320), 24, 5, 30, False, None))
 
 

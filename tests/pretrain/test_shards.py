@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def test_processes_and_held_out_documents_partition_a_shard(tmp_path: Path) -> N
         [text for _, block in LocalDocuments([tmp_path / "a.json.gz"], part, 0, loop=False).blocks() for text in block]
         for part in (Slice(0, 2, False), Slice(1, 2, False), Slice(0, 2, True), Slice(1, 2, True))
     ]
-    assert sorted(sum(parts, [])) == sorted(texts)
+    assert sorted(chain.from_iterable(parts)) == sorted(texts)
     assert parts[2] == ["document 0", "document 50", "document 100"]
 
 

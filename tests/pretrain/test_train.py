@@ -148,7 +148,7 @@ def test_accumulation_is_exact(arguments: list[str], unbroken: Path, tmp_path: P
     assert train_llama.main(other) == 0
     for one, two in zip(rows(tmp_path), rows(unbroken), strict=True):
         assert one == pytest.approx(two, rel=1e-3)
-    losses = [[row["loss"] for row in rows(path) if "loss" in row][0] for path in (tmp_path, unbroken)]
+    losses = [next(row["loss"] for row in rows(path) if "loss" in row) for path in (tmp_path, unbroken)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
