@@ -79,7 +79,11 @@ class Subspace(Protocol):
 
 
 class Rule(Protocol):
-    """Turns a gradient into a direction. Knows no learning rate, no decay and no parameter."""
+    """Turns a gradient into a direction. Knows no learning rate, no decay and no parameter.
+
+    A rule may also have ``update_(target, grad, state, group, *, alpha)``, which does target += alpha * direction(grad)
+    in one pass; parameters that are not compressed then take it instead of ``direction``.
+    """
 
     def validate(self, group: Group) -> None:
         """Raise ValueError on hyper-parameters out of range."""
@@ -406,11 +410,15 @@ class LowRankOptimizer(Optimizer):
         self, target: Tensor, grad: Tensor, low: Tensor, subspace: Subspace, lift: Lift, state: State, group: Group
     ) -> None:
         """Direction, lift and decay of one parameter; ``state["step"]`` counts this update already."""
-        direction = self.rule.direction(low, state, group)
         alpha = group["lr"] * self.rule.correction(state["step"], group)
         # Every direction is odd in the gradient, so ascent is descent with the sign turned.
         alpha = alpha if group["maximize"] else -alpha
-        lift.apply_(target, grad, low, direction, subspace, state, group, alpha=alpha)
+        in_one_pass = getattr(self.rule, "update_", None)
+        if lift is UNSCALED and in_one_pass is not None:
+            in_one_pass(target, low, state, group, alpha=alpha)
+        else:
+            direction = self.rule.direction(low, state, group)
+            lift.apply_(target, grad, low, direction, subspace, state, group, alpha=alpha)
         if group["weight_decay"] != 0:
             target.mul_(1 - group["lr"] * group["weight_decay"])
 
