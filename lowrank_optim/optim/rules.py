@@ -59,3 +59,23 @@ class Adam:
         overlap = overlap.to(state["exp_avg"].dtype)
         state["exp_avg"].copy_(state["exp_avg"] @ overlap)
         state["exp_avg_sq"].copy_(state["exp_avg_sq"] @ overlap.abs().square())
+
+
+class CorrectedAdam(Adam):
+    """Adam with eps beside the bias-corrected sqrt(V), as in ``torch.optim.AdamW``.
+
+    M / (sqrt(V) + eps sqrt(1 - beta2^t)), which with the correction of :class:`Adam` is M̂ / (sqrt(V̂) + eps).
+    """
+
+    def validate(self, group: Group) -> None:
+        """Raise ValueError as :class:`Adam` does, and where a kernel was asked for that cannot be captured."""
+        super().validate(group)
+        if group["capturable"] and group["backend"] == "triton":
+            raise ValueError("Invalid backend: 'triton' with capturable=True, expected None or 'eager' (eps is a tensor)")
+
+    def direction(self, low: Tensor, state: State, group: Group) -> Tensor:
+        """M / (sqrt(V) + eps sqrt(1 - beta2^t)), the moments being updated in place."""
+        eps = group["eps"] * (1 - group["betas"][1] ** state["step"]) ** 0.5
+        # The kernel takes eps as a number.
+        backend = "eager" if isinstance(eps, Tensor) else group["backend"]
+        return super().direction(low, state, {**group, "eps": eps, "backend": backend})
