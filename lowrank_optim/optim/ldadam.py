@@ -7,12 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.optim.base import Group, LowRankOptimizer, Refresh, State, Subspace, check_choice, check_range
+from lowrank_optim.optim.base import (
+    IDENTITY,
+    Group,
+    LowRankOptimizer,
+    Refresh,
+    Rule,
+    State,
+    Subspace,
+    check_choice,
+    check_range,
+)
 from lowrank_optim.optim.galore import TopSingular, top_basis
 from lowrank_optim.optim.rules import CorrectedAdam
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right")
 PROJ_METHODS = ("power_iteration", "svd")
+FULL_RANK = CorrectedAdam()
 
 
 def carried_momentum(group: Group) -> float:
@@ -226,3 +237,7 @@ class LDAdamW(LowRankOptimizer):
                 "backend": backend,
             },
         )
+
+    def rule_of(self, subspace: Subspace) -> Rule:
+        """Plain AdamW for what is not compressed: there is no basis to follow."""
+        return FULL_RANK if subspace is IDENTITY else self.rule

@@ -25,6 +25,7 @@ from lowrank_optim.optim.columns import Coefficients, add_coefficients_
 from lowrank_optim.optim.rules import CorrectedAdam
 
 SCALINGS = ("kj", "dion", "kimi", "none")
+FULL_RANK = CorrectedAdam()
 
 
 def update_scale(rows: int, columns: int, scaling: str) -> float:
@@ -97,9 +98,6 @@ class Momentum:
         finite = grad.sum().isfinite()
         grad.index_copy_(-1, state["indices"], low * group["momentum"])
         torch.where(finite, grad, state["momentum_buffer"], out=state["momentum_buffer"])
-
-
-FULL_RANK = CorrectedAdam()
 
 
 class Trion(LowRankOptimizer):
