@@ -380,6 +380,12 @@ class LowRankOptimizer(Optimizer):
             self._warn_once("skipped an update because of a non-finite gradient")
             return
         state["step"] += 1
+        self.update_(target, grad, low, subspace, lift, state, group)
+
+    def update_(
+        self, target: Tensor, grad: Tensor, low: Tensor, subspace: Subspace, lift: Lift, state: State, group: Group
+    ) -> None:
+        """Direction, lift and decay of one parameter; ``state["step"]`` counts this update already."""
         direction = self.rule.direction(low, state, group)
         alpha = group["lr"] * self.rule.correction(state["step"], group)
         # Every direction is odd in the gradient, so ascent is descent with the sign turned.
