@@ -26,6 +26,11 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("GaLoreAdamW", {"proj_type": "right"}),
     ("GaLoreAdamW", {"proj_type": "full"}),
     ("GaLoreAdamW", {"capturable": True}),
+    ("GaLoreAdafactor", {"scale_parameter": False}),
+    ("GaLoreAdafactor", {"beta1": 0.9, "moments": "rotate"}),
+    ("GaLoreAdafactor", {"beta1": 0.9, "moments": "align", "refresh": "svd"}),
+    ("GaLoreAdafactor", {"proj_type": "full", "beta1": 0.9}),
+    ("GaLoreAdafactor", {"capturable": True}),
 ]
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in kwargs.items())]) for name, kwargs in VARIANTS]
 

@@ -8,6 +8,7 @@ State of a parameter: plain tensors and ints under flat names.
     basis, basis.k  orthonormal basis (d, rank) of the compressed axis; basis.k: of axis k of a tensor
     exp_avg         first moment, in the subspace
     exp_avg_sq      second moment, in the subspace, real
+    exp_avg_sq_row, exp_avg_sq_col   its means over the columns and over the rows (Adafactor)
 """
 
 from __future__ import annotations
