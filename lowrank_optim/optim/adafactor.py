@@ -131,8 +131,8 @@ class GaLoreAdafactor(GaLore):
 
     Source: Zhao et al. 2024 (arXiv 2403.03507) with Shazeer, Stern 2018 (arXiv 1804.04235), algorithm 5.
 
-    Deviations: the published default ``relative_step=True`` refuses an lr; here an lr alone turns it off. P comes from a
-    randomized method unless ``refresh="svd"``. As in the published code: A averages updates that already carry their
+    Deviations: the published default ``relative_step=True`` refuses an lr; here an lr alone turns it off. P comes from
+    a randomized method unless ``refresh="svd"``. As in the published code: A averages updates that already carry their
     step size, decay comes before the update (GaLoreAdamW: after). The published C4 runs set ``scale_parameter=False``.
     """
 
