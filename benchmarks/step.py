@@ -102,9 +102,14 @@ class Running(NamedTuple):
 
 
 def start(work: Problem, everyone: Sequence[Contestant]) -> tuple[list[Running], dict[str, str]]:
-    """Build all and take the first step, which refreshes; who cannot is named with the reason."""
+    """Build all and take the first step, which refreshes; who cannot is named with the reason.
+
+    Raises:
+        RuntimeError: one of them writes into the gradients.
+    """
     running, left_out = [], {}
     memo: dict[Any, tuple[Tensor, ...]] = {}
+    given = [grad.clone() for grad in work.grads[:7]]
     with every_svd_once(memo):
         for contestant in everyone:
             work.give_gradients()
@@ -114,6 +119,8 @@ def start(work: Problem, everyone: Sequence[Contestant]) -> tuple[list[Running],
             except (ImportError, RuntimeError, TypeError, ValueError) as error:
                 left_out[contestant.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 continue
+            if not all(torch.equal(a, b) for a, b in zip(given, work.grads)):
+                raise RuntimeError(f"{contestant.name} wrote into the gradients, which all others read")
             running.append(Running(contestant, optimizer))
     return running, left_out
 
@@ -129,7 +136,6 @@ def full_size_temporaries(work: Problem, optimizer: Optimizer) -> float:
 
 def measure_steps(work: Problem, everyone: Sequence[Contestant], budget: float) -> dict[str, Any]:
     running, left_out = start(work, everyone)
-    unchanged = [grad.clone() for grad in work.grads[:7]]
     turns: dict[str, Callable[[], None]] = {FLOOR: two_gemms(work)}
     temporaries, state = {}, {}
     for one in running:
@@ -139,8 +145,6 @@ def measure_steps(work: Problem, everyone: Sequence[Contestant], budget: float) 
         turns[name] = one.step
     work.give_gradients()
     seconds = common.interleave(turns, work.device, budget=budget, least=LEAST, warmup=2)
-    if not all(torch.equal(a, b) for a, b in zip(unchanged, work.grads)):
-        raise RuntimeError("a contestant wrote into the gradients, the others' figures are void")
     floor, galore = seconds.pop(FLOOR), seconds.get(GALORE_TORCH)
     methods = {
         one.contestant.name: {
