@@ -11,6 +11,7 @@ State of a parameter: plain tensors and ints under flat names.
     exp_avg.codes   uint8 codes, and exp_avg.scale fp32 scales, instead of exp_avg where ``state_dtype="int8"``
                     stores it in blocks of 8 bits; exp_avg_sq likewise
     weight_correction  int8, what the bfloat16 weight lacks of 24 bits (``weight_rounding="compensated"``)
+    exp_avg_sq_row, exp_avg_sq_col   its means over the columns and over the rows (Adafactor)
 """
 
 from __future__ import annotations
