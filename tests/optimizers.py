@@ -26,12 +26,17 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("GaLoreAdamW", {"proj_type": "right"}),
     ("GaLoreAdamW", {"proj_type": "full"}),
     ("GaLoreAdamW", {"capturable": True}),
+    ("GaLoreAdamW", {"refresh": "svd", "selection": "spectral"}),
     ("GaLoreAdamW", {"state_dtype": "bfloat16", "moments": "rotate"}),
     ("GaLoreAdamW", {"state_dtype": "int8", "moments": "rotate"}),
     ("GaLoreAdamW", {"state_dtype": "bfloat16", "capturable": True}),
     ("GaLoreAdamW", {"weight_rounding": "stochastic", "proj_type": "full"}),
     ("GaLoreAdamW", {"weight_rounding": "compensated"}),
     ("GaLoreAdamW", {"state_dtype": "int8", "weight_rounding": "compensated", "capturable": True}),
+    ("GaLoreAdamW8bit", {}),
+    ("GaLoreAdamW8bit", {"weight_rounding": "stochastic"}),
+    ("QGaLoreAdamW8bit", {"queue_size": 1, "cos_threshold": 0.0}),
+    ("QGaLoreAdamW8bit", {"moments": "rotate", "quant_group_size": 7, "weight_rounding": "compensated"}),
 ]
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in kwargs.items())]) for name, kwargs in VARIANTS]
 
