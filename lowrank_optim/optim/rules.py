@@ -8,6 +8,7 @@ from torch import Tensor
 from lowrank_optim.ops import pick
 from lowrank_optim.ops.adam_direction import adam_direction
 from lowrank_optim.optim.base import Group, State, check_range
+from lowrank_optim.optim.moments import init_moment, load_moment, store_moment_
 
 
 class Adam:
@@ -15,7 +16,8 @@ class Adam:
 
     M / (sqrt(V) + eps) with the bias correction sqrt(1 - beta2^t) / (1 - beta1^t) kept apart: eps therefore
     stands beside the uncorrected sqrt(V). Moments are fp32 whatever the parameter's dtype (fp64 for fp64), because
-    in bfloat16 a second moment with beta2 = 0.999 never decays.
+    in bfloat16, rounded to nearest, a second moment with beta2 = 0.999 never decays; the group's ``state_dtype``
+    stores them in fewer bits.
     """
 
     def validate(self, group: Group) -> None:
@@ -30,14 +32,19 @@ class Adam:
     def init(self, like: Tensor, shape: torch.Size, state: State, group: Group) -> None:
         """Zero moments of ``shape``."""
         dtype = torch.promote_types(like.dtype, torch.float32)
-        state["exp_avg"] = torch.zeros(shape, dtype=dtype, device=like.device)
-        state["exp_avg_sq"] = torch.zeros(shape, dtype=dtype.to_real(), device=like.device)
+        init_moment(state, "exp_avg", shape, dtype, like.device, group["state_dtype"])
+        init_moment(state, "exp_avg_sq", shape, dtype.to_real(), like.device, group["state_dtype"])
 
     def direction(self, low: Tensor, state: State, group: Group) -> Tensor:
         """M / (sqrt(V) + eps), the moments being updated in place."""
         beta1, beta2 = group["betas"]
         operation = pick(adam_direction, group["backend"], low.device)
-        return operation(low, state["exp_avg"], state["exp_avg_sq"], beta1=beta1, beta2=beta2, eps=group["eps"])
+        exp_avg = load_moment(state, "exp_avg", low.dtype)
+        exp_avg_sq = load_moment(state, "exp_avg_sq", low.dtype)
+        direction = operation(low, exp_avg, exp_avg_sq, beta1=beta1, beta2=beta2, eps=group["eps"])
+        store_moment_(state, "exp_avg", exp_avg)
+        store_moment_(state, "exp_avg_sq", exp_avg_sq)
+        return direction
 
     def correction(self, step: int | Tensor, group: Group) -> float | Tensor:
         """sqrt(1 - beta2^t) / (1 - beta1^t)."""
@@ -50,15 +57,15 @@ class Adam:
 
         V is moved as if the coordinates of the gradient were independent; LDAdam's rule is finer.
         """
-        if overlap.dtype == torch.int64:
-            gone = overlap < 0
-            for key in ("exp_avg", "exp_avg_sq"):
-                moved = state[key].index_select(-1, overlap.clamp_min(0))
-                state[key].copy_(moved.masked_fill_(gone, 0))
-            return
-        overlap = overlap.to(state["exp_avg"].dtype)
-        state["exp_avg"].copy_(state["exp_avg"] @ overlap)
-        state["exp_avg_sq"].copy_(state["exp_avg_sq"] @ overlap.abs().square())
+        for key in ("exp_avg", "exp_avg_sq"):
+            moment = load_moment(state, key, torch.float32)
+            if overlap.dtype == torch.int64:
+                moved = moment.index_select(-1, overlap.clamp_min(0)).masked_fill_(overlap < 0, 0)
+            elif key == "exp_avg":
+                moved = moment @ overlap.to(moment.dtype)
+            else:
+                moved = moment @ overlap.abs().square().to(moment.dtype)
+            store_moment_(state, key, moved)
 
 
 class CorrectedAdam(Adam):
@@ -71,7 +78,9 @@ class CorrectedAdam(Adam):
         """Raise ValueError as :class:`Adam` does, and where a kernel was asked for that cannot be captured."""
         super().validate(group)
         if group["capturable"] and group["backend"] == "triton":
-            raise ValueError("Invalid backend: 'triton' with capturable=True, expected None or 'eager' (eps is a tensor)")
+            raise ValueError(
+                "Invalid backend: 'triton' with capturable=True, expected None or 'eager' (eps is a tensor)"
+            )
 
     def direction(self, low: Tensor, state: State, group: Group) -> Tensor:
         """M / (sqrt(V) + eps sqrt(1 - beta2^t)), the moments being updated in place."""
