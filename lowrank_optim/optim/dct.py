@@ -37,12 +37,13 @@ class ErrorFeedback:
         """A zero error, (rows, d)."""
         if group["error_feedback"] is None:
             return
-        shape, dtype = subspace.orient(param, state).shape, torch.promote_types(param.dtype, torch.float32)
+        shape = subspace.orient(param, state).shape
+        dtype = torch.promote_types(param.dtype, torch.float32)
         if group["error_feedback"] == "full":
             init_moment(state, "error", shape, dtype, param.device, group["state_dtype"])
             return
         # A complex number is two values.
-        shape = (*shape, 2) if dtype.is_complex else shape
+        shape = torch.Size((*shape, 2)) if dtype.is_complex else shape
         state["error.codes"] = torch.zeros(shape, dtype=torch.int8, device=param.device)
         state["error.scale"] = torch.zeros(blocks(state["error.codes"].numel()), device=param.device)
 

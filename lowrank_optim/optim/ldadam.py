@@ -20,7 +20,7 @@ from lowrank_optim.optim.base import (
 )
 from lowrank_optim.optim.galore import TopSingular, top_basis
 from lowrank_optim.optim.moments import init_moment, load_moment, store_moment_
-from lowrank_optim.optim.rules import MOMENT_KEYS, CorrectedAdam
+from lowrank_optim.optim.rules import CorrectedAdam
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right")
 PROJ_METHODS = ("power_iteration", "svd")
@@ -30,8 +30,8 @@ FULL_RANK = CorrectedAdam()
 def carried_momentum(group: Group) -> float:
     """How many times the momentum is in what :class:`GeneralizedErrorFeedback` hands on: beta1 / (1 - beta1) or 0.
 
-    (1 - beta1) A + beta1 M Pᵀ is the momentum of the whole matrix; its share outside of the new subspace, over 1 - beta1,
-    is the published generalized error A - P ĝ + beta1 / (1 - beta1) (P' M' - P M).
+    (1 - beta1) A + beta1 M Pᵀ is the momentum of the whole matrix; its share outside of the new subspace, over
+    1 - beta1, is the published generalized error A - P ĝ + beta1 / (1 - beta1) (P' M' - P M).
     """
     beta1: float = group["betas"][0]
     return beta1 / (1 - beta1) if group["error_feedback"] else 0.0
@@ -97,7 +97,7 @@ class ProjectionAwareAdam(CorrectedAdam):
         beta1, beta2 = group["betas"]
         step = state["step"]
         unbias = 1 - beta2**step
-        first, second = (load_moment(state, key, torch.float32) for key in MOMENT_KEYS)
+        first, second = (load_moment(state, key, torch.float32) for key in ("exp_avg", "exp_avg_sq"))
         overlap = overlap.to(first.dtype)
         mean = first / (1 - beta1**step)
         variance = second / unbias - mean.abs().square()
@@ -196,9 +196,9 @@ class LDAdamW(LowRankOptimizer):
 
     Source: Robert et al. 2024 (arXiv 2410.16103).
 
-    Deviations: the error is a state of its own where the published code keeps it in ``p.grad``, so that gradients can be
-    freed, clipped and unscaled. Moments and error are fp32 where the published ones have the gradient's dtype;
-    each group's betas count. A rank of at least the smaller side is the full-rank rule. B is not formed.
+    Deviations: the error is a state of its own where the published code keeps it in ``p.grad``, so that gradients
+    can be freed, clipped and unscaled. Moments and error are fp32 by default where the published ones have the
+    gradient's dtype; each group's betas count. A rank of at least the smaller side is the full-rank rule.
     """
 
     subspace = Tracking()

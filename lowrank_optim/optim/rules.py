@@ -78,9 +78,7 @@ class CorrectedAdam(Adam):
         """Raise ValueError as :class:`Adam` does, and where a kernel was asked for that cannot be captured."""
         super().validate(group)
         if group["capturable"] and group["backend"] == "triton":
-            raise ValueError(
-                "Invalid backend: 'triton' with capturable=True, expected None or 'eager' (eps is a tensor)"
-            )
+            raise ValueError("Invalid backend: 'triton' with capturable=True, expected None or 'eager'")
 
     def direction(self, low: Tensor, state: State, group: Group) -> Tensor:
         """M / (sqrt(V) + eps sqrt(1 - beta2^t)), the moments being updated in place."""

@@ -66,8 +66,8 @@ class NewtonSchulz:
 class Momentum:
     """A momentum of the whole matrix, of which only the part that is used decays.
 
-    In coefficients, S = B + G D, of which the step takes the selected columns; then B = S with these times ``momentum``.
-    ``momentum`` is B. S is the only full-size temporary.
+    In coefficients, S = B + G D, of which the step takes the selected columns; then B is S with these scaled down.
+    The state ``momentum`` is B. S is the only full-size temporary.
     """
 
     def validate(self, group: Group) -> None:
@@ -116,9 +116,10 @@ class Trion(LowRankOptimizer):
         W = (1 - lr weight_decay) W
         W = W - lr scale N D_Iᵀ
 
-    Embeddings, heads, vectors, tensors of more than two dimensions, matrices whose smaller side does not exceed the rank
-    and groups with ``rank=None`` get AdamW, with a learning rate of its own: a group that names no ``lr`` and holds both
-    kinds becomes two groups, of which the second has ``lr=adamw_lr``. A group that names its ``lr`` keeps it.
+    Embeddings, heads, vectors, tensors of more than two dimensions, matrices whose smaller side does not exceed the
+    rank and groups with ``rank=None`` get AdamW, with a learning rate of its own: a group that names no ``lr`` and
+    holds both kinds becomes two groups, of which the second has ``lr=adamw_lr``, so that schedulers drive both. A group
+    that names its ``lr`` keeps it for all of its parameters.
 
     Args:
         params: tensors (every matrix is compressed), ``model.named_parameters()`` (embeddings, head, norms and
@@ -149,9 +150,9 @@ class Trion(LowRankOptimizer):
 
     Source: Modoranu et al. 2025 (arXiv 2505.17967); Newton-Schulz: Jordan et al. 2024.
 
-    Deviations: the published code scores by the 1-norm (``ell_norm=1``) and has the basis "dct3" where n <= m and "dct2"
-    where not; here the basis does not depend on the side and is exact. B is kept as B D in fp32. The published
-    decay of AdamW's parameters and matrices is the same.
+    Deviations: the published code scores by the 1-norm (``ell_norm=1``) and has the basis "dct3" where n <= m and
+    "dct2" where not; here the basis does not depend on the side and is exact. B is kept as B D. Selections come at
+    1 + k gap; published is a gap of 1.
     """
 
     subspace = Coefficients()
