@@ -42,6 +42,21 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("GaLoreAdamW8bit", {"weight_rounding": "stochastic"}),
     ("QGaLoreAdamW8bit", {"queue_size": 1, "cos_threshold": 0.0}),
     ("QGaLoreAdamW8bit", {"moments": "rotate", "quant_group_size": 7, "weight_rounding": "compensated"}),
+    ("DCTAdamW", {}),
+    ("DCTAdamW", {"update_proj_gap": 1}),
+    ("DCTAdamW", {"similarity": "fft", "error_feedback": "full"}),
+    ("DCTAdamW", {"basis": "dct3", "ell_norm": 1, "similarity": "matmul", "error_feedback": "int8"}),
+    ("DCTAdamW", {"basis": "identity", "stagger": True}),
+    ("DCTAdamW", {"basis": "random", "rotate": False}),
+    ("DCTAdamW", {"state_dtype": "int8", "error_feedback": "full", "weight_rounding": "compensated"}),
+    ("DCTAdamW", {"capturable": True, "error_feedback": "int8", "state_dtype": "bfloat16"}),
+    ("LDAdamW", {"update_proj_gap": 1}),
+    ("LDAdamW", {"proj_method": "svd"}),
+    ("LDAdamW", {"error_feedback": False, "proj_type": "reverse_std", "capturable": True}),
+    ("LDAdamW", {"state_dtype": "bfloat16", "weight_rounding": "stochastic"}),
+    ("Trion", {"update_proj_gap": 1}),
+    ("Trion", {"basis": "identity", "scaling": "none", "stagger": True}),
+    ("Trion", {"similarity": "fft", "state_dtype": "bfloat16", "weight_rounding": "compensated", "capturable": True}),
 ]
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in kwargs.items())]) for name, kwargs in VARIANTS]
 
