@@ -66,8 +66,8 @@ def save(
         # One file whatever the size, because resuming loads it in place.
         model.save_pretrained(into, max_shard_size="1000TB")
         tokenizer.save_pretrained(into)
-        torch.save({"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, into / "optimizer.pt")
-        torch.save(processes, into / "processes.pt")
+        _save({"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, into / "optimizer.pt")
+        _save(processes, into / "processes.pt")
         state = {
             "format": FORMAT,
             "progress": asdict(progress),
@@ -84,7 +84,7 @@ def save(
     except Exception as error:
         before = checkpoints(folder)
         kept = f"{before[-1]} is intact" if before else "no earlier checkpoint exists"
-        raise UserError(f"Cannot save {target}: {' '.join(str(error).split())}; {kept}") from error
+        raise UserError(f"Cannot save {target}: {_reason(error)}; {kept}") from error
     for old in checkpoints(folder)[: -keep or None] if keep else []:
         shutil.rmtree(old, ignore_errors=True)
     return target
@@ -183,6 +183,21 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _save(value: Any, path: Path) -> None:
+    # Through a file of Python, whose errors say what is wrong; torch's own writer reports a full disk as
+    # "unexpected pos".
+    with path.open("wb") as file:
+        torch.save(value, file)
+
+
+def _reason(error: BaseException) -> str:
+    # Closing its archive after a failed write, torch.save raises a second error on top.
+    first: BaseException | None = error
+    while first is not None and not isinstance(first, OSError):
+        first = first.__context__
+    return " ".join(str(first or error).split())
 
 
 def _step(path: Path) -> int:

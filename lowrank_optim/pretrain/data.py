@@ -99,7 +99,7 @@ def _documents(
     held_out: Documents
     unmarked = (Slice(rank, world, False), Slice(rank, world, True))
     marked = (Slice(rank, world, None), Slice(rank, world, None))
-    if Path(options.dataset).exists() or looks_local(options.dataset):
+    if options.dataset != "c4" and (Path(options.dataset).exists() or looks_local(options.dataset)):
         train_shards, validation_shards = shards.find_shards(options.dataset)
         parts = marked if validation_shards else unmarked
         training = LocalDocuments(train_shards, parts[0], options.seed, loop=True)

@@ -44,7 +44,7 @@ class GaLore(NamedTuple):
 
 BUDGETS = {
     # Ours: a demonstration that ends within minutes on two CPU cores.
-    "llama_tiny": Budget(100, 16, 1.0, 128, 16, eval_every=50, save_every=50, evaluated_tokens=50_000),
+    "llama_tiny": Budget(100, 16, 1.0, 128, 16, eval_every=50, save_every=50, evaluated_tokens=30_000),
     "llama_60m": Budget(10_000, 256),
     "llama_130m": Budget(20_000, 256),
     "llama_350m": Budget(60_000, 128),
