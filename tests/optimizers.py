@@ -38,6 +38,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("GaLoreAdafactor", {"beta1": 0.9, "moments": "align", "refresh": "svd"}),
     ("GaLoreAdafactor", {"proj_type": "full", "beta1": 0.9}),
     ("GaLoreAdafactor", {"capturable": True}),
+    ("GaLoreAdafactor", {"beta1": 0.9, "state_dtype": "bfloat16", "weight_rounding": "stochastic"}),
+    ("GaLoreAdafactor", {"beta1": 0.9, "state_dtype": "int8", "weight_rounding": "compensated", "moments": "rotate"}),
     ("GaLoreAdamW8bit", {}),
     ("GaLoreAdamW8bit", {"weight_rounding": "stochastic"}),
     ("QGaLoreAdamW8bit", {"queue_size": 1, "cos_threshold": 0.0}),
