@@ -111,7 +111,7 @@ def test_load_refuses_a_newer_format_and_other_groups(name: str) -> None:
     saved = optimizer.state_dict()
     with pytest.raises(ValueError, match="format_version: 99"):
         optimizer.load_state_dict({**saved, "format_version": 99})
-    with pytest.raises(ValueError, match="size of optimizer's group|number of parameter groups"):
+    with pytest.raises(ValueError, match=r"size of optimizer's group|number of parameter groups"):
         build(name, problem()[0][:2]).load_state_dict(saved)
 
 
