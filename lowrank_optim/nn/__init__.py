@@ -13,6 +13,7 @@ from lowrank_optim.nn.lowrank import (
     ReLoRA,
     ReLoRALinear,
 )
+from lowrank_optim.nn.restarts import MergeAndRestart, MomentumReset, WeightRefactorization
 
 __all__ = [
     "LORO",
@@ -23,9 +24,12 @@ __all__ = [
     "LoRALinear",
     "LowRank",
     "LowRankLinear",
+    "MergeAndRestart",
+    "MomentumReset",
     "Parameterization",
     "ReLoRA",
     "ReLoRALinear",
+    "WeightRefactorization",
     "convert",
     "merge",
     "reset_parameters",
