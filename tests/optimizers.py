@@ -26,6 +26,12 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("GaLoreAdamW", {"proj_type": "right"}),
     ("GaLoreAdamW", {"proj_type": "full"}),
     ("GaLoreAdamW", {"capturable": True}),
+    ("GaLoreAdamW", {"state_dtype": "bfloat16", "moments": "rotate"}),
+    ("GaLoreAdamW", {"state_dtype": "int8", "moments": "rotate"}),
+    ("GaLoreAdamW", {"state_dtype": "bfloat16", "capturable": True}),
+    ("GaLoreAdamW", {"weight_rounding": "stochastic", "proj_type": "full"}),
+    ("GaLoreAdamW", {"weight_rounding": "compensated"}),
+    ("GaLoreAdamW", {"state_dtype": "int8", "weight_rounding": "compensated", "capturable": True}),
 ]
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in kwargs.items())]) for name, kwargs in VARIANTS]
 

@@ -17,7 +17,8 @@ from tests.optimizers import IDS, OPTIMIZERS, VARIANTS, build
 every_variant = pytest.mark.parametrize(("name", "kwargs"), VARIANTS, ids=IDS)
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
-SHAPES = [(12, 7), (7, 12), (9, 9), (6, 5, 3, 3), (11,), (1, 8)]
+# The last two have moments of more than 4096 values, compressed and not: smaller ones are never stored in 8 bits.
+SHAPES = [(12, 7), (7, 12), (9, 9), (6, 5, 3, 3), (11,), (1, 8), (1030, 6), (4099,)]
 
 
 def problem(dtype: torch.dtype = torch.float32) -> tuple[list[nn.Parameter], list[Tensor]]:
@@ -161,9 +162,10 @@ def test_maximize_is_descent_on_the_negated_loss(name: str, kwargs: dict[str, An
             p.grad, q.grad = -g, g.clone()
         up.step()
         down.step()
-    # "full" starts from a diagonal core, whose rounding Adam's division enlarges; a wrong sign would be 1e-2.
+    # "full" starts from a diagonal core, whose rounding Adam's division enlarges; 8-bit codes are not symmetric (there
+    # is a 1, but no -1); a wrong sign would be 1e-2.
     for p, q in zip(ascend, descend):
-        torch.testing.assert_close(p, q, rtol=0, atol=2e-4)
+        torch.testing.assert_close(p, q, rtol=0, atol=3e-3 if kwargs.get("state_dtype") == "int8" else 2e-4)
 
 
 @every_optimizer
@@ -213,7 +215,7 @@ def test_lr_as_tensor_equals_lr_as_number(name: str, kwargs: dict[str, Any]) -> 
             train(optimizer, params, targets, 1)
             schedule.step()
     for p, q in zip(a, b):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
 
 
 @every_optimizer
