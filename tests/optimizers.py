@@ -32,9 +32,17 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("GaLoreAdamW", {"weight_rounding": "stochastic", "proj_type": "full"}),
     ("GaLoreAdamW", {"weight_rounding": "compensated"}),
     ("GaLoreAdamW", {"state_dtype": "int8", "weight_rounding": "compensated", "capturable": True}),
+    # On parameters that are no factors; tests/optim/test_loro.py has the others.
+    ("LOROAdamW", {}),
 ]
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in kwargs.items())]) for name, kwargs in VARIANTS]
 
 
+def accepts(name: str, key: str) -> bool:
+    """Whether a constructor has an argument; those that work on layers with a rank of their own have no ``rank``."""
+    return key in inspect.signature(OPTIMIZERS[name]).parameters
+
+
 def build(name: str, params: Any, **kwargs: Any) -> LowRankOptimizer:
-    return OPTIMIZERS[name](params, **{"lr": 1e-2, "rank": 4, "update_proj_gap": 3, **kwargs})
+    defaults = {"lr": 1e-2, "rank": 4, "update_proj_gap": 3}
+    return OPTIMIZERS[name](params, **{**{k: v for k, v in defaults.items() if accepts(name, k)}, **kwargs})

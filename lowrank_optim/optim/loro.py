@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from lowrank_optim.optim.base import (
     check_range,
 )
 from lowrank_optim.optim.rules import Adam
+from lowrank_optim.optim.storage import writable
 
 # Switches of the common loop that have one setting here.
 _FIXED = {"moments": "keep", "stagger": False, "capturable": False}
@@ -119,6 +121,8 @@ class LOROAdamW(LowRankOptimizer):
         weight_decay: decoupled, >= 0; of factors and ordinary parameters.
         update_proj_gap: updates from one step on the manifold to the next, >= 1.
         scale: of all other steps on factors, >= 0; None is r / min(m, n), the published r / hidden_size for LLaMA.
+        state_dtype: "float32", "bfloat16" or "int8", see :class:`lowrank_optim.optim.base.LowRankOptimizer`.
+        weight_rounding: "nearest", "stochastic" or "compensated", likewise.
         maximize: ascend.
         backend: None (Triton on CUDA where importable, else eager), "eager" or "triton".
 
@@ -147,6 +151,8 @@ class LOROAdamW(LowRankOptimizer):
         *,
         update_proj_gap: int = 500,
         scale: float | None = None,
+        state_dtype: str = "float32",
+        weight_rounding: str = "nearest",
         maximize: bool = False,
         backend: str | None = None,
     ) -> None:
@@ -164,6 +170,8 @@ class LOROAdamW(LowRankOptimizer):
                 "rank": None,
                 "update_proj_gap": update_proj_gap,
                 "scale": scale,
+                "state_dtype": state_dtype,
+                "weight_rounding": weight_rounding,
                 "maximize": maximize,
                 "backend": backend,
                 **_FIXED,
@@ -240,25 +248,32 @@ class LOROAdamW(LowRankOptimizer):
 
     def _step_on_manifold_(self, grads: list[Tensor], group: Group) -> bool:
         """Move both factors together; False where one has no full rank and they moved apart as usual."""
-        directions, wide = [], []
+        states = [self.state[p] for p in group["params"]]
         lr = -group["lr"] if group["maximize"] else group["lr"]
-        for param, grad in zip(group["params"], grads, strict=True):
-            state = self.state[param]
+        directions = []
+        for state, grad in zip(states, grads, strict=True):
             state["step"] += 1
             correction = Adam.correction(self.rule, state["step"], group)
             directions.append(self.rule.direction(grad, state, group) * correction)
-            wide.append(param.to(directions[-1].dtype))
-        (b, a), (d_b, d_a) = wide, directions
-        moved = retracted_step(b, a, d_b, d_a, lr)
-        new = moved or [w - lr * factor_scale(group) * d for w, d in zip(wide, directions, strict=True)]
-        for param, value in zip(group["params"], new, strict=True):
-            param.copy_(value)
-            if group["weight_decay"] != 0:
-                param.mul_(1 - group["lr"] * group["weight_decay"])
-            if moved:
-                # Moments of the old split say nothing about the new one.
-                state = self.state[param]
-                state["exp_avg"].zero_()
-                state["exp_avg_sq"].zero_()
-                state["step"] = 0
-        return moved is not None
+        with ExitStack() as stack:
+            weights = [
+                stack.enter_context(writable(p, state, group["weight_rounding"]))
+                for p, state in zip(group["params"], states, strict=True)
+            ]
+            b, a = (w.to(d.dtype) for w, d in zip(weights, directions, strict=True))
+            moved = retracted_step(b, a, directions[0], directions[1], lr)
+            step = lr * factor_scale(group)
+            new = moved or (b - step * directions[0], a - step * directions[1])
+            for weight, value in zip(weights, new, strict=True):
+                weight.copy_(value)
+                if group["weight_decay"] != 0:
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+        if moved is None:
+            return False
+        for state in states:
+            # Moments of the old split say nothing about the new one.
+            for key, value in state.items():
+                if key.startswith("exp_avg"):
+                    value.zero_()
+            state["step"] = 0
+        return True
