@@ -1,8 +1,9 @@
 """Memory-efficient LLM pretraining: exact low-rank optimizers behind torch.optim APIs."""
 
+from lowrank_optim.optim.adafactor import GaLoreAdafactor
 from lowrank_optim.optim.galore import GaLoreAdamW
 from lowrank_optim.optim.groups import low_rank_groups
 from lowrank_optim.optim.loro import LOROAdamW, factor_groups
 
-__all__ = ["GaLoreAdamW", "LOROAdamW", "factor_groups", "low_rank_groups"]
+__all__ = ["GaLoreAdafactor", "GaLoreAdamW", "LOROAdamW", "factor_groups", "low_rank_groups"]
 __version__ = "0.1.0"

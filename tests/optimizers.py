@@ -34,6 +34,11 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("GaLoreAdamW", {"state_dtype": "int8", "weight_rounding": "compensated", "capturable": True}),
     # On parameters that are no factors; tests/optim/test_loro.py has the others.
     ("LOROAdamW", {}),
+    ("GaLoreAdafactor", {"scale_parameter": False}),
+    ("GaLoreAdafactor", {"beta1": 0.9, "moments": "rotate"}),
+    ("GaLoreAdafactor", {"beta1": 0.9, "moments": "align", "refresh": "svd"}),
+    ("GaLoreAdafactor", {"proj_type": "full", "beta1": 0.9}),
+    ("GaLoreAdafactor", {"capturable": True}),
 ]
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in kwargs.items())]) for name, kwargs in VARIANTS]
 

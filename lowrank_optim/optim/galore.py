@@ -185,7 +185,21 @@ class Tucker:
 TUCKER = Tucker()
 
 
-class GaLoreAdamW(LowRankOptimizer):
+class GaLore(LowRankOptimizer):
+    """What GaLore's optimizers share: a subclass names its rule and declares its arguments."""
+
+    subspace = TopSingular()
+    lift = Plain()
+
+    def subspace_of(self, param: Tensor, group: Group) -> Subspace:
+        """Tucker for tensors of more than two dimensions and for ``proj_type="full"``."""
+        several = param.ndim > 2 or group["proj_type"] == "full"
+        if several and group["rank"] is not None and TUCKER.compresses(param.shape, group):
+            return TUCKER
+        return super().subspace_of(param, group)
+
+
+class GaLoreAdamW(GaLore):
     """AdamW whose moments live in the dominant singular subspace of the gradient.
 
     For a weight W (m, n) with gradient G, at updates 1, 1 + gap, 1 + 2 gap, ... P becomes the ``rank`` dominant
@@ -237,9 +251,7 @@ class GaLoreAdamW(LowRankOptimizer):
     in the paper: eps stands beside the uncorrected sqrt(V), decay comes after the update, moments stay at a refresh.
     """
 
-    subspace = TopSingular()
     rule = Adam()
-    lift = Plain()
 
     def __init__(
         self,
@@ -283,10 +295,3 @@ class GaLoreAdamW(LowRankOptimizer):
                 "backend": backend,
             },
         )
-
-    def subspace_of(self, param: Tensor, group: Group) -> Subspace:
-        """Tucker for tensors of more than two dimensions and for ``proj_type="full"``."""
-        several = param.ndim > 2 or group["proj_type"] == "full"
-        if several and group["rank"] is not None and TUCKER.compresses(param.shape, group):
-            return TUCKER
-        return super().subspace_of(param, group)

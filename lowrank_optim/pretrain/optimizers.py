@@ -81,7 +81,8 @@ def build_optimizer(
     """The optimizer ``name`` over the trainable parameters of ``model``, which may be on the meta device.
 
     Ours compress the attention and MLP matrices that :func:`lowrank_optim.low_rank_groups` selects and give
-    the rest the full-rank rule, or train the layers of their parameterization; Muon takes the same matrices and leaves the rest to AdamW.
+    the rest the full-rank rule, or train the layers of their parameterization; Muon takes the same matrices and
+    leaves the rest to AdamW.
 
     Args:
         name: a class of ``lowrank_optim``, ``torch.optim`` or ``bitsandbytes.optim``, in this order.
