@@ -26,6 +26,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("GaLoreAdamW", {"proj_type": "right"}),
     ("GaLoreAdamW", {"proj_type": "full"}),
     ("GaLoreAdamW", {"capturable": True}),
+    ("GaLoreAdamW", {"refresh": "svd", "selection": "spectral"}),
     ("GaLoreAdamW", {"state_dtype": "bfloat16", "moments": "rotate"}),
     ("GaLoreAdamW", {"state_dtype": "int8", "moments": "rotate"}),
     ("GaLoreAdamW", {"state_dtype": "bfloat16", "capturable": True}),
@@ -39,6 +40,10 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("GaLoreAdafactor", {"beta1": 0.9, "moments": "align", "refresh": "svd"}),
     ("GaLoreAdafactor", {"proj_type": "full", "beta1": 0.9}),
     ("GaLoreAdafactor", {"capturable": True}),
+    ("GaLoreAdamW8bit", {}),
+    ("GaLoreAdamW8bit", {"weight_rounding": "stochastic"}),
+    ("QGaLoreAdamW8bit", {"queue_size": 1, "cos_threshold": 0.0}),
+    ("QGaLoreAdamW8bit", {"moments": "rotate", "quant_group_size": 7, "weight_rounding": "compensated"}),
 ]
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in kwargs.items())]) for name, kwargs in VARIANTS]
 

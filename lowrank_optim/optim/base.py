@@ -6,6 +6,8 @@ State of a parameter: plain tensors and ints under flat names.
     seed            the parameter's position over all groups: its source of randomness and of stagger
     left            whether the rows are the compressed axis (matrices only)
     basis, basis.k  orthonormal basis (d, rank) of the compressed axis; basis.k: of axis k of a tensor
+    basis.codes     uint8, two 4-bit values a byte, with basis.scale and basis.zero instead of ``basis`` (Q-GaLore)
+    gap, overlaps   updates between two refreshes, and the shares of the last bases that the next ones kept (Q-GaLore)
     exp_avg         first moment, in the subspace
     exp_avg_sq      second moment, in the subspace, real
     exp_avg.codes   uint8 codes, and exp_avg.scale fp32 scales, instead of exp_avg where ``state_dtype="int8"``
@@ -222,7 +224,9 @@ def refresh_due(state: State, group: Group) -> bool:
     With ``stagger`` the first is the same, the later ones are moved by a share of the gap that the golden
     ratio spreads evenly over the parameters. While a CUDA graph is being captured the answer is no.
     """
-    step, gap = state["step"], group["update_proj_gap"]
+    step = state["step"]
+    # A lazy subspace keeps a gap of its own.
+    gap = state.get("gap", group["update_proj_gap"])
     if isinstance(step, Tensor):
         if step.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
