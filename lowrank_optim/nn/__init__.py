@@ -2,6 +2,7 @@
 
 from lowrank_optim.nn.base import FactoredLinear, Parameterization
 from lowrank_optim.nn.convert import convert, merge, reset_parameters
+from lowrank_optim.nn.lost import LOST, LOSTLinear
 from lowrank_optim.nn.lowrank import (
     LORO,
     CoLA,
@@ -13,12 +14,15 @@ from lowrank_optim.nn.lowrank import (
     ReLoRA,
     ReLoRALinear,
 )
+from lowrank_optim.nn.sltrain import SLTrain, SLTrainLinear
 
 __all__ = [
     "LORO",
+    "LOST",
     "CoLA",
     "CoLALinear",
     "FactoredLinear",
+    "LOSTLinear",
     "LoRA",
     "LoRALinear",
     "LowRank",
@@ -26,6 +30,8 @@ __all__ = [
     "Parameterization",
     "ReLoRA",
     "ReLoRALinear",
+    "SLTrain",
+    "SLTrainLinear",
     "convert",
     "merge",
     "reset_parameters",
