@@ -13,7 +13,6 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     the backward pass.
     """
     device = weight.device.type
-    # The dtypes that autocast leaves alone.
-    if weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return weight.dtype
-    return torch.get_autocast_dtype(device)
+    # There is no autocast for meta tensors, and it leaves fp64 alone.
+    known = weight.dtype != torch.float64 and torch.amp.is_autocast_available(device)
+    return torch.get_autocast_dtype(device) if known and torch.is_autocast_enabled(device) else weight.dtype
