@@ -2,6 +2,7 @@
 
 from lowrank_optim.nn.base import FactoredLinear, Parameterization
 from lowrank_optim.nn.convert import convert, merge, reset_parameters
+from lowrank_optim.nn.lost import LOST, LOSTLinear
 from lowrank_optim.nn.lowrank import (
     LORO,
     CoLA,
@@ -14,12 +15,15 @@ from lowrank_optim.nn.lowrank import (
     ReLoRALinear,
 )
 from lowrank_optim.nn.restarts import MergeAndRestart, MomentumReset, WeightRefactorization
+from lowrank_optim.nn.sltrain import SLTrain, SLTrainLinear
 
 __all__ = [
     "LORO",
+    "LOST",
     "CoLA",
     "CoLALinear",
     "FactoredLinear",
+    "LOSTLinear",
     "LoRA",
     "LoRALinear",
     "LowRank",
@@ -29,6 +33,8 @@ __all__ = [
     "Parameterization",
     "ReLoRA",
     "ReLoRALinear",
+    "SLTrain",
+    "SLTrainLinear",
     "WeightRefactorization",
     "convert",
     "merge",
