@@ -1,0 +1,32 @@
+"""Linear layers whose weight is held in parts: factors, sparse values, singular triplets."""
+
+from lowrank_optim.nn.base import FactoredLinear, Parameterization
+from lowrank_optim.nn.convert import convert, merge, reset_parameters
+from lowrank_optim.nn.lowrank import (
+    LORO,
+    CoLA,
+    CoLALinear,
+    LoRA,
+    LoRALinear,
+    LowRank,
+    LowRankLinear,
+    ReLoRA,
+    ReLoRALinear,
+)
+
+__all__ = [
+    "LORO",
+    "CoLA",
+    "CoLALinear",
+    "FactoredLinear",
+    "LoRA",
+    "LoRALinear",
+    "LowRank",
+    "LowRankLinear",
+    "Parameterization",
+    "ReLoRA",
+    "ReLoRALinear",
+    "convert",
+    "merge",
+    "reset_parameters",
+]
