@@ -26,9 +26,16 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("GaLoreAdamW", {"proj_type": "right"}),
     ("GaLoreAdamW", {"proj_type": "full"}),
     ("GaLoreAdamW", {"capturable": True}),
+    # Its layers are tested in tests/optim/test_sst.py; here are ordinary parameters.
+    ("SSTAdamW", {}),
 ]
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in kwargs.items())]) for name, kwargs in VARIANTS]
 
 
+# The rank of a method over lowrank_optim.nn belongs to the layers.
+WITHOUT_RANK = {name for name, cls in OPTIMIZERS.items() if "rank" not in inspect.signature(cls).parameters}
+
+
 def build(name: str, params: Any, **kwargs: Any) -> LowRankOptimizer:
-    return OPTIMIZERS[name](params, **{"lr": 1e-2, "rank": 4, "update_proj_gap": 3, **kwargs})
+    rank = {} if name in WITHOUT_RANK else {"rank": 4}
+    return OPTIMIZERS[name](params, **{"lr": 1e-2, "update_proj_gap": 3, **rank, **kwargs})

@@ -13,9 +13,11 @@ from lowrank_optim.nn.lowrank import (
     ReLoRA,
     ReLoRALinear,
 )
+from lowrank_optim.nn.spectral import SST, SSTLinear
 
 __all__ = [
     "LORO",
+    "SST",
     "CoLA",
     "CoLALinear",
     "FactoredLinear",
@@ -26,6 +28,7 @@ __all__ = [
     "Parameterization",
     "ReLoRA",
     "ReLoRALinear",
+    "SSTLinear",
     "convert",
     "merge",
     "reset_parameters",

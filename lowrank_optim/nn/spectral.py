@@ -94,22 +94,24 @@ class SSTLinear(FactoredLinear):
             dtype = working_dtype(self.u.dtype)
             dense = torch.empty(self.out_features, self.in_features, device=self.u.device, dtype=dtype)
             normal_(dense, self.options.std, generator)
-            self.from_weight_(dense, generator)
+            self._take_(dense, generator)
         self.reset_bias_(generator)
 
     @torch.no_grad()
-    def from_weight_(self, weight: Tensor, generator: torch.Generator | None = None) -> None:
-        """Exact but for rounding; the sample to train is drawn from ``generator``, None being torch's default one.
+    def from_weight_(self, weight: Tensor) -> None:
+        """Exact but for rounding; which triplets train at first is drawn with a fixed seed.
 
         Raises:
             ValueError: a weight of another shape, or without a singular value decomposition.
         """
         check_weight(weight, self)
-        if not decompose_(self.parts, weight):
+        self._take_(weight, torch.Generator().manual_seed(0))
+
+    def _take_(self, weight: Tensor, generator: torch.Generator | None) -> None:
+        slots = draw_slots(self.s, self.options.rank, generator) if decompose_(self.parts, weight) else None
+        if slots is None:
             raise ValueError("Invalid weight: it has no singular value decomposition, expected finite values")
-        slots = draw_slots(self.s, self.options.rank, generator)
-        if slots is not None:
-            activate_(self.parts, slots)
+        activate_(self.parts, slots)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.options.rank}, enhanced={self.options.enhanced}"
