@@ -125,10 +125,10 @@ def test_decomposition_leaves_the_weight_and_sorts(dtype: torch.dtype) -> None:
 
 def test_draws_are_half_uniform_half_by_value() -> None:
     s = torch.tensor([6.0, 3.0, 1.0, 0.0, 0.0])
-    counts, g, n = torch.zeros(5), generator(), 20_000
+    counts, g, n = torch.zeros(5), generator(), 6_000
     for _ in range(n):
         counts[draw_slots(s, 1, g)] += 1
-    torch.testing.assert_close(counts / n, (0.2 + s / 10) / 2, rtol=0, atol=0.012)
+    torch.testing.assert_close(counts / n, (0.2 + s / 10) / 2, rtol=0, atol=0.02)
     assert draw_slots(torch.zeros(5), 5, g).tolist() == [0, 1, 2, 3, 4]
     assert draw_slots(torch.tensor([1.0, float("nan")]), 1, g) is None
 
