@@ -6,6 +6,7 @@ from lowrank_optim.optim.galore_8bit import GaLoreAdamW8bit
 from lowrank_optim.optim.groups import low_rank_groups
 from lowrank_optim.optim.loro import LOROAdamW, factor_groups
 from lowrank_optim.optim.qgalore import QGaLoreAdamW8bit
+from lowrank_optim.optim.sst import SSTAdamW, spectral_groups
 
 __all__ = [
     "GaLoreAdafactor",
@@ -13,7 +14,9 @@ __all__ = [
     "GaLoreAdamW8bit",
     "LOROAdamW",
     "QGaLoreAdamW8bit",
+    "SSTAdamW",
     "factor_groups",
     "low_rank_groups",
+    "spectral_groups",
 ]
 __version__ = "0.1.0"
