@@ -33,6 +33,9 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("GaLoreAdamW", {"weight_rounding": "stochastic", "proj_type": "full"}),
     ("GaLoreAdamW", {"weight_rounding": "compensated"}),
     ("GaLoreAdamW", {"state_dtype": "int8", "weight_rounding": "compensated", "capturable": True}),
+    # Their layers are tested in tests/optim/test_loro.py and test_sst.py; here are ordinary parameters.
+    ("LOROAdamW", {}),
+    ("SSTAdamW", {}),
     ("GaLoreAdafactor", {"scale_parameter": False}),
     ("GaLoreAdafactor", {"beta1": 0.9, "moments": "rotate"}),
     ("GaLoreAdafactor", {"beta1": 0.9, "moments": "align", "refresh": "svd"}),
@@ -63,5 +66,15 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in kwargs.items())]) for name, kwargs in VARIANTS]
 
 
+def accepts(name: str, key: str) -> bool:
+    """Whether a constructor has an argument."""
+    return key in inspect.signature(OPTIMIZERS[name]).parameters
+
+
+# The rank of a method over lowrank_optim.nn belongs to the layers.
+WITHOUT_RANK = {name for name in OPTIMIZERS if not accepts(name, "rank")}
+
+
 def build(name: str, params: Any, **kwargs: Any) -> LowRankOptimizer:
-    return OPTIMIZERS[name](params, **{"lr": 1e-2, "rank": 4, "update_proj_gap": 3, **kwargs})
+    rank = {} if name in WITHOUT_RANK else {"rank": 4}
+    return OPTIMIZERS[name](params, **{"lr": 1e-2, "update_proj_gap": 3, **rank, **kwargs})

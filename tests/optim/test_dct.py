@@ -120,14 +120,16 @@ def test_every_size_has_its_basis_and_none_is_in_the_state() -> None:
         assert state["exp_avg"].shape == (max(m, n), 4)
         indices = state["indices"].tolist()
         assert state["indices"].dtype == torch.int64
-        assert indices == sorted(set(indices)) and 0 <= indices[0] and indices[-1] < min(m, n)
+        assert indices == sorted(set(indices)) and indices[0] >= 0 and indices[-1] < min(m, n)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("basis", ["dct2", "dct3"])
 @pytest.mark.parametrize("shape", [(40, 16), (33, 17), (101, 64), (3, 2)])
 @pytest.mark.parametrize("left", [False, True])
-def test_scores_by_fft_equal_those_by_product(shape: tuple[int, int], left: bool, basis: str, dtype: torch.dtype) -> None:
+def test_scores_by_fft_equal_those_by_product(
+    shape: tuple[int, int], left: bool, basis: str, dtype: torch.dtype
+) -> None:
     tall = torch.randn(shape[::-1], dtype=dtype).mT if left else torch.randn(shape, dtype=dtype)
     by_fft = coefficients(tall, {"basis": basis, "similarity": "fft"})
     by_product = coefficients(tall, {"basis": basis, "similarity": "matmul"})

@@ -23,7 +23,8 @@ def best_columns(scored: Array, rank: int, ell_norm: int) -> NDArray[np.int64]:
 
 
 def dct_adamw(
-    weight: Array, grads: Sequence[Array], *, basis: Array, rank: int, gap: int, ell_norm: int, rotate: bool, feedback: bool,
+    weight: Array, grads: Sequence[Array], *,
+    basis: Array, rank: int, gap: int, ell_norm: int, rotate: bool, feedback: bool,
     lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
 ) -> tuple[list[Array], Array]:  # fmt: skip
     """The weight after every update, and the last error; both sides of the weight may be the smaller."""
@@ -64,7 +65,8 @@ def newton_schulz(x: Array, steps: int) -> Array:
 
 
 def trion(
-    weight: Array, grads: Sequence[Array], *, basis: Array, rank: int, gap: int, ell_norm: int, momentum: float, ns_steps: int,
+    weight: Array, grads: Sequence[Array], *,
+    basis: Array, rank: int, gap: int, ell_norm: int, momentum: float, ns_steps: int,
     scale: float, lr: float, weight_decay: float,
 ) -> list[Array]:  # fmt: skip
     """The weight after every update; the smaller side is compressed."""
