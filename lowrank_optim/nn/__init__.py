@@ -14,6 +14,7 @@ from lowrank_optim.nn.lowrank import (
     ReLoRA,
     ReLoRALinear,
 )
+from lowrank_optim.nn.restarts import MergeAndRestart, MomentumReset, WeightRefactorization
 from lowrank_optim.nn.sltrain import SLTrain, SLTrainLinear
 
 __all__ = [
@@ -27,11 +28,14 @@ __all__ = [
     "LoRALinear",
     "LowRank",
     "LowRankLinear",
+    "MergeAndRestart",
+    "MomentumReset",
     "Parameterization",
     "ReLoRA",
     "ReLoRALinear",
     "SLTrain",
     "SLTrainLinear",
+    "WeightRefactorization",
     "convert",
     "merge",
     "reset_parameters",

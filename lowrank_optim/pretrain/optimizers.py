@@ -6,7 +6,7 @@ import ast
 import difflib
 import importlib.util
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from lowrank_optim.pretrain.muon import MuonWithAdamW
 # LBFGS evaluates the loss several times a step, SparseAdam takes sparse gradients only, PytorchLARS is the
 # yardstick of bitsandbytes' own tests.
 _UNFIT = {"Optimizer", "LBFGS", "SparseAdam", "PytorchLARS"}
+# Ours that work on the layers of a parameterization, whose rank is the layer's: how each finds them.
+_LAYER_GROUPS: dict[str, Callable[[nn.Module], list[dict[str, Any]]]] = {"LOROAdamW": lowrank_optim.factor_groups}
 _WORDS = {"none": None, "true": True, "false": False}
 
 
@@ -43,12 +45,12 @@ def parse_optimizer_args(pairs: Sequence[str]) -> dict[str, Any]:
 
 def optimizer_names() -> list[str]:
     """Every NAME that :func:`build_optimizer` takes on this machine."""
-    return list(dict.fromkeys([*low_rank_names(), *_torch_classes(), *_bitsandbytes_classes()]))
+    return list(dict.fromkeys([*_own_classes(), *_torch_classes(), *_bitsandbytes_classes()]))
 
 
 def low_rank_names() -> list[str]:
-    """The optimizers of this package."""
-    return list(_own_classes())
+    """The optimizers of this package that take any model."""
+    return [name for name in _own_classes() if name not in _LAYER_GROUPS]
 
 
 def accepted_arguments(name: str) -> list[str]:
@@ -64,7 +66,7 @@ def accepted_arguments(name: str) -> list[str]:
         for parameter in inspect.signature(cls).parameters.values()
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     ]
-    selects = cls is MuonWithAdamW or name in _own_classes()
+    selects = cls is MuonWithAdamW or name in low_rank_names()
     return [key for key in named if key not in ("params", "hidden", "rest")] + ["targets"] * selects
 
 
@@ -79,7 +81,8 @@ def build_optimizer(
     """The optimizer ``name`` over the trainable parameters of ``model``, which may be on the meta device.
 
     Ours compress the attention and MLP matrices that :func:`lowrank_optim.low_rank_groups` selects and give
-    the rest the full-rank rule; Muon takes the same matrices and leaves the rest to AdamW.
+    the rest the full-rank rule, or train the layers of their parameterization; Muon takes the same matrices and
+    leaves the rest to AdamW.
 
     Args:
         name: a class of ``lowrank_optim``, ``torch.optim`` or ``bitsandbytes.optim``, in this order.
@@ -110,6 +113,8 @@ def build_optimizer(
     selection = {"targets": options.pop("targets")} if "targets" in options else {}
     try:
         if name in _own_classes():
+            if name in _LAYER_GROUPS:
+                return cls(_LAYER_GROUPS[name](model), **options)
             # In groups the key "rank" is the switch; the class's other options are defaults of every group.
             rank = options.pop("rank", inspect.signature(cls).parameters["rank"].default)
             return cls(lowrank_optim.low_rank_groups(model, rank=rank, **selection), **options)
@@ -150,7 +155,7 @@ def _resolve(name: str) -> type[torch.optim.Optimizer]:
     absent = importlib.util.find_spec("bitsandbytes") is None
     if absent and (name.endswith(("8bit", "32bit")) or name.startswith("Paged")):
         raise RuntimeError(f"{name} needs bitsandbytes, which is not installed: pip install bitsandbytes")
-    own = ", ".join(low_rank_names())
+    own = ", ".join(_own_classes())
     raise ValueError(
         f"Invalid optimizer: {name!r}, expected {own} or a class of torch.optim or bitsandbytes.optim"
         + nearest(name, optimizer_names())
