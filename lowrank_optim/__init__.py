@@ -2,7 +2,8 @@
 
 from lowrank_optim.optim.galore import GaLoreAdamW
 from lowrank_optim.optim.groups import low_rank_groups
+from lowrank_optim.optim.loro import LOROAdamW, factor_groups
 from lowrank_optim.optim.sst import SSTAdamW, spectral_groups
 
-__all__ = ["GaLoreAdamW", "SSTAdamW", "low_rank_groups", "spectral_groups"]
+__all__ = ["GaLoreAdamW", "LOROAdamW", "SSTAdamW", "factor_groups", "low_rank_groups", "spectral_groups"]
 __version__ = "0.1.0"

@@ -26,16 +26,25 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("GaLoreAdamW", {"proj_type": "right"}),
     ("GaLoreAdamW", {"proj_type": "full"}),
     ("GaLoreAdamW", {"capturable": True}),
-    # Its layers are tested in tests/optim/test_sst.py; here are ordinary parameters.
+    ("GaLoreAdamW", {"state_dtype": "bfloat16", "moments": "rotate"}),
+    ("GaLoreAdamW", {"state_dtype": "int8", "moments": "rotate"}),
+    ("GaLoreAdamW", {"state_dtype": "bfloat16", "capturable": True}),
+    ("GaLoreAdamW", {"weight_rounding": "stochastic", "proj_type": "full"}),
+    ("GaLoreAdamW", {"weight_rounding": "compensated"}),
+    ("GaLoreAdamW", {"state_dtype": "int8", "weight_rounding": "compensated", "capturable": True}),
+    # On parameters that are no factors; tests/optim/test_loro.py has the others.
+    ("LOROAdamW", {}),
+    # On ordinary parameters; tests/optim/test_sst.py has layers.
     ("SSTAdamW", {}),
 ]
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in kwargs.items())]) for name, kwargs in VARIANTS]
 
 
-# The rank of a method over lowrank_optim.nn belongs to the layers.
-WITHOUT_RANK = {name for name, cls in OPTIMIZERS.items() if "rank" not in inspect.signature(cls).parameters}
+def accepts(name: str, key: str) -> bool:
+    """Whether a constructor has an argument; those that work on layers with a rank of their own have no ``rank``."""
+    return key in inspect.signature(OPTIMIZERS[name]).parameters
 
 
 def build(name: str, params: Any, **kwargs: Any) -> LowRankOptimizer:
-    rank = {} if name in WITHOUT_RANK else {"rank": 4}
-    return OPTIMIZERS[name](params, **{"lr": 1e-2, "update_proj_gap": 3, **rank, **kwargs})
+    defaults = {"lr": 1e-2, "rank": 4, "update_proj_gap": 3}
+    return OPTIMIZERS[name](params, **{**{k: v for k, v in defaults.items() if accepts(name, k)}, **kwargs})

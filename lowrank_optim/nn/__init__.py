@@ -13,6 +13,7 @@ from lowrank_optim.nn.lowrank import (
     ReLoRA,
     ReLoRALinear,
 )
+from lowrank_optim.nn.restarts import MergeAndRestart, MomentumReset, WeightRefactorization
 from lowrank_optim.nn.spectral import SST, SSTLinear
 
 __all__ = [
@@ -25,10 +26,13 @@ __all__ = [
     "LoRALinear",
     "LowRank",
     "LowRankLinear",
+    "MergeAndRestart",
+    "MomentumReset",
     "Parameterization",
     "ReLoRA",
     "ReLoRALinear",
     "SSTLinear",
+    "WeightRefactorization",
     "convert",
     "merge",
     "reset_parameters",

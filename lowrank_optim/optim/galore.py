@@ -111,7 +111,7 @@ class TopSingular:
         """One GEMM that accumulates in the weight itself."""
         if isinstance(alpha, Tensor):
             low, alpha = low * alpha, 1.0
-        target.addmm_(low.to(target.dtype), state["basis"].mH, alpha=alpha)
+        target.addmm_(low.to(target.dtype), state["basis"].mH.to(target.dtype), alpha=alpha)
 
 
 def along_axis(tensor: Tensor, matrix: Tensor, axis: int) -> Tensor:
@@ -178,7 +178,7 @@ class Tucker:
         """target += alpha * (low expanded along every compressed axis)."""
         low = (low * alpha).to(target.dtype)
         for axis in self._axes(target, state):
-            low = along_axis(low, state[f"basis.{axis}"].conj(), axis)
+            low = along_axis(low, state[f"basis.{axis}"].conj().to(target.dtype), axis)
         target.add_(low)
 
 
@@ -219,6 +219,8 @@ class GaLoreAdamW(LowRankOptimizer):
         moments: "keep" (as published), "align" (kept; each new column's sign turned towards the old one's) or "rotate"
             (moved by the overlap of the two bases).
         stagger: spread the refreshes of the parameters over the gap instead of one step for all.
+        state_dtype: storage of the moments: "float32", "bfloat16" (stochastically rounded) or "int8" (blockwise).
+        weight_rounding: of bfloat16 weights: "nearest", "stochastic" or "compensated" (an int8 correction is kept).
         maximize: ascend.
         capturable: step counters on the device, for CUDA graphs; see :class:`LowRankOptimizer`.
         backend: None (Triton on CUDA where importable, else eager), "eager" or "triton".
@@ -254,6 +256,8 @@ class GaLoreAdamW(LowRankOptimizer):
         refresh: str = "power",
         moments: str = "keep",
         stagger: bool = False,
+        state_dtype: str = "float32",
+        weight_rounding: str = "nearest",
         maximize: bool = False,
         capturable: bool = False,
         backend: str | None = None,
@@ -272,6 +276,8 @@ class GaLoreAdamW(LowRankOptimizer):
                 "refresh": refresh,
                 "moments": moments,
                 "stagger": stagger,
+                "state_dtype": state_dtype,
+                "weight_rounding": weight_rounding,
                 "maximize": maximize,
                 "capturable": capturable,
                 "backend": backend,
