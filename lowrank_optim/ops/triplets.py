@@ -79,8 +79,8 @@ def activate_(parts: Triplets, slots: Tensor, *beside_s: Tensor) -> None:
     leaving, coming = (~stays).nonzero().flatten().to(device), slots[slots >= r].to(device)
     for trained, frozen in ((parts.u, parts.u_frozen), (parts.v, parts.v_frozen)):
         columns = trained[:, leaving]
-        trained[:, leaving] = frozen[:, coming - r]
-        frozen[:, coming - r] = columns
+        trained[:, leaving] = frozen[:, coming - r].to(trained.dtype)
+        frozen[:, coming - r] = columns.to(frozen.dtype)
     for vector in (parts.s, *beside_s):
         values = vector[leaving]
         vector[leaving] = vector[coming]

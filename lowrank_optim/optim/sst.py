@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,16 @@ from lowrank_optim.optim.base import (
     UNSCALED,
     Explanation,
     Group,
+    Lift,
     LowRankOptimizer,
     State,
     Subspace,
+    check_choice,
     check_positive_int,
 )
-from lowrank_optim.optim.rules import Adam
+from lowrank_optim.optim.moments import load_moment, store_moment_
+from lowrank_optim.optim.rules import MOMENT_KEYS, Adam
+from lowrank_optim.optim.storage import writable
 
 # Switches of the common loop that have one setting here: a sample is drawn on the host, for new moments.
 _FIXED = {"moments": "keep", "stagger": False, "capturable": False}
@@ -112,6 +117,8 @@ class SSTAdamW(LowRankOptimizer):
         samples_per_round: samples between two decompositions, >= 1; None is ceil(q / r).
         warmup: updates of the ramp, >= 0; None is a tenth of update_proj_gap.
         seed: of the draws; each depends on this, on the layer's position and on how many it drew before.
+        state_dtype: "float32", "bfloat16" or "int8", see :class:`lowrank_optim.optim.base.LowRankOptimizer`.
+        weight_rounding: "nearest", "stochastic" or "compensated", likewise.
         maximize: ascend.
         backend: None (Triton on CUDA where importable, else eager), "eager" or "triton".
 
@@ -143,6 +150,8 @@ class SSTAdamW(LowRankOptimizer):
         samples_per_round: int | None = None,
         warmup: int | None = None,
         seed: int = 0,
+        state_dtype: str = "float32",
+        weight_rounding: str = "nearest",
         maximize: bool = False,
         backend: str | None = None,
     ) -> None:
@@ -162,6 +171,8 @@ class SSTAdamW(LowRankOptimizer):
                 "samples_per_round": samples_per_round,
                 "warmup": warmup,
                 "seed": seed,
+                "state_dtype": state_dtype,
+                "weight_rounding": weight_rounding,
                 "maximize": maximize,
                 "backend": backend,
                 **_FIXED,
@@ -178,10 +189,7 @@ class SSTAdamW(LowRankOptimizer):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"Invalid {key}: {value!r}, expected a non-negative int")
         for key, only in _FIXED.items():
-            if group[key] != only:
-                raise ValueError(
-                    f"Invalid {key}: {group[key]!r}, expected {only!r}: {type(self).__name__} has no other"
-                )
+            check_choice(key, group[key], (only,))
         if group["rank"] is not None and not _is_layer(group["params"], group["rank"]):
             raise ValueError(
                 f"Invalid rank: {group['rank']}, expected None: the rank of SST belongs to the layers; "
@@ -221,51 +229,69 @@ class SSTAdamW(LowRankOptimizer):
             state["updates"] = 0
         return state
 
+    def update_(
+        self, target: Tensor, grad: Tensor, low: Tensor, subspace: Subspace, lift: Lift, state: State, group: Group
+    ) -> None:
+        """As the common loop's; then S is clamped and vectors are normalised, before either is rounded."""
+        super().update_(target, grad, low, subspace, lift, state, group)
+        if group["rank"] is None:
+            return
+        if target.ndim == 1:
+            target.clamp_(min=0)
+        else:
+            normalize_columns_(target)
+
     @torch.no_grad()
     def step_param(self, param: Tensor, group: Group) -> None:
         """Update one parameter; the last one of a layer to be updated also draws the layer's next sample."""
         super().step_param(param, group)
         if group["rank"] is None or param.grad is None:
             return
-        parts = Triplets(*group["params"])
-        if param is parts.s:
-            param.clamp_(min=0)
-        else:
-            normalize_columns_(param)
         # Unlike ``step`` this counts skipped updates too, so that the parts of a layer cannot come apart.
-        updates = self.state[param]["updates"] = self.state[param]["updates"] + 1
-        trained = [p for p in parts if p.requires_grad]
-        if updates % group["update_proj_gap"] == 0 and all(
-            self.state.get(p, {}).get("updates") == updates for p in trained
-        ):
+        self.state[param]["updates"] += 1
+        draw, rest = divmod(self.state[param]["updates"], group["update_proj_gap"])
+        counts = {self.state.get(p, {}).get("updates") for p in group["params"] if p.requires_grad}
+        if rest == 0 and len(counts) == 1:
             start = time.perf_counter()
-            self._draw(parts, updates // group["update_proj_gap"], group)
+            self._draw(draw, group)
             self.refresh_seconds += time.perf_counter() - start
 
-    def _draw(self, parts: Triplets, draw: int, group: Group) -> None:
+    def _draw(self, draw: int, group: Group) -> None:
         """Swap the sample number ``draw`` of a layer in, at the end of a round after a decomposition."""
-        per_round = group["samples_per_round"] or -(-parts.s.numel() // parts.u.shape[1])
-        state = self.state.get(parts.s, {})
-        if draw % per_round == 0:
-            if decompose_(parts, compose(parts)):
-                _zero_moments_(state)
-            else:
-                self._warn_once("kept singular vectors because a weight has no singular value decomposition")
-        position = next(self.state[p]["seed"] for p in parts if p in self.state)
+        states: list[State] = [self.state.get(p, {}) for p in group["params"]]
+        u, s, v = states[:3]
+        position = next(state["seed"] for state in states if state)
         mixed = np.random.SeedSequence([group["seed"], position, draw]).generate_state(1, np.uint64)[0]
-        slots = draw_slots(parts.s, parts.u.shape[1], torch.Generator().manual_seed(int(mixed >> np.uint64(1))))
-        if slots is None:
-            self._warn_once("kept a sample because singular values are not finite")
-            return
-        activate_(parts, slots, *([state["exp_avg"], state["exp_avg_sq"]] if state else []))
-        for p in (parts.u, parts.v):
-            _zero_moments_(self.state.get(p, {}))
+        generator = torch.Generator().manual_seed(int(mixed >> np.uint64(1)))
+        with ExitStack() as stack:
+            parts = Triplets(
+                *(
+                    stack.enter_context(writable(p, state, group["weight_rounding"])) if state else p
+                    for p, state in zip(group["params"], states)
+                )
+            )
+            if draw % (group["samples_per_round"] or -(-parts.s.numel() // group["rank"])) == 0:
+                if decompose_(parts, compose(parts)):
+                    _zero_moments_(s)
+                else:
+                    self._warn_once("kept singular vectors because a weight has no singular value decomposition")
+            slots = draw_slots(parts.s, group["rank"], generator)
+            if slots is None:
+                self._warn_once("kept a sample because singular values are not finite")
+                return
+            moments = {key: load_moment(s, key, parts.s.dtype) for key in MOMENT_KEYS if s}
+            activate_(parts, slots, *moments.values())
+            for key, moment in moments.items():
+                store_moment_(s, key, moment)
+            _zero_moments_(u)
+            _zero_moments_(v)
 
 
 def _zero_moments_(state: State) -> None:
+    for key, value in state.items():
+        if key.startswith(MOMENT_KEYS):
+            value.zero_()
     if state:
-        state["exp_avg"].zero_()
-        state["exp_avg_sq"].zero_()
         state["step"] = 0
 
 

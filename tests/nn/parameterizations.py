@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim.nn import LORO, CoLA, LoRA, LowRank, Parameterization, ReLoRA
+from lowrank_optim.nn import LORO, SST, CoLA, LoRA, LowRank, Parameterization, ReLoRA
 
 
 class Variant(NamedTuple):
@@ -26,6 +26,8 @@ VARIANTS = {
     "CoLA-none": Variant(CoLA(rank=4, act="none")),
     "LoRA": Variant(LoRA(rank=4), dense=True),
     "ReLoRA": Variant(ReLoRA(rank=4), dense=True),
+    # The enhanced gradient is none that finite differences know; tests/nn/test_spectral.py has it.
+    "SST": Variant(SST(rank=4, enhanced=False)),
 }
 
 

@@ -1,6 +1,6 @@
-"""A small model with SST layers and its training, also as a process of its own: it resumes a file into another.
+"""A small model with SST layers and its training, also as a process of its own that resumes files into others.
 
-python sst_training.py CHECKPOINT STEPS RESULT
+python -m tests.nn.sst_training LAST_STEP FILE ...    writes FILE.end
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ def save(path: str, model: nn.Module, optimizer: torch.optim.Optimizer, step: in
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    source, steps, target = sys.argv[1:]
-    saved = torch.load(source, weights_only=True)
-    # Another seed: whatever is not in the file would differ.
-    model, optimizer = make(seed=5, dtype=saved["model"]["head.weight"].dtype)
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    last = saved["step"] + int(steps)
-    train(model, optimizer, saved["step"], last)
-    save(target, model, optimizer, last)
+    last = int(sys.argv[1])
+    for path in sys.argv[2:]:
+        saved = torch.load(path, weights_only=True)
+        # Another seed: whatever is not in the file would differ.
+        model, optimizer = make(seed=5, dtype=saved["model"]["head.weight"].dtype)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        train(model, optimizer, saved["step"], last)
+        save(f"{path}.end", model, optimizer, last)

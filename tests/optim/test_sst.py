@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lowrank_optim import SSTAdamW, spectral_groups
 from lowrank_optim.memory.plan import init_state_
 from lowrank_optim.nn import SST, SSTLinear, convert
+from lowrank_optim.ops.rounding import join_24_bits
 from lowrank_optim.ops.triplets import Triplets, compose
 from lowrank_optim.pretrain.optimizers import build_optimizer
 from tests.nn.sst_training import GAP, RANK, ROUND, Toy, loss_of, make, save, train
@@ -195,28 +196,68 @@ def test_it_learns_beyond_its_rank() -> None:
     assert float((layer.dense_weight() - teacher).norm()) < 0.2 * float(tail)
 
 
-@pytest.mark.parametrize(
-    ("at", "dtype"), [(3, torch.float32), (GAP, torch.bfloat16), (GAP * ROUND, torch.float32)], ids=str
-)
-def test_resumed_in_a_new_process_is_bit_identical(tmp_path: Path, at: int, dtype: torch.dtype) -> None:
+def test_resumed_in_a_new_process_is_bit_identical(tmp_path: Path) -> None:
     # Every run passes draws and a decomposition after the file was written.
     last = 2 * GAP * ROUND + 2
-    model, optimizer = make(dtype=dtype)
-    train(model, optimizer, 0, at)
-    save(str(tmp_path / "middle.pt"), model, optimizer, at)
-    train(model, optimizer, at, last)
-    script = str(ROOT / "tests" / "nn" / "sst_training.py")
+    runs = {}
+    for at, dtype in ((3, torch.float32), (GAP, torch.bfloat16), (GAP * ROUND - 1, torch.float32)):
+        path = str(tmp_path / f"{at}.pt")
+        model, optimizer = make(dtype=dtype)
+        train(model, optimizer, 0, at)
+        save(path, model, optimizer, at)
+        train(model, optimizer, at, last)
+        runs[path] = (model, optimizer)
+    # One process for all, because importing torch takes longer than everything else.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    arguments = [str(tmp_path / "middle.pt"), str(last - at), str(tmp_path / "end.pt")]
-    subprocess.run([sys.executable, script, *arguments], check=True, env=environment, cwd=tmp_path)
-    resumed = torch.load(tmp_path / "end.pt", weights_only=True)
-    assert resumed["model"].keys() == model.state_dict().keys()
-    for key, value in model.state_dict().items():
-        assert torch.equal(resumed["model"][key], value), key
-    for key, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            other = resumed["optimizer"]["state"][key][name]
-            assert torch.equal(other, value) if isinstance(value, Tensor) else other == value
+    command = [sys.executable, "-m", "tests.nn.sst_training", str(last), *runs]
+    subprocess.run(command, check=True, env=environment, cwd=ROOT)
+    for path, (model, optimizer) in runs.items():
+        resumed = torch.load(f"{path}.end", weights_only=True)
+        assert resumed["model"].keys() == model.state_dict().keys()
+        for key, value in model.state_dict().items():
+            assert torch.equal(resumed["model"][key], value), key
+        for key, state in optimizer.state_dict()["state"].items():
+            for name, value in state.items():
+                other = resumed["optimizer"]["state"][key][name]
+                assert torch.equal(other, value) if isinstance(value, Tensor) else other == value
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"state_dtype": "bfloat16"},
+        {"state_dtype": "int8"},
+        {"weight_rounding": "stochastic"},
+        {"weight_rounding": "compensated", "state_dtype": "int8"},
+    ],
+    ids=str,
+)
+def test_stored_in_fewer_bits_it_learns_and_resumes(options: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # So that the moments of these small layers are quantized too.
+    monkeypatch.setattr("lowrank_optim.optim.moments.MIN_8BIT_SIZE", 1)
+    model, optimizer = make(dtype=torch.bfloat16, **options)
+    losses = train(model, optimizer, 0, GAP - 1)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    losses += train(model, optimizer, GAP - 1, 2 * ROUND * GAP + 3)
+    assert sum(losses[-5:]) < sum(losses[:5]) - 2.5
+    other, resumed = make(seed=5, dtype=torch.bfloat16, **options)
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    train(other, resumed, GAP - 1, 2 * ROUND * GAP + 3)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters()))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_compensated_weights_keep_24_bits_over_draws() -> None:
+    model, optimizer = make(dtype=torch.bfloat16, weight_rounding="compensated")
+    for step in range(2 * GAP):
+        train(model, optimizer, step, step + 1)
+        for layer in layers(model):
+            for p in (layer.u, layer.v):
+                lengths = join_24_bits(p.detach(), optimizer.state[p]["weight_correction"]).norm(dim=0)
+                # A frozen vector that comes in has the 8 bits of bfloat16 until its first update.
+                atol = 1e-4 if (step + 1) % GAP else 1e-2
+                torch.testing.assert_close(lengths, torch.ones(RANK), rtol=0, atol=atol)
 
 
 def test_the_seed_decides_the_draws() -> None:
@@ -337,7 +378,7 @@ def test_clear_errors() -> None:
         ({"samples_per_round": 0}, "Invalid samples_per_round: 0"),
         ({"warmup": -1}, "Invalid warmup: -1, expected a non-negative int"),
         ({"seed": 0.5}, "Invalid seed: 0.5"),
-        ({"moments": "rotate"}, "Invalid moments: 'rotate', expected 'keep'"),
+        ({"moments": "rotate"}, "Invalid moments: 'rotate', expected one of 'keep'"),
     ]:
         with pytest.raises(ValueError, match=message):
             SSTAdamW([{**groups[0], **change}])
