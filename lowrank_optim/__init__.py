@@ -1,7 +1,9 @@
 """Memory-efficient LLM pretraining: exact low-rank optimizers behind torch.optim APIs."""
 
+from lowrank_optim.optim.apollo import APOLLOAdamW, APOLLOMini
+from lowrank_optim.optim.fira import FiraAdamW
 from lowrank_optim.optim.galore import GaLoreAdamW
 from lowrank_optim.optim.groups import low_rank_groups
 
-__all__ = ["GaLoreAdamW", "low_rank_groups"]
+__all__ = ["APOLLOAdamW", "APOLLOMini", "FiraAdamW", "GaLoreAdamW", "low_rank_groups"]
 __version__ = "0.1.0"
