@@ -244,6 +244,8 @@ class LowRankOptimizer(Optimizer):
     subspace: Subspace
     rule: Rule
     lift: Lift
+    # Where each authors' code has it: (1 - lr wd) W - update, or (1 - lr wd) (W - update).
+    decay_first: bool = False
     # Wall time spent in refreshes. A class attribute, because Optimizer.__getstate__ keeps neither this
     # nor the set of warnings given.
     refresh_seconds: float = 0.0
@@ -277,7 +279,7 @@ class LowRankOptimizer(Optimizer):
         check_range("weight_decay", group["weight_decay"], low=0.0)
         check_positive_int("rank", group["rank"], optional=True)
         check_positive_int("update_proj_gap", group["update_proj_gap"])
-        check_choice("moments", group["moments"], MOMENTS)
+        check_choice("moments", group.get("moments", "keep"), MOMENTS)
         check_choice("backend", group["backend"], BACKENDS)
         for part in (self.subspace, self.rule, self.lift):
             part.validate(group)
@@ -298,6 +300,10 @@ class LowRankOptimizer(Optimizer):
         if group["rank"] is not None and self.subspace.compresses(param.shape, group):
             return self.subspace
         return IDENTITY
+
+    def rule_of(self, subspace: Subspace) -> Rule:
+        """The rule of the parameters in this subspace; those of :data:`IDENTITY` may have one of their own."""
+        return self.rule
 
     def explain(self) -> list[Explanation]:
         """Which parameter gets which method and why, in the order of the groups."""
@@ -324,7 +330,7 @@ class LowRankOptimizer(Optimizer):
         state["seed"] = next(i for i, other in enumerate(everyone) if other is param)
         subspace = self.subspace_of(param, group)
         shape = subspace.init(param, state, group)
-        self.rule.init(subspace.orient(param, state), shape, state, group)
+        self.rule_of(subspace).init(subspace.orient(param, state), shape, state, group)
         if subspace is not IDENTITY:
             self.lift.init(param, subspace, state, group)
         return state
@@ -380,17 +386,23 @@ class LowRankOptimizer(Optimizer):
             self._warn_once("skipped an update because of a non-finite gradient")
             return
         state["step"] += 1
-        direction = self.rule.direction(low, state, group)
-        alpha = group["lr"] * self.rule.correction(state["step"], group)
+        rule = self.rule_of(subspace)
+        direction = rule.direction(low, state, group)
+        alpha = group["lr"] * rule.correction(state["step"], group)
         # Every direction is odd in the gradient, so ascent is descent with the sign turned.
         alpha = alpha if group["maximize"] else -alpha
+        decays = group["weight_decay"] != 0
+        if decays and self.decay_first:
+            target.mul_(1 - group["lr"] * group["weight_decay"])
         lift.apply_(target, grad, low, direction, subspace, state, group, alpha=alpha)
-        if group["weight_decay"] != 0:
+        if decays and not self.decay_first:
             target.mul_(1 - group["lr"] * group["weight_decay"])
 
     def _refresh(self, subspace: Subspace, grad: Tensor, state: State, group: Group) -> bool:
         """Renew the basis; False where there is no usable basis, so that the update must be skipped."""
-        largest = float(grad.abs().amax())
+        # aminmax, unlike abs(), makes no copy of the gradient.
+        extremes = torch.aminmax(torch.view_as_real(grad) if grad.is_complex() else grad)
+        largest = float(torch.stack(extremes).abs().amax())
         if not math.isfinite(largest):
             self._warn_once("skipped an update because of a non-finite gradient")
             return False
@@ -399,7 +411,7 @@ class LowRankOptimizer(Optimizer):
         started = int(state["step"]) > 0
         renewed, overlap = subspace.refresh(grad, state, group) if largest > 0 else Refresh(renewed=False)
         if overlap is not None and started:
-            self.rule.transport(state, overlap, group)
+            self.rule_of(subspace).transport(state, overlap, group)
         self.refresh_seconds += time.perf_counter() - start
         if largest > 0 and not renewed:
             self._warn_once("kept an old basis because no new one could be computed")
