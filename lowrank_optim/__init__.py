@@ -2,8 +2,9 @@
 
 from lowrank_optim.optim.apollo import APOLLOAdamW, APOLLOMini
 from lowrank_optim.optim.fira import FiraAdamW
+from lowrank_optim.optim.frugal import FRUGALAdamW
 from lowrank_optim.optim.galore import GaLoreAdamW
 from lowrank_optim.optim.groups import low_rank_groups
 
-__all__ = ["APOLLOAdamW", "APOLLOMini", "FiraAdamW", "GaLoreAdamW", "low_rank_groups"]
+__all__ = ["APOLLOAdamW", "APOLLOMini", "FRUGALAdamW", "FiraAdamW", "GaLoreAdamW", "low_rank_groups"]
 __version__ = "0.1.0"

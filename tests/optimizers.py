@@ -26,6 +26,23 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("GaLoreAdamW", {"proj_type": "right"}),
     ("GaLoreAdamW", {"proj_type": "full"}),
     ("GaLoreAdamW", {"capturable": True}),
+    ("FiraAdamW", {}),
+    ("FiraAdamW", {"residual": "paper", "proj_type": "reverse_std"}),
+    ("FiraAdamW", {"limiter_gamma": None, "moments": "rotate"}),
+    ("FiraAdamW", {"capturable": True, "residual": "paper"}),
+    ("APOLLOAdamW", {}),
+    ("APOLLOAdamW", {"proj": "svd", "scale_front": True, "proj_type": "left"}),
+    ("APOLLOAdamW", {"scale_type": "tensor", "stagger": True}),
+    ("APOLLOAdamW", {"moments": "rotate"}),
+    ("APOLLOAdamW", {"moments": "align", "limiter_gamma": None}),
+    ("APOLLOAdamW", {"capturable": True}),
+    ("APOLLOMini", {"scale": 2.0}),
+    ("FRUGALAdamW", {}),
+    ("FRUGALAdamW", {"projection": "svd", "stagger": True}),
+    ("FRUGALAdamW", {"projection": "random", "reset_moments": False, "moments": "align"}),
+    ("FRUGALAdamW", {"reset_moments": False, "moments": "rotate"}),
+    ("FRUGALAdamW", {"density": 0.4, "inactive_lr_scale": 0.1, "proj_type": "right"}),
+    ("FRUGALAdamW", {"capturable": True}),
 ]
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in kwargs.items())]) for name, kwargs in VARIANTS]
 

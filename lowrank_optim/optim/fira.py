@@ -10,7 +10,7 @@ from torch import Tensor
 from lowrank_optim.optim.base import Group, LowRankOptimizer, State, Subspace, check_choice, check_range
 from lowrank_optim.optim.galore import TopSingular
 from lowrank_optim.optim.rules import Adam
-from lowrank_optim.optim.scaling import Factors, GrowthLimiter, add_scaled_, factors, on_host, row_norms
+from lowrank_optim.optim.scaling import Factors, GrowthLimiter, add_scaled_, factors, row_norms
 
 RESIDUALS = ("reference", "paper")
 ADAM = Adam()
@@ -63,11 +63,11 @@ class Residual(GrowthLimiter):
             seen = norm * ADAM.correction(state["step"], group)
         factor = scaling.phi * (self.limit(seen, scaling.direction, state, group) * outer * alpha)
         inside = torch.addcmul(direction * (strength * alpha), low, factor, value=-inner)
-        if on_host(grad) and torch.finfo(target.dtype).bits >= 32:
+        if torch.finfo(target.dtype).bits >= 32:
             subspace.add_up_(target, inside, state, group, alpha=1.0)
             add_scaled_(target, grad, factor)
             return
-        # A matrix for the sum: elsewhere the gradient must be masked, and a low-precision weight rounded once only.
+        # The sum first, so that a low-precision weight is rounded once; the mask as in add_scaled_.
         update = torch.where(factor != 0, grad, 0).mul_(factor)
         subspace.add_up_(update, inside, state, group, alpha=1.0)
         target.add_(update)

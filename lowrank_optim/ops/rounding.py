@@ -1,0 +1,65 @@
+"""Rounding fp32 to fewer bits, stochastically: up with the probability of the part that is cut off."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def random_bits(like: Tensor, key: int | Tensor) -> Tensor:
+    """32 random bits for every element of ``like``, as int32, a function of ``key`` and the element's position alone.
+
+    A counter-based hash instead of a generator: the same on every device, on every rank and after a resume, usable
+    inside a CUDA graph and under ``torch.compile``. The mixing constants are those of ``lowbias32``
+    (Wellons 2018, nullprogram.com/blog/2018/07/31); the first multiplier is 2^32 / golden ratio.
+
+    Args:
+        like: gives shape and device.
+        key: an int or a 0-d int32 tensor.
+    """
+    bits = torch.arange(like.numel(), dtype=torch.int32, device=like.device).mul_(-0x61C88647)
+    bits.bitwise_xor_(key if isinstance(key, Tensor) else _wrap(key))
+    for shift, factor in ((16, 0x7FEB352D), (15, -0x7B935975), (16, None)):
+        # int32 shifts repeat the sign; the mask makes a logical shift of it.
+        bits.bitwise_xor_((bits >> shift).bitwise_and_((1 << (32 - shift)) - 1))
+        if factor is not None:
+            bits.mul_(factor)
+    return bits.view(like.shape)
+
+
+def mix_key(seed: int, step: int | Tensor, salt: int) -> int | Tensor:
+    """A key for :func:`random_bits` from a parameter's seed, its step and a number for the tensor's role."""
+    constant = _wrap(seed * 0x85EBCA6B + salt * 0xC2B2AE35)
+    if isinstance(step, Tensor):
+        return step.to(torch.int32) * 0x27D4EB2F + constant
+    return _wrap(step * 0x27D4EB2F + constant)
+
+
+def _wrap(value: int) -> int:
+    """``value`` modulo 2^32, as a signed 32-bit number."""
+    return (value + 2**31) % 2**32 - 2**31
+
+
+def round_to_bfloat16(values: Tensor, key: int | Tensor) -> Tensor:
+    """``values`` (fp32) in bfloat16, rounded stochastically; the mean over keys is the value itself."""
+    noise = random_bits(values, key).bitwise_and_(0xFFFF)
+    # Signs and magnitudes lie apart in a float, so this adds to the magnitude, whatever the sign.
+    return ((values.view(torch.int32) + noise) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def split_24_bits(values: Tensor, key: int | Tensor) -> tuple[Tensor, Tensor]:
+    """``values`` (fp32) as the nearest bfloat16 and an int8 correction, 24 bits together.
+
+    The correction counts units of the lowest of the 24 bits (8 exponent, 15 fraction bits); the 8 bits below are
+    rounded stochastically. The idea of FlashOptim (arXiv 2602.23349); :func:`join_24_bits` is the inverse.
+    """
+    noise = random_bits(values, key).bitwise_and_(0xFF)
+    word = (values.view(torch.int32) + noise) >> 8
+    high = (word + 128) >> 8
+    return high.to(torch.int16).view(torch.bfloat16), (word - (high << 8)).to(torch.int8)
+
+
+def join_24_bits(high: Tensor, correction: Tensor) -> Tensor:
+    """fp32 values from a bfloat16 and an int8 tensor of the same shape."""
+    word = (high.view(torch.int16).to(torch.int32) << 8) + correction.to(torch.int32)
+    return (word << 8).view(torch.float32)
