@@ -6,8 +6,12 @@ State of a parameter: plain tensors and ints under flat names.
     seed            the parameter's position over all groups: its source of randomness and of stagger
     left            whether the rows are the compressed axis (matrices only)
     basis, basis.k  orthonormal basis (d, rank) of the compressed axis; basis.k: of axis k of a tensor
+    indices         int64 (rank,), the columns that a basis of columns consists of
+    refreshes       how many bases were drawn; with ``seed`` it determines a random basis that is not stored
     exp_avg         first moment, in the subspace
     exp_avg_sq      second moment, in the subspace, real
+    update_norm     norm of the last update, 0-d, for the growth limiter
+    reset_step      the step after which the moments last were zero
 """
 
 from __future__ import annotations

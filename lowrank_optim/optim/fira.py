@@ -10,32 +10,23 @@ from torch import Tensor
 from lowrank_optim.optim.base import Group, LowRankOptimizer, State, Subspace, check_choice, check_range
 from lowrank_optim.optim.galore import TopSingular
 from lowrank_optim.optim.rules import Adam
-from lowrank_optim.optim.scaling import Factors, GrowthLimiter, add_scaled_, factors, row_norms
+from lowrank_optim.optim.scaling import Factors, GrowthLimiter, add_scaled_, factors, on_host, row_norms
 
 RESIDUALS = ("reference", "paper")
 ADAM = Adam()
 
 
-def residual_norm(scaling: Factors, grad: Tensor, low: Tensor, basis: Tensor, inner: float) -> Tensor:
+def residual_norm(scaling: Factors, grad: Tensor, inner: float) -> Tensor:
     """||phi (G - inner R Pᴴ)||, 0-d, from the norms of rows: the residual itself is never formed.
 
-    With R = G P, row by row ||g - inner r Pᴴ||² = ||g||² - 2 inner ||r||² + inner² ||r Pᴴ||².
+    With R = G P and orthonormal P, row by row ||g - inner r Pᴴ||² = ||g||² - inner (2 - inner) ||r||².
 
     Args:
         scaling: of R.
         grad: G, (rows, d).
-        low: R, (rows, rank).
-        basis: P, (d, rank).
     """
-    low_sq = scaling.low.square()
-    lifted_sq = low_sq
-    if torch.finfo(basis.dtype).eps > 1e-3:
-        # Rounded to bfloat16, a basis is orthonormal to 2e-3 only.
-        wide = scaling.phi.dtype if not basis.is_complex() else low.dtype
-        basis, low = basis.to(wide), low.to(wide)
-        lifted_sq = ((low @ (basis.mH @ basis)) * low.conj()).real.sum(-1, keepdim=True)
     # The difference of nearly equal numbers where hardly anything lies outside: never below zero.
-    outside = (row_norms(grad).square() - 2 * inner * low_sq + inner**2 * lifted_sq).clamp_min(0)
+    outside = (row_norms(grad).square() - inner * (2 - inner) * scaling.low.square()).clamp_min(0)
     return (scaling.phi.square() * outside).sum().sqrt()
 
 
@@ -48,27 +39,36 @@ class Residual(GrowthLimiter):
         check_range("alpha", group["alpha"], low=0.0)
         check_choice("residual", group["residual"], RESIDUALS)
 
+    def factor(self, norm: Tensor, scaling: Factors, state: State, group: Group) -> Tensor:
+        """What multiplies the residual, (rows, 1): phi, limited, in "paper" times alpha."""
+        paper = group["residual"] == "paper"
+        # There the limiter looks at the update after bias correction.
+        seen = norm * ADAM.correction(state["step"], group) if paper else norm
+        release = self.limit(seen, scaling.direction, state, group)
+        return scaling.phi * (release * group["alpha"] if paper else release)
+
     def apply_(
         self, target: Tensor, grad: Tensor, low: Tensor, direction: Tensor, subspace: Subspace,
         state: State, group: Group, *, alpha: float | Tensor,
     ) -> None:  # fmt: skip
-        """One product with the basis: up(a N) + phi (G - b up(R)) = up(a N - b phi R) + phi G."""
+        """One product with the basis where it is orthonormal: up(a N) + f (G - b up(R)) = up(a N - b f R) + f G."""
         scaling = factors(low, direction)
-        strength = group["alpha"]
-        inner, outer = (strength, 1.0) if group["residual"] == "reference" else (1.0, strength)
-        norm = residual_norm(scaling, grad, low, state["basis"], inner)
-        seen = norm
-        if group["residual"] == "paper":
-            # There the limiter looks at the update after bias correction.
-            seen = norm * ADAM.correction(state["step"], group)
-        factor = scaling.phi * (self.limit(seen, scaling.direction, state, group) * outer * alpha)
-        inside = torch.addcmul(direction * (strength * alpha), low, factor, value=-inner)
-        if torch.finfo(target.dtype).bits >= 32:
-            subspace.add_up_(target, inside, state, group, alpha=1.0)
+        inner = group["alpha"] if group["residual"] == "reference" else 1.0
+        inside = direction * (group["alpha"] * alpha)
+        if torch.finfo(state["basis"].dtype).bits >= 32:
+            factor = self.factor(residual_norm(scaling, grad, inner), scaling, state, group) * alpha
+            subspace.add_up_(target, inside.addcmul_(low, factor, value=-inner), state, group, alpha=1.0)
             add_scaled_(target, grad, factor)
             return
-        # The sum first, so that a low-precision weight is rounded once; the mask as in add_scaled_.
-        update = torch.where(factor != 0, grad, 0).mul_(factor)
+        # In bfloat16 the basis is orthonormal to 2e-3 and R good to 2^-9, too little for the difference of two norms
+        # or of two large updates. So here the residual is formed, and what it becomes is added to the weight once.
+        update = grad.clone()
+        subspace.add_up_(update, low, state, group, alpha=-inner)
+        norm = torch.linalg.vector_norm(scaling.phi * row_norms(update))
+        factor = self.factor(norm, scaling, state, group) * alpha
+        update.mul_(factor)
+        if not on_host(grad):
+            update.masked_fill_(factor == 0, 0)
         subspace.add_up_(update, inside, state, group, alpha=1.0)
         target.add_(update)
 

@@ -40,30 +40,44 @@ def test_the_formulas_of_the_paper(shape: tuple[int, int], residual: str, gamma:
         torch.testing.assert_close(p.detach(), after, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.complex64], ids=str)
 @pytest.mark.parametrize("inner", [0.25, 1.0])
 def test_residual_norm_without_the_residual(dtype: torch.dtype, inner: float) -> None:
     grad = torch.randn(40, 24, dtype=dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    basis = torch.linalg.qr(torch.randn(24, 8, dtype=wide)).Q.to(dtype)
+    basis = torch.linalg.qr(torch.randn(24, 8, dtype=dtype)).Q
     low = grad @ basis
-    direction = torch.randn(40, 8, dtype=wide)
-    exact = {key: value.to(torch.promote_types(dtype, torch.float64)) for key, value in
-             {"grad": grad, "low": low, "basis": basis}.items()}  # fmt: skip
-    scaling = factors(low, direction)
-    explicit = scaling.phi.double() * (exact["grad"] - inner * exact["low"] @ exact["basis"].mH)
-    ours = residual_norm(scaling, grad, low, basis, inner)
-    # R itself is rounded to bfloat16, so R = G P holds to 2^-9 only.
-    tolerance = {torch.float64: 1e-13, torch.bfloat16: 1e-3}.get(dtype, 2e-6)
-    torch.testing.assert_close(ours.double(), torch.linalg.vector_norm(explicit), rtol=tolerance, atol=0)
+    scaling = factors(low, torch.randn(40, 8, dtype=dtype))
+    explicit = torch.linalg.vector_norm(scaling.phi * (grad - inner * low @ basis.mH))
+    torch.testing.assert_close(residual_norm(scaling, grad, inner), explicit, rtol=2e-6, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_residual_norm_is_a_number_where_rounding_makes_more_inside_than_there_is() -> None:
+    scaling = factors(torch.full((2, 3), 1.0), torch.ones(2, 3))
+    assert float(residual_norm(scaling, torch.full((2, 3), 1.0 - 1e-7), 1.0)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_which_bases_count_as_orthonormal(dtype: torch.dtype) -> None:
-    """residual_norm takes PᵀP = I for dtypes with an eps below 1e-3; the others are off by more than that."""
+    """32 bits and more are orthonormal to 1e-3, so that norms need no residual; bfloat16 is not."""
     basis = torch.linalg.qr(torch.randn(512, 128)).Q.to(dtype).double()
     off = torch.linalg.matrix_norm(basis.mT @ basis - torch.eye(128, dtype=torch.float64), ord=2)
-    assert (float(off) < 1e-3) == (torch.finfo(dtype).eps < 1e-3)
+    assert (float(off) < 1e-3) == (torch.finfo(dtype).bits >= 32)
+
+
+def test_a_small_residual_survives_bfloat16() -> None:
+    """With 0.1 % of the energy outside, the identity would see thirty times the norm, the fused sum mostly noise."""
+    inside = torch.linalg.qr(torch.randn(64, 4)).Q
+    grad = (torch.randn(96, 4) @ inside.mT + 0.03 * torch.randn(96, 64) / 8).bfloat16()
+    weights = []
+    for dtype in (torch.float64, torch.bfloat16):
+        p = nn.Parameter(torch.zeros(96, 64, dtype=dtype))
+        optimizer = FiraAdamW([p], lr=1.0, rank=4, residual="paper", refresh="svd", alpha=1.0)
+        step_with(optimizer, p, grad.to(dtype))
+        basis = torch.linalg.svd(grad.double(), full_matrices=False).Vh[:4].mT
+        weights.append((p.detach().double() @ (torch.eye(64) - basis @ basis.mT), optimizer.state[p]["update_norm"]))
+    (exact, exact_norm), (ours, norm) = weights
+    torch.testing.assert_close(norm.double(), exact_norm, rtol=0.05, atol=0)
+    assert float((ours - exact).norm() / exact.norm()) < 0.2
 
 
 def test_a_gradient_inside_the_subspace_has_no_residual() -> None:
@@ -96,7 +110,7 @@ def test_the_norm_grows_by_gamma_and_falls_freely() -> None:
         growth = torch.tensor(norms)[1:] / torch.tensor(norms)[:-1]
         assert float(growth.max()) <= 1.01 * (1 + 1e-5)
         assert float(growth.min()) < 0.8
-        assert max(b / a for a, b in pairwise(unlimited)) > 2
+        assert max(b / a for a, b in pairwise(unlimited)) > 1.5
 
 
 def test_update_norm_is_the_norm_of_what_was_applied() -> None:
@@ -130,7 +144,8 @@ def test_where_nobody_looked_a_bad_gradient_stays_out(
     bad: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a device the base only makes the low-rank gradient zero; this is what the lift then gets."""
-    monkeypatch.setattr("lowrank_optim.optim.scaling.on_host", lambda _: False)
+    for module in ("scaling", "fira"):
+        monkeypatch.setattr(f"lowrank_optim.optim.{module}.on_host", lambda _: False)
     for optimizer, p in both():
         p.data = p.data.to(dtype)
         step_with(optimizer, p, torch.randn(24, 16, dtype=dtype))
