@@ -1,10 +1,23 @@
 """Memory-efficient LLM pretraining: exact low-rank optimizers behind torch.optim APIs."""
 
+from lowrank_optim.optim.adafactor import GaLoreAdafactor
 from lowrank_optim.optim.apollo import APOLLOAdamW, APOLLOMini
 from lowrank_optim.optim.fira import FiraAdamW
 from lowrank_optim.optim.frugal import FRUGALAdamW
 from lowrank_optim.optim.galore import GaLoreAdamW
+from lowrank_optim.optim.galore_8bit import GaLoreAdamW8bit
 from lowrank_optim.optim.groups import low_rank_groups
+from lowrank_optim.optim.qgalore import QGaLoreAdamW8bit
 
-__all__ = ["APOLLOAdamW", "APOLLOMini", "FRUGALAdamW", "FiraAdamW", "GaLoreAdamW", "low_rank_groups"]
+__all__ = [
+    "APOLLOAdamW",
+    "APOLLOMini",
+    "FRUGALAdamW",
+    "FiraAdamW",
+    "GaLoreAdafactor",
+    "GaLoreAdamW",
+    "GaLoreAdamW8bit",
+    "QGaLoreAdamW8bit",
+    "low_rank_groups",
+]
 __version__ = "0.1.0"

@@ -6,12 +6,18 @@ State of a parameter: plain tensors and ints under flat names.
     seed            the parameter's position over all groups: its source of randomness and of stagger
     left            whether the rows are the compressed axis (matrices only)
     basis, basis.k  orthonormal basis (d, rank) of the compressed axis; basis.k: of axis k of a tensor
+    basis.codes     uint8, two 4-bit values a byte, with basis.scale and basis.zero instead of ``basis`` (Q-GaLore)
     indices         int64 (rank,), the columns that a basis of columns consists of
     refreshes       how many bases were drawn; with ``seed`` it determines a random basis that is not stored
+    gap, overlaps   updates between two refreshes, and the shares of the last bases that the next ones kept (Q-GaLore)
     exp_avg         first moment, in the subspace
     exp_avg_sq      second moment, in the subspace, real
-    update_norm     norm of the last update, 0-d, for the growth limiter
-    reset_step      the step after which the moments last were zero
+    exp_avg.codes   uint8 codes, and exp_avg.scale fp32 scales, instead of exp_avg where ``state_dtype="int8"``
+                    stores it in blocks of 8 bits; exp_avg_sq likewise
+    weight_correction  int8, what the bfloat16 weight lacks of 24 bits (``weight_rounding="compensated"``)
+    update_norm     norm of the last update, 0-d, for the growth limiter (Fira, APOLLO)
+    reset_step      the step after which the moments last were zero (FRUGAL)
+    exp_avg_sq_row, exp_avg_sq_col   its means over the columns and over the rows (Adafactor)
 """
 
 from __future__ import annotations
@@ -29,12 +35,17 @@ from torch.optim import Optimizer
 
 from lowrank_optim.ops import BACKENDS
 from lowrank_optim.optim.groups import as_groups
+from lowrank_optim.optim.moments import STATE_DTYPES
+from lowrank_optim.optim.storage import WEIGHT_ROUNDINGS, check_storable, init_storage, writable
 
 State: TypeAlias = dict[str, Any]
 Group: TypeAlias = dict[str, Any]
 
 FORMAT_VERSION = 1
 MOMENTS = ("keep", "align", "rotate")
+
+# Options that every optimizer has, whether its constructor names them or only a group does.
+COMMON = {"state_dtype": "float32", "weight_rounding": "nearest"}
 
 
 class Refresh(NamedTuple):
@@ -75,7 +86,11 @@ class Subspace(Protocol):
 
 
 class Rule(Protocol):
-    """Turns a gradient into a direction. Knows no learning rate, no decay and no parameter."""
+    """Turns a gradient into a direction. Knows no learning rate, no decay and no parameter.
+
+    A rule may also have ``update_(target, grad, state, group, *, alpha)``, which does target += alpha * direction(grad)
+    in one pass; parameters that are not compressed then take it instead of ``direction``.
+    """
 
     def validate(self, group: Group) -> None:
         """Raise ValueError on hyper-parameters out of range."""
@@ -109,7 +124,7 @@ class Lift(Protocol):
         self, target: Tensor, grad: Tensor, low: Tensor, direction: Tensor, subspace: Subspace,
         state: State, group: Group, *, alpha: float | Tensor,
     ) -> None:  # fmt: skip
-        """target += alpha * update; ``grad`` and ``target`` are oriented."""
+        """target += alpha * update; both are oriented, ``target`` may be of a wider dtype than ``grad``."""
 
 
 class Identity:
@@ -213,7 +228,9 @@ def refresh_due(state: State, group: Group) -> bool:
     With ``stagger`` the first is the same, the later ones are moved by a share of the gap that the golden
     ratio spreads evenly over the parameters. While a CUDA graph is being captured the answer is no.
     """
-    step, gap = state["step"], group["update_proj_gap"]
+    step = state["step"]
+    # A lazy subspace keeps a gap of its own.
+    gap = state.get("gap", group["update_proj_gap"])
     if isinstance(step, Tensor):
         if step.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
@@ -236,6 +253,12 @@ class LowRankOptimizer(Optimizer):
             - stagger: spread the refreshes of the parameters over the gap.
             - moments: what becomes of the moments at a refresh: "keep" (as published), "align" (kept, the signs of the
               new basis' columns turned towards the old ones) or "rotate" (moved by the overlap of the bases).
+            - state_dtype: how the moments are stored. "float32" (fp64 for fp64 parameters), "bfloat16" (rounded
+              stochastically) or "int8" (bitsandbytes' blockwise format; moments of fewer than 4096 values stay
+              fp32). The arithmetic is fp32 in each; complex moments stay as they are.
+            - weight_rounding: how bfloat16 weights are written. "nearest" (in place), "stochastic" or "compensated"
+              (an int8 correction beside the weight, 24 bits together); the latter two compute in fp32, in a copy of
+              one weight at a time. Weights of more bits are never rounded, so for them the option is without effect.
             - maximize: ascend.
             - capturable: keep the step counter on the device, so that a CUDA graph can replay the step.
               The graph never refreshes: run one step outside of it every update_proj_gap steps.
@@ -260,7 +283,7 @@ class LowRankOptimizer(Optimizer):
         if switched:
             # Groups in the manner of the published packages: the key "rank" switches the method on.
             defaults = {**defaults, "rank": None}
-        super().__init__(groups, defaults)
+        super().__init__(groups, {**COMMON, **defaults})
         self._warn_if_nothing_is_compressed()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -283,8 +306,12 @@ class LowRankOptimizer(Optimizer):
         check_range("weight_decay", group["weight_decay"], low=0.0)
         check_positive_int("rank", group["rank"], optional=True)
         check_positive_int("update_proj_gap", group["update_proj_gap"])
-        check_choice("moments", group.get("moments", "keep"), MOMENTS)
+        check_choice("moments", group["moments"], MOMENTS)
+        check_choice("state_dtype", group["state_dtype"], STATE_DTYPES)
+        check_choice("weight_rounding", group["weight_rounding"], WEIGHT_ROUNDINGS)
         check_choice("backend", group["backend"], BACKENDS)
+        for p in group["params"]:
+            check_storable(p, group["weight_rounding"])
         for part in (self.subspace, self.rule, self.lift):
             part.validate(group)
 
@@ -337,6 +364,7 @@ class LowRankOptimizer(Optimizer):
         self.rule_of(subspace).init(subspace.orient(param, state), shape, state, group)
         if subspace is not IDENTITY:
             self.lift.init(param, subspace, state, group)
+        init_storage(param, state, group["weight_rounding"])
         return state
 
     @overload
@@ -375,7 +403,7 @@ class LowRankOptimizer(Optimizer):
             )
         state: State = self.state[param] or self.init_state(param, group)
         subspace = self.subspace_of(param, group)
-        grad, target = subspace.orient(grad, state), subspace.orient(param, state)
+        grad = subspace.orient(grad, state)
         compressed = subspace is not IDENTITY
         lift = self.lift if compressed else UNSCALED
         grad = lift.before(grad, state, group)
@@ -390,15 +418,26 @@ class LowRankOptimizer(Optimizer):
             self._warn_once("skipped an update because of a non-finite gradient")
             return
         state["step"] += 1
+        with writable(param, state, group["weight_rounding"]) as weight:
+            self.update_(subspace.orient(weight, state), grad, low, subspace, lift, state, group)
+
+    def update_(
+        self, target: Tensor, grad: Tensor, low: Tensor, subspace: Subspace, lift: Lift, state: State, group: Group
+    ) -> None:
+        """Direction, lift and decay of one parameter; ``state["step"]`` counts this update already."""
         rule = self.rule_of(subspace)
-        direction = rule.direction(low, state, group)
         alpha = group["lr"] * rule.correction(state["step"], group)
         # Every direction is odd in the gradient, so ascent is descent with the sign turned.
         alpha = alpha if group["maximize"] else -alpha
         decays = group["weight_decay"] != 0
         if decays and self.decay_first:
             target.mul_(1 - group["lr"] * group["weight_decay"])
-        lift.apply_(target, grad, low, direction, subspace, state, group, alpha=alpha)
+        in_one_pass = getattr(rule, "update_", None)
+        if lift is UNSCALED and in_one_pass is not None:
+            in_one_pass(target, low, state, group, alpha=alpha)
+        else:
+            direction = rule.direction(low, state, group)
+            lift.apply_(target, grad, low, direction, subspace, state, group, alpha=alpha)
         if decays and not self.decay_first:
             target.mul_(1 - group["lr"] * group["weight_decay"])
 

@@ -103,6 +103,8 @@ class FiraAdamW(LowRankOptimizer):
         refresh: "power", "randomized" or "svd", as for :class:`GaLoreAdamW`.
         moments: "keep" (as published), "align" or "rotate", as for :class:`GaLoreAdamW`.
         stagger: spread the refreshes of the parameters over the gap instead of one step for all.
+        state_dtype: storage of the moments: "float32", "bfloat16" (stochastically rounded) or "int8" (blockwise).
+        weight_rounding: of bfloat16 weights: "nearest", "stochastic" or "compensated" (an int8 correction is kept).
         maximize: ascend.
         capturable: step counters on the device, for CUDA graphs; see :class:`LowRankOptimizer`.
         backend: None (Triton on CUDA where importable, else eager), "eager" or "triton".
@@ -140,6 +142,8 @@ class FiraAdamW(LowRankOptimizer):
         refresh: str = "power",
         moments: str = "keep",
         stagger: bool = False,
+        state_dtype: str = "float32",
+        weight_rounding: str = "nearest",
         maximize: bool = False,
         capturable: bool = False,
         backend: str | None = None,
@@ -160,6 +164,8 @@ class FiraAdamW(LowRankOptimizer):
                 "refresh": refresh,
                 "moments": moments,
                 "stagger": stagger,
+                "state_dtype": state_dtype,
+                "weight_rounding": weight_rounding,
                 "maximize": maximize,
                 "capturable": capturable,
                 "backend": backend,

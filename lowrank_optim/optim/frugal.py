@@ -13,21 +13,21 @@ from lowrank_optim.optim.base import (
     Group,
     LowRankOptimizer,
     Refresh,
+    Rule,
     State,
     Subspace,
     check_choice,
     check_range,
 )
+from lowrank_optim.optim.columns import Columns
 from lowrank_optim.optim.galore import TopSingular
 from lowrank_optim.optim.random_bases import RandomColumns, RandomOrthonormal
-from lowrank_optim.optim.rules import Adam
+from lowrank_optim.optim.rules import CorrectedAdam
 from lowrank_optim.optim.scaling import SIDES, on_host
 
-PROJECTIONS: dict[str, Subspace] = {
-    "columns": RandomColumns(),
-    "svd": TopSingular(),
-    "random": RandomOrthonormal(),
-}
+COSINES: Group = {"basis": "dct2", "ell_norm": 2, "similarity": "auto"}
+TOP = TopSingular()
+ADAMW = CorrectedAdam()
 
 
 def rank_of(shape: torch.Size, group: Group) -> int:
@@ -37,6 +37,40 @@ def rank_of(shape: torch.Size, group: Group) -> int:
     rows, columns = shape
     side = {"std": min(shape), "reverse_std": max(shape), "left": rows, "right": columns}[group["proj_type"]]
     return max(1, round(group["density"] * side))
+
+
+class CosineColumns(Columns):
+    """The columns of the orthonormal DCT-II in which the gradient is largest, on any side."""
+
+    def validate(self, group: Group) -> None:
+        """Nothing: the basis is this one, and any side will do."""
+
+    def init(self, param: Tensor, state: State, group: Group) -> torch.Size:
+        """``left`` and ``indices`` (rank,)."""
+        shape = TOP.init(param, state, group)
+        del state["basis"]
+        state["indices"] = torch.zeros(group["rank"], dtype=torch.int64, device=param.device)
+        return shape
+
+    def refresh(self, grad: Tensor, state: State, group: Group) -> Refresh:
+        """Select the columns; moments other than "keep" follow those that stay."""
+        return super().refresh(grad, state, {**group, **COSINES, "rotate": group["moments"] != "keep"})
+
+    def down(self, grad: Tensor, state: State, group: Group) -> Tensor:
+        """(rows, rank)."""
+        return super().down(grad, state, COSINES)
+
+    def add_up_(self, target: Tensor, low: Tensor, state: State, group: Group, *, alpha: float | Tensor) -> None:
+        """target += alpha * up(low)."""
+        super().add_up_(target, low, state, COSINES, alpha=alpha)
+
+
+PROJECTIONS: dict[str, Subspace] = {
+    "columns": RandomColumns(),
+    "svd": TOP,
+    "dct": CosineColumns(),
+    "random": RandomOrthonormal(),
+}
 
 
 class Projection:
@@ -83,14 +117,8 @@ class Projection:
         PROJECTIONS[group["projection"]].add_up_(target, low, state, group, alpha=alpha)
 
 
-class RestartedAdam(Adam):
-    """Adam with torch.optim's place of eps, whose bias correction counts from the last reset of the moments."""
-
-    def validate(self, group: Group) -> None:
-        """Raise ValueError on what Adam refuses, and on a Triton kernel that would have to read eps from the device."""
-        super().validate(group)
-        if group["capturable"] and group["backend"] == "triton":
-            raise ValueError("Invalid backend: 'triton' with capturable=True, expected None or 'eager'")
+class RestartedAdam(CorrectedAdam):
+    """Adam whose bias correction counts from the last reset of the moments and is part of the direction."""
 
     def init(self, like: Tensor, shape: torch.Size, state: State, group: Group) -> None:
         """Zero moments, and ``reset_step``, the number of the update after which they last were zero."""
@@ -98,14 +126,9 @@ class RestartedAdam(Adam):
         state["reset_step"] = torch.zeros_like(state["step"]) if group["capturable"] else 0
 
     def direction(self, low: Tensor, state: State, group: Group) -> Tensor:
-        """(M / (1 - beta1^t)) / (sqrt(V / (1 - beta2^t)) + eps)."""
-        beta1, beta2 = group["betas"]
-        t = state["step"] - state["reset_step"]
-        root = (1 - beta2**t) ** 0.5
-        # The factored form M / (sqrt(V) + root eps) root / (1 - beta1^t) is the same and leaves one operation for all.
-        backend = "eager" if group["capturable"] else group["backend"]
-        direction = super().direction(low, state, {**group, "eps": group["eps"] * root, "backend": backend})
-        return direction.mul_(root / (1 - beta1**t))
+        """(M / (1 - beta1^t)) / (sqrt(V / (1 - beta2^t)) + eps) with t = step - reset_step."""
+        corrected = super().correction(state["step"] - state["reset_step"], group)
+        return super().direction(low, state, group).mul_(corrected)
 
     def correction(self, step: int | Tensor, group: Group) -> float | Tensor:
         """1: the direction is corrected already."""
@@ -121,6 +144,9 @@ class RestartedAdam(Adam):
             state["reset_step"].copy_(state["step"])
         else:
             state["reset_step"] = state["step"]
+
+    def _eps(self, state: State, group: Group) -> float | Tensor:
+        return super()._eps({"step": state["step"] - state["reset_step"]}, group)
 
 
 class SignResidual:
@@ -182,13 +208,16 @@ class FRUGALAdamW(LowRankOptimizer):
         density: instead of the rank, its share of the compressed side, in [0, 1]; the rank is at least 1.
         update_proj_gap: updates between two changes of P, >= 1.
         inactive_lr_scale: factor of the signs, >= 0; the authors take 1 for pretraining and 0.1 for fine-tuning.
-        projection: "columns" (random ones), "svd" (GaLore's basis) or "random" (a random orthonormal basis).
+        projection: "columns" (random ones), "svd" (GaLore's basis), "dct" (the columns of the DCT-II in which the
+            gradient is largest) or "random" (a random orthonormal basis).
         proj_type: "std" compresses the smaller side, "reverse_std" the larger, "left" the rows, "right" the columns.
         reset_moments: whether a new P begins with new moments, as published; else ``moments`` says what they become.
         refresh: with ``projection="svd"``: "power", "randomized" or "svd", as for :class:`GaLoreAdamW`.
         moments: without ``reset_moments``: "keep", "align" or "rotate", as for :class:`GaLoreAdamW`; columns follow
             their moments in both of the latter, newly drawn ones begin with zero.
         stagger: spread the changes of the parameters over the gap instead of one step for all.
+        state_dtype: storage of the moments: "float32", "bfloat16" (stochastically rounded) or "int8" (blockwise).
+        weight_rounding: of bfloat16 weights: "nearest", "stochastic" or "compensated" (an int8 correction is kept).
         maximize: ascend.
         capturable: step counters on the device, for CUDA graphs; see :class:`LowRankOptimizer`.
         backend: None (Triton on CUDA where importable, else eager), "eager" or "triton".
@@ -228,6 +257,8 @@ class FRUGALAdamW(LowRankOptimizer):
         refresh: str = "power",
         moments: str = "keep",
         stagger: bool = False,
+        state_dtype: str = "float32",
+        weight_rounding: str = "nearest",
         maximize: bool = False,
         capturable: bool = False,
         backend: str | None = None,
@@ -249,11 +280,17 @@ class FRUGALAdamW(LowRankOptimizer):
                 "refresh": refresh,
                 "moments": moments,
                 "stagger": stagger,
+                "state_dtype": state_dtype,
+                "weight_rounding": weight_rounding,
                 "maximize": maximize,
                 "capturable": capturable,
                 "backend": backend,
             },
         )
+
+    def rule_of(self, subspace: Subspace) -> Rule:
+        """AdamW, with nothing to restart, for what is not compressed."""
+        return ADAMW if subspace is IDENTITY else self.rule
 
     def explain(self) -> list[Explanation]:
         """Which parameter gets which method and why; the rank of each where ``density`` decides it."""

@@ -44,7 +44,10 @@ def noise(d: int, rank: int, dtype: torch.dtype, device: torch.device, state: St
 
 
 class Gaussian(TopSingular):
-    """A matrix of independent N(0, 1/rank), made anew wherever it is needed: nothing of it is stored."""
+    """A matrix of independent N(0, 1/rank), made anew wherever it is needed: nothing of it is stored.
+
+    It is not orthonormal; ``add_up_`` is the inverse of ``down`` in expectation.
+    """
 
     def init(self, param: Tensor, state: State, group: Group) -> torch.Size:
         """``left`` and ``refreshes``."""
@@ -65,14 +68,6 @@ class Gaussian(TopSingular):
         if old is None:
             return Refresh(renewed=True)
         return Refresh(renewed=True, overlap=overlap_of(old, self.basis(grad, state, group), group["moments"]))
-
-    def down(self, grad: Tensor, state: State, group: Group) -> Tensor:
-        """(rows, rank)."""
-        return grad @ self.basis(grad, state, group)
-
-    def add_up_(self, target: Tensor, low: Tensor, state: State, group: Group, *, alpha: float | Tensor) -> None:
-        """target += alpha low Pᴴ; in expectation the inverse of :meth:`down`."""
-        target.addmm_((low * alpha).to(target.dtype), self.basis(target, state, group).mH)
 
 
 class RandomOrthonormal(TopSingular):

@@ -7,7 +7,11 @@ from torch import Tensor
 
 from lowrank_optim.ops import pick
 from lowrank_optim.ops.adam_direction import adam_direction
-from lowrank_optim.optim.base import Group, State, check_range
+from lowrank_optim.ops.fused_adam import fused_adam_, fused_adam_fits
+from lowrank_optim.optim.base import IDENTITY, Group, State, check_range
+from lowrank_optim.optim.moments import init_moment, load_moment, store_moment_
+
+MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
 
 
 class Adam:
@@ -15,7 +19,8 @@ class Adam:
 
     M / (sqrt(V) + eps) with the bias correction sqrt(1 - beta2^t) / (1 - beta1^t) kept apart: eps therefore
     stands beside the uncorrected sqrt(V). Moments are fp32 whatever the parameter's dtype (fp64 for fp64), because
-    in bfloat16 a second moment with beta2 = 0.999 never decays.
+    in bfloat16, rounded to nearest, a second moment with beta2 = 0.999 never decays; the group's ``state_dtype``
+    stores them in fewer bits.
     """
 
     def validate(self, group: Group) -> None:
@@ -30,14 +35,47 @@ class Adam:
     def init(self, like: Tensor, shape: torch.Size, state: State, group: Group) -> None:
         """Zero moments of ``shape``."""
         dtype = torch.promote_types(like.dtype, torch.float32)
-        state["exp_avg"] = torch.zeros(shape, dtype=dtype, device=like.device)
-        state["exp_avg_sq"] = torch.zeros(shape, dtype=dtype.to_real(), device=like.device)
+        init_moment(state, "exp_avg", shape, dtype, like.device, group["state_dtype"])
+        init_moment(state, "exp_avg_sq", shape, dtype.to_real(), like.device, group["state_dtype"])
 
     def direction(self, low: Tensor, state: State, group: Group) -> Tensor:
         """M / (sqrt(V) + eps), the moments being updated in place."""
+        moments = [load_moment(state, key, low.dtype) for key in MOMENT_KEYS]
+        direction = self._direction(low, moments, state, group)
+        for key, moment in zip(MOMENT_KEYS, moments):
+            store_moment_(state, key, moment)
+        return direction
+
+    def update_(self, target: Tensor, grad: Tensor, state: State, group: Group, *, alpha: float | Tensor) -> None:
+        """target += alpha * direction(grad), without a temporary where torch has one kernel for all of it."""
+        moments = [load_moment(state, key, grad.dtype) for key in MOMENT_KEYS]
+        eps = self._eps(state, group)
+        if self._fuses(group, eps, target, grad, *moments):
+            beta1, beta2 = group["betas"]
+            fused_adam_(target, grad, *moments, beta1=beta1, beta2=beta2, eps=float(eps), alpha=float(alpha))
+        else:
+            IDENTITY.add_up_(target, self._direction(grad, moments, state, group), state, group, alpha=alpha)
+        for key, moment in zip(MOMENT_KEYS, moments):
+            store_moment_(state, key, moment)
+
+    def _direction(self, low: Tensor, moments: list[Tensor], state: State, group: Group) -> Tensor:
         beta1, beta2 = group["betas"]
-        operation = pick(adam_direction, group["backend"], low.device)
-        return operation(low, state["exp_avg"], state["exp_avg_sq"], beta1=beta1, beta2=beta2, eps=group["eps"])
+        eps = self._eps(state, group)
+        if self._fuses(group, eps, low, *moments):
+            direction = torch.zeros_like(moments[0])
+            fused_adam_(direction, low, *moments, beta1=beta1, beta2=beta2, eps=float(eps), alpha=1.0)
+            return direction
+        # The kernels take eps as a number.
+        backend = "eager" if isinstance(eps, Tensor) else group["backend"]
+        operation = pick(adam_direction, backend, low.device)
+        return operation(low, *moments, beta1=beta1, beta2=beta2, eps=eps)
+
+    def _fuses(self, group: Group, eps: float | Tensor, *tensors: Tensor) -> bool:
+        return group["backend"] is None and not isinstance(eps, Tensor) and fused_adam_fits(*tensors)
+
+    def _eps(self, state: State, group: Group) -> float | Tensor:
+        eps: float = group["eps"]
+        return eps
 
     def correction(self, step: int | Tensor, group: Group) -> float | Tensor:
         """sqrt(1 - beta2^t) / (1 - beta1^t)."""
@@ -50,12 +88,31 @@ class Adam:
 
         V is moved as if the coordinates of the gradient were independent; LDAdam's rule is finer.
         """
-        if overlap.dtype == torch.int64:
-            gone = overlap < 0
-            for key in ("exp_avg", "exp_avg_sq"):
-                moved = state[key].index_select(-1, overlap.clamp_min(0))
-                state[key].copy_(moved.masked_fill_(gone, 0))
-            return
-        overlap = overlap.to(state["exp_avg"].dtype)
-        state["exp_avg"].copy_(state["exp_avg"] @ overlap)
-        state["exp_avg_sq"].copy_(state["exp_avg_sq"] @ overlap.abs().square())
+        for key in MOMENT_KEYS:
+            moment = load_moment(state, key, torch.float32)
+            if overlap.dtype == torch.int64:
+                moved = moment.index_select(-1, overlap.clamp_min(0)).masked_fill_(overlap < 0, 0)
+            elif key == "exp_avg":
+                moved = moment @ overlap.to(moment.dtype)
+            else:
+                moved = moment @ overlap.abs().square().to(moment.dtype)
+            store_moment_(state, key, moved)
+
+
+class CorrectedAdam(Adam):
+    """Adam with eps beside the bias-corrected sqrt(V), as in ``torch.optim.AdamW``.
+
+    M / (sqrt(V) + eps sqrt(1 - beta2^t)), which with the correction of :class:`Adam` is M̂ / (sqrt(V̂) + eps).
+    """
+
+    def validate(self, group: Group) -> None:
+        """Raise ValueError as :class:`Adam` does, and where a kernel was asked for that cannot be captured."""
+        super().validate(group)
+        if group["capturable"] and group["backend"] == "triton":
+            raise ValueError(
+                "Invalid backend: 'triton' with capturable=True, expected None or 'eager' (eps is a tensor)"
+            )
+
+    def _eps(self, state: State, group: Group) -> float | Tensor:
+        eps: float | Tensor = group["eps"] * (1 - group["betas"][1] ** state["step"]) ** 0.5
+        return eps

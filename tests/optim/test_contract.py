@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 from typing import Any
@@ -17,7 +18,8 @@ from tests.optimizers import IDS, OPTIMIZERS, VARIANTS, build
 every_variant = pytest.mark.parametrize(("name", "kwargs"), VARIANTS, ids=IDS)
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
-SHAPES = [(12, 7), (7, 12), (9, 9), (6, 5, 3, 3), (11,), (1, 8)]
+# The last two have moments of more than 4096 values, compressed and not: smaller ones are never stored in 8 bits.
+SHAPES = [(12, 7), (7, 12), (9, 9), (6, 5, 3, 3), (11,), (1, 8), (1030, 6), (4099,)]
 
 
 def problem(dtype: torch.dtype = torch.float32) -> tuple[list[nn.Parameter], list[Tensor]]:
@@ -161,9 +163,11 @@ def test_maximize_is_descent_on_the_negated_loss(name: str, kwargs: dict[str, An
             p.grad, q.grad = -g, g.clone()
         up.step()
         down.step()
-    # "full" starts from a diagonal core, whose rounding Adam's division enlarges; a wrong sign would be 1e-2.
+    # "full" starts from a diagonal core, whose rounding Adam's division enlarges; 8-bit codes are not symmetric (there
+    # is a 1, but no -1); a wrong sign would be 1e-2.
+    eight_bits = name.endswith("8bit") or kwargs.get("state_dtype") == "int8"
     for p, q in zip(ascend, descend):
-        torch.testing.assert_close(p, q, rtol=0, atol=2e-4)
+        torch.testing.assert_close(p, q, rtol=0, atol=3e-3 if eight_bits else 2e-4)
 
 
 @every_optimizer
@@ -213,7 +217,8 @@ def test_lr_as_tensor_equals_lr_as_number(name: str, kwargs: dict[str, Any]) -> 
             train(optimizer, params, targets, 1)
             schedule.step()
     for p, q in zip(a, b):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+        # Rounding may tip a value into the next 8-bit code; an update is 0.02.
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-4)
 
 
 @every_optimizer
@@ -261,6 +266,8 @@ def test_complex_parameters(name: str, kwargs: dict[str, Any]) -> None:
     ids=lambda v: str(v) if isinstance(v, dict) else "",
 )
 def test_values_out_of_range_are_named(name: str, kwargs: dict[str, Any], message: str) -> None:
+    if not kwargs.keys() <= inspect.signature(OPTIMIZERS[name]).parameters.keys():
+        pytest.skip(f"{name} has no {', '.join(kwargs)}")
     params = problem()[0]
     with pytest.raises(ValueError, match=message):
         build(name, params, **kwargs)

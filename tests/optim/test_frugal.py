@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim import FRUGALAdamW
+from lowrank_optim.ops.dct import dct_matrix
 from lowrank_optim.optim.base import LowRankOptimizer
 from tests.reference.frugal import frugal
 
@@ -18,16 +19,17 @@ def step_with(optimizer: LowRankOptimizer, p: nn.Parameter, grad: Tensor) -> Non
     optimizer.step()
 
 
-def basis_of(state: dict[str, Any], d: int) -> Tensor:
+def basis_of(state: dict[str, Any], d: int, projection: str) -> Tensor:
     """P, (d, rank), of selected columns too."""
-    if "indices" in state:
-        return torch.eye(d, dtype=torch.float64)[:, state["indices"]]
+    if projection in ("columns", "dct"):
+        fixed = torch.eye(d, dtype=torch.float64) if projection == "columns" else dct_matrix(d).mT
+        return fixed[:, state["indices"]]
     basis: Tensor = state["basis"].clone()
     return basis
 
 
 @pytest.mark.parametrize("shape", [(14, 9), (9, 14), (10, 10)], ids=str)
-@pytest.mark.parametrize("projection", ["columns", "svd", "random"])
+@pytest.mark.parametrize("projection", ["columns", "svd", "dct", "random"])
 @pytest.mark.parametrize("inactive_lr_scale", [1.0, 0.1, 0.0])
 def test_the_formulas_of_the_paper(shape: tuple[int, int], projection: str, inactive_lr_scale: float) -> None:
     common: dict[str, Any] = {"lr": 0.02, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": 0.1}
@@ -41,7 +43,7 @@ def test_the_formulas_of_the_paper(shape: tuple[int, int], projection: str, inac
         step_with(optimizer, p, grad)
         trajectory.append(p.detach().clone())
         if i % 5 == 0:
-            bases.append(basis_of(optimizer.state[p], min(shape)))
+            bases.append(basis_of(optimizer.state[p], min(shape), projection))
     assert not torch.equal(bases[0], bases[1]) and not torch.equal(bases[1], bases[2])
     expected = frugal(weight, grads, bases, gap=5, **common)
     torch.testing.assert_close(torch.stack(trajectory), torch.stack(expected), rtol=0, atol=1e-12)
@@ -124,7 +126,7 @@ def test_large_half_precision_gradients_are_not_taken_for_bad_ones() -> None:
     assert bool((p.detach() != 1).all()) and bool(p.isfinite().all())
 
 
-@pytest.mark.parametrize("projection", ["columns", "svd"])
+@pytest.mark.parametrize("projection", ["columns", "svd", "dct"])
 def test_where_nobody_looked_a_bad_gradient_stays_out(projection: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device the base only makes the low-rank gradient zero; this is what the lift then gets."""
     monkeypatch.setattr("lowrank_optim.optim.frugal.on_host", lambda _: False)
@@ -173,6 +175,32 @@ def test_random_bases_are_orthonormal_and_uniform() -> None:
     assert float(mean.abs().max()) < 0.1
 
 
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right"])
+@pytest.mark.parametrize("projection", ["columns", "svd", "dct", "random"])
+def test_every_projection_on_every_side(projection: str, proj_type: str) -> None:
+    """With SGD-like settings the active part of the update is the gradient's own projection."""
+    p = nn.Parameter(torch.zeros(12, 7))
+    options: dict[str, Any] = {"betas": (0.0, 0.0), "eps": 1e6, "inactive_lr_scale": 0.0, "lr": 1e6}
+    optimizer = FRUGALAdamW([p], rank=3, projection=projection, proj_type=proj_type, **options)
+    grad = torch.randn(12, 7)
+    step_with(optimizer, p, grad)
+    state = optimizer.state[p]
+    d = 12 if state["left"] else 7
+    assert state["left"] == (proj_type in ("left", "reverse_std"))
+    basis = basis_of(state, d, projection).float()
+    assert basis.shape == (d, 3)
+    expected = basis @ basis.mT @ grad if state["left"] else grad @ basis @ basis.mT
+    torch.testing.assert_close(-p.detach(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_dct_takes_the_columns_with_the_most_energy() -> None:
+    p = nn.Parameter(torch.zeros(12, 9))
+    optimizer = FRUGALAdamW([p], rank=2, projection="dct")
+    waves = dct_matrix(9).float()
+    step_with(optimizer, p, torch.randn(12, 2) @ waves[[1, 6]] + 0.01 * torch.randn(12, 9))
+    assert optimizer.state[p]["indices"].tolist() == [1, 6]
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -180,7 +208,6 @@ def test_random_bases_are_orthonormal_and_uniform() -> None:
         ({"density": 1.5}, r"Invalid density: 1.5, expected a number in \[0, 1\]"),
         ({"inactive_lr_scale": -1}, "Invalid inactive_lr_scale: -1"),
         ({"proj_type": "full"}, "Invalid proj_type: 'full'"),
-        ({"capturable": True, "backend": "triton"}, "Invalid backend: 'triton' with capturable=True"),
     ],
 )
 def test_values_out_of_range_are_named(kwargs: dict[str, Any], message: str) -> None:

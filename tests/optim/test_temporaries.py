@@ -22,6 +22,7 @@ CASES: list[tuple[str, dict[str, Any], int, int]] = [
     ("APOLLOMini", {}, 0, 1),
     ("FRUGALAdamW", {}, 1, 1),
     ("FRUGALAdamW", {"projection": "svd"}, 1, 1),
+    ("FRUGALAdamW", {"projection": "dct"}, 1, 1),
     ("FRUGALAdamW", {"projection": "random", "inactive_lr_scale": 0.1}, 1, 1),
 ]
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in kwargs.items())]) for name, kwargs, *_ in CASES]

@@ -1,0 +1,77 @@
+"""How a moment is stored: the only place that knows ``state_dtype``.
+
+A rule allocates a moment with :func:`init_moment`, computes on what :func:`load_moment` returns, in place, and hands it
+back to :func:`store_moment_`. With ``state_dtype="float32"`` that is the stored tensor itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.ops.blockwise import BLOCK, dequantize, quantize_
+from lowrank_optim.ops.rounding import mix_key, round_to_bfloat16
+
+STATE_DTYPES = ("float32", "bfloat16", "int8")
+
+# As in bitsandbytes: below this number of values 8 bits save nothing.
+MIN_8BIT_SIZE = 4096
+
+# Moments that are never negative use the unsigned map, which has twice as many codes for them.
+UNSIGNED = frozenset({"exp_avg_sq"})
+
+# Tensors of one parameter that are rounded in the same step must not share their random bits.
+SALTS = {"weight": 0, "exp_avg": 1, "exp_avg_sq": 2, "momentum": 3, "error": 4}
+
+
+def rounding_key(state: dict[str, Any], role: str) -> int | Tensor:
+    """The key of the random bits that round one tensor of a parameter in the current step."""
+    return mix_key(state["seed"], state["step"], SALTS[role])
+
+
+def init_moment(
+    state: dict[str, Any], key: str, shape: torch.Size, dtype: torch.dtype, device: torch.device, state_dtype: str
+) -> None:
+    """Allocate a zero moment under ``key``, or ``key.codes`` and ``key.scale``; works on the meta device.
+
+    Complex moments, and with int8 those of fewer than 4096 values, keep ``dtype``.
+    """
+    if dtype.is_complex or state_dtype == "float32" or (state_dtype == "int8" and shape.numel() < MIN_8BIT_SIZE):
+        state[key] = torch.zeros(shape, dtype=dtype, device=device)
+    elif state_dtype == "bfloat16":
+        state[key] = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+    else:
+        # A scale of 0 makes every code a zero.
+        state[f"{key}.codes"] = torch.zeros(shape, dtype=torch.uint8, device=device)
+        state[f"{key}.scale"] = torch.zeros(-(-shape.numel() // BLOCK), dtype=torch.float32, device=device)
+
+
+def load_moment(state: dict[str, Any], key: str, dtype: torch.dtype) -> Tensor:
+    """A moment in at least fp32, to be modified in place.
+
+    Args:
+        state: of one parameter.
+        key: "exp_avg", ...
+        dtype: of the gradient; fp64 gradients make quantized moments fp64 for the computation.
+    """
+    moment = state.get(key)
+    if moment is None:
+        moment = dequantize(state[f"{key}.codes"], state[f"{key}.scale"], signed=key not in UNSIGNED)
+    elif moment.dtype != torch.bfloat16:
+        return moment
+    return moment.to(torch.promote_types(dtype, torch.float32).to_real())
+
+
+def store_moment_(state: dict[str, Any], key: str, moment: Tensor) -> None:
+    """Put back what :func:`load_moment` returned; bfloat16 is rounded stochastically, int8 to the nearest code."""
+    stored = state.get(key)
+    if stored is moment:
+        return
+    if stored is None:
+        quantize_(state[f"{key}.codes"], state[f"{key}.scale"], moment, signed=key not in UNSIGNED)
+    elif stored.dtype == torch.bfloat16:
+        stored.copy_(round_to_bfloat16(moment.to(torch.float32), rounding_key(state, key)))
+    else:
+        stored.copy_(moment)
