@@ -54,18 +54,48 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("GaLoreAdamW", {"weight_rounding": "stochastic", "proj_type": "full"}),
     ("GaLoreAdamW", {"weight_rounding": "compensated"}),
     ("GaLoreAdamW", {"state_dtype": "int8", "weight_rounding": "compensated", "capturable": True}),
+    # Their layers are tested in tests/optim/test_loro.py and test_sst.py; here are ordinary parameters.
+    ("LOROAdamW", {}),
+    ("SSTAdamW", {}),
     ("GaLoreAdafactor", {"scale_parameter": False}),
     ("GaLoreAdafactor", {"beta1": 0.9, "moments": "rotate"}),
     ("GaLoreAdafactor", {"beta1": 0.9, "moments": "align", "refresh": "svd"}),
     ("GaLoreAdafactor", {"proj_type": "full", "beta1": 0.9}),
     ("GaLoreAdafactor", {"capturable": True}),
+    ("GaLoreAdafactor", {"beta1": 0.9, "state_dtype": "bfloat16", "weight_rounding": "stochastic"}),
+    ("GaLoreAdafactor", {"beta1": 0.9, "state_dtype": "int8", "weight_rounding": "compensated", "moments": "rotate"}),
     ("GaLoreAdamW8bit", {}),
     ("GaLoreAdamW8bit", {"weight_rounding": "stochastic"}),
     ("QGaLoreAdamW8bit", {"queue_size": 1, "cos_threshold": 0.0}),
     ("QGaLoreAdamW8bit", {"moments": "rotate", "quant_group_size": 7, "weight_rounding": "compensated"}),
+    ("DCTAdamW", {}),
+    ("DCTAdamW", {"update_proj_gap": 1}),
+    ("DCTAdamW", {"similarity": "fft", "error_feedback": "full"}),
+    ("DCTAdamW", {"basis": "dct3", "ell_norm": 1, "similarity": "matmul", "error_feedback": "int8"}),
+    ("DCTAdamW", {"basis": "identity", "stagger": True}),
+    ("DCTAdamW", {"basis": "random", "rotate": False}),
+    ("DCTAdamW", {"state_dtype": "int8", "error_feedback": "full", "weight_rounding": "compensated"}),
+    ("DCTAdamW", {"capturable": True, "error_feedback": "int8", "state_dtype": "bfloat16"}),
+    ("LDAdamW", {"update_proj_gap": 1}),
+    ("LDAdamW", {"proj_method": "svd"}),
+    ("LDAdamW", {"error_feedback": False, "proj_type": "reverse_std", "capturable": True}),
+    ("LDAdamW", {"state_dtype": "bfloat16", "weight_rounding": "stochastic"}),
+    ("Trion", {"update_proj_gap": 1}),
+    ("Trion", {"basis": "identity", "scaling": "none", "stagger": True}),
+    ("Trion", {"similarity": "fft", "state_dtype": "bfloat16", "weight_rounding": "compensated", "capturable": True}),
 ]
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in kwargs.items())]) for name, kwargs in VARIANTS]
 
 
+def accepts(name: str, key: str) -> bool:
+    """Whether a constructor has an argument."""
+    return key in inspect.signature(OPTIMIZERS[name]).parameters
+
+
+# The rank of a method over lowrank_optim.nn belongs to the layers.
+WITHOUT_RANK = {name for name in OPTIMIZERS if not accepts(name, "rank")}
+
+
 def build(name: str, params: Any, **kwargs: Any) -> LowRankOptimizer:
-    return OPTIMIZERS[name](params, **{"lr": 1e-2, "rank": 4, "update_proj_gap": 3, **kwargs})
+    rank = {} if name in WITHOUT_RANK else {"rank": 4}
+    return OPTIMIZERS[name](params, **{"lr": 1e-2, "update_proj_gap": 3, **rank, **kwargs})

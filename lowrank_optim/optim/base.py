@@ -12,6 +12,9 @@ State of a parameter: plain tensors and ints under flat names.
     gap, overlaps   updates between two refreshes, and the shares of the last bases that the next ones kept (Q-GaLore)
     exp_avg         first moment, in the subspace
     exp_avg_sq      second moment, in the subspace, real
+    indices         int64 (rank,), ascending: columns of a fixed basis, instead of ``basis``
+    error           what the subspace has left of gradients, for error feedback; error.codes, error.scale: in int8
+    momentum        of the whole matrix, in the coordinates of a fixed basis (Trion)
     exp_avg.codes   uint8 codes, and exp_avg.scale fp32 scales, instead of exp_avg where ``state_dtype="int8"``
                     stores it in blocks of 8 bits; exp_avg_sq likewise
     weight_correction  int8, what the bfloat16 weight lacks of 24 bits (``weight_rounding="compensated"``)
@@ -306,7 +309,7 @@ class LowRankOptimizer(Optimizer):
         check_range("weight_decay", group["weight_decay"], low=0.0)
         check_positive_int("rank", group["rank"], optional=True)
         check_positive_int("update_proj_gap", group["update_proj_gap"])
-        check_choice("moments", group["moments"], MOMENTS)
+        check_choice("moments", group.get("moments", "keep"), MOMENTS)
         check_choice("state_dtype", group["state_dtype"], STATE_DTYPES)
         check_choice("weight_rounding", group["weight_rounding"], WEIGHT_ROUNDINGS)
         check_choice("backend", group["backend"], BACKENDS)
