@@ -6,6 +6,8 @@ State of a parameter: plain tensors and ints under flat names.
     seed            the parameter's position over all groups: its source of randomness and of stagger
     left            whether the rows are the compressed axis (matrices only)
     basis, basis.k  orthonormal basis (d, rank) of the compressed axis; basis.k: of axis k of a tensor
+    basis.codes     uint8, two 4-bit values a byte, with basis.scale and basis.zero instead of ``basis`` (Q-GaLore)
+    gap, overlaps   updates between two refreshes, and the shares of the last bases that the next ones kept (Q-GaLore)
     exp_avg         first moment, in the subspace
     exp_avg_sq      second moment, in the subspace, real
     indices         int64 (rank,), ascending: columns of a fixed basis, instead of ``basis``
@@ -82,7 +84,11 @@ class Subspace(Protocol):
 
 
 class Rule(Protocol):
-    """Turns a gradient into a direction. Knows no learning rate, no decay and no parameter."""
+    """Turns a gradient into a direction. Knows no learning rate, no decay and no parameter.
+
+    A rule may also have ``update_(target, grad, state, group, *, alpha)``, which does target += alpha * direction(grad)
+    in one pass; parameters that are not compressed then take it instead of ``direction``.
+    """
 
     def validate(self, group: Group) -> None:
         """Raise ValueError on hyper-parameters out of range."""
@@ -220,7 +226,9 @@ def refresh_due(state: State, group: Group) -> bool:
     With ``stagger`` the first is the same, the later ones are moved by a share of the gap that the golden
     ratio spreads evenly over the parameters. While a CUDA graph is being captured the answer is no.
     """
-    step, gap = state["step"], group["update_proj_gap"]
+    step = state["step"]
+    # A lazy subspace keeps a gap of its own.
+    gap = state.get("gap", group["update_proj_gap"])
     if isinstance(step, Tensor):
         if step.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
@@ -416,14 +424,18 @@ class LowRankOptimizer(Optimizer):
     ) -> None:
         """Direction, lift and decay of one parameter; ``state["step"]`` counts this update already."""
         rule = self.rule_of(subspace)
-        direction = rule.direction(low, state, group)
         alpha = group["lr"] * rule.correction(state["step"], group)
         # Every direction is odd in the gradient, so ascent is descent with the sign turned.
         alpha = alpha if group["maximize"] else -alpha
         decays = group["weight_decay"] != 0
         if decays and self.decay_first:
             target.mul_(1 - group["lr"] * group["weight_decay"])
-        lift.apply_(target, grad, low, direction, subspace, state, group, alpha=alpha)
+        in_one_pass = getattr(rule, "update_", None)
+        if lift is UNSCALED and in_one_pass is not None:
+            in_one_pass(target, low, state, group, alpha=alpha)
+        else:
+            direction = rule.direction(low, state, group)
+            lift.apply_(target, grad, low, direction, subspace, state, group, alpha=alpha)
         if decays and not self.decay_first:
             target.mul_(1 - group["lr"] * group["weight_decay"])
 

@@ -7,8 +7,11 @@ from torch import Tensor
 
 from lowrank_optim.ops import pick
 from lowrank_optim.ops.adam_direction import adam_direction
-from lowrank_optim.optim.base import Group, State, check_range
+from lowrank_optim.ops.fused_adam import fused_adam_, fused_adam_fits
+from lowrank_optim.optim.base import IDENTITY, Group, State, check_range
 from lowrank_optim.optim.moments import init_moment, load_moment, store_moment_
+
+MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
 
 
 class Adam:
@@ -37,14 +40,34 @@ class Adam:
 
     def direction(self, low: Tensor, state: State, group: Group) -> Tensor:
         """M / (sqrt(V) + eps), the moments being updated in place."""
-        beta1, beta2 = group["betas"]
-        operation = pick(adam_direction, group["backend"], low.device)
-        exp_avg = load_moment(state, "exp_avg", low.dtype)
-        exp_avg_sq = load_moment(state, "exp_avg_sq", low.dtype)
-        direction = operation(low, exp_avg, exp_avg_sq, beta1=beta1, beta2=beta2, eps=group["eps"])
-        store_moment_(state, "exp_avg", exp_avg)
-        store_moment_(state, "exp_avg_sq", exp_avg_sq)
+        moments = [load_moment(state, key, low.dtype) for key in MOMENT_KEYS]
+        direction = self._direction(low, moments, group)
+        for key, moment in zip(MOMENT_KEYS, moments):
+            store_moment_(state, key, moment)
         return direction
+
+    def update_(self, target: Tensor, grad: Tensor, state: State, group: Group, *, alpha: float | Tensor) -> None:
+        """target += alpha * direction(grad), without a temporary where torch has one kernel for all of it."""
+        moments = [load_moment(state, key, grad.dtype) for key in MOMENT_KEYS]
+        if group["backend"] is None and fused_adam_fits(target, grad, *moments):
+            fused_adam_(target, grad, moments[0], moments[1], **self._constants(group), alpha=float(alpha))
+        else:
+            IDENTITY.add_up_(target, self._direction(grad, moments, group), state, group, alpha=alpha)
+        for key, moment in zip(MOMENT_KEYS, moments):
+            store_moment_(state, key, moment)
+
+    def _direction(self, low: Tensor, moments: list[Tensor], group: Group) -> Tensor:
+        exp_avg, exp_avg_sq = moments
+        if group["backend"] is None and fused_adam_fits(low, exp_avg, exp_avg_sq):
+            direction = torch.zeros_like(exp_avg)
+            fused_adam_(direction, low, exp_avg, exp_avg_sq, **self._constants(group), alpha=1.0)
+            return direction
+        operation = pick(adam_direction, group["backend"], low.device)
+        return operation(low, exp_avg, exp_avg_sq, **self._constants(group))
+
+    def _constants(self, group: Group) -> dict[str, float]:
+        beta1, beta2 = group["betas"]
+        return {"beta1": beta1, "beta2": beta2, "eps": group["eps"]}
 
     def correction(self, step: int | Tensor, group: Group) -> float | Tensor:
         """sqrt(1 - beta2^t) / (1 - beta1^t)."""
@@ -57,7 +80,7 @@ class Adam:
 
         V is moved as if the coordinates of the gradient were independent; LDAdam's rule is finer.
         """
-        for key in ("exp_avg", "exp_avg_sq"):
+        for key in MOMENT_KEYS:
             moment = load_moment(state, key, torch.float32)
             if overlap.dtype == torch.int64:
                 moved = moment.index_select(-1, overlap.clamp_min(0)).masked_fill_(overlap < 0, 0)
@@ -82,7 +105,14 @@ class CorrectedAdam(Adam):
 
     def direction(self, low: Tensor, state: State, group: Group) -> Tensor:
         """M / (sqrt(V) + eps sqrt(1 - beta2^t)), the moments being updated in place."""
+        return super().direction(low, state, self._corrected(state, group))
+
+    def update_(self, target: Tensor, grad: Tensor, state: State, group: Group, *, alpha: float | Tensor) -> None:
+        """target += alpha * direction(grad)."""
+        super().update_(target, grad, state, self._corrected(state, group), alpha=alpha)
+
+    def _corrected(self, state: State, group: Group) -> Group:
         eps = group["eps"] * (1 - group["betas"][1] ** state["step"]) ** 0.5
-        # The kernel takes eps as a number.
+        # No kernel takes eps as a tensor.
         backend = "eager" if isinstance(eps, Tensor) else group["backend"]
-        return super().direction(low, state, {**group, "eps": eps, "backend": backend})
+        return {**group, "eps": eps, "backend": backend}

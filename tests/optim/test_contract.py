@@ -167,8 +167,9 @@ def test_maximize_is_descent_on_the_negated_loss(name: str, kwargs: dict[str, An
         down.step()
     # "full" starts from a diagonal core, whose rounding Adam's division enlarges; 8-bit codes are not symmetric (there
     # is a 1, but no -1), and error feedback adds up the difference; a wrong sign would be 1e-2 a step.
+    eight_bits = name.endswith("8bit") or kwargs.get("state_dtype") == "int8"
     for p, q in zip(ascend, descend):
-        torch.testing.assert_close(p, q, rtol=0, atol=8e-3 if kwargs.get("state_dtype") == "int8" else 2e-4)
+        torch.testing.assert_close(p, q, rtol=0, atol=8e-3 if eight_bits else 2e-4)
 
 
 @every_optimizer
@@ -218,7 +219,8 @@ def test_lr_as_tensor_equals_lr_as_number(name: str, kwargs: dict[str, Any]) -> 
             train(optimizer, params, targets, 1)
             schedule.step()
     for p, q in zip(a, b):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
+        # Rounding may tip a value into the next 8-bit code; an update is 0.02.
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-4)
 
 
 @every_optimizer
