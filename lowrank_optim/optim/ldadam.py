@@ -20,7 +20,7 @@ from lowrank_optim.optim.base import (
 )
 from lowrank_optim.optim.galore import TopSingular, top_basis
 from lowrank_optim.optim.moments import init_moment, load_moment, store_moment_
-from lowrank_optim.optim.rules import CorrectedAdam
+from lowrank_optim.optim.rules import MOMENT_KEYS, CorrectedAdam
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right")
 PROJ_METHODS = ("power_iteration", "svd")
@@ -97,7 +97,7 @@ class ProjectionAwareAdam(CorrectedAdam):
         beta1, beta2 = group["betas"]
         step = state["step"]
         unbias = 1 - beta2**step
-        first, second = (load_moment(state, key, torch.float32) for key in ("exp_avg", "exp_avg_sq"))
+        first, second = (load_moment(state, key, torch.float32) for key in MOMENT_KEYS)
         overlap = overlap.to(first.dtype)
         mean = first / (1 - beta1**step)
         variance = second / unbias - mean.abs().square()

@@ -190,11 +190,12 @@ class Recorder(CorrectedAdam):
 @pytest.mark.parametrize("shape", [(14, 9), (9, 14)])
 @pytest.mark.parametrize("similarity", ["matmul", "fft"])
 @pytest.mark.parametrize("gap", [1, 4])
-@pytest.mark.parametrize(("feedback", "atol"), [("full", 1e-12), ("int8", 0.05)])
+@pytest.mark.parametrize("feedback", ["full", "int8"])
 def test_error_feedback_conserves_the_gradient(
-    shape: tuple[int, int], similarity: str, gap: int, feedback: str, atol: float
+    shape: tuple[int, int], similarity: str, gap: int, feedback: str
 ) -> None:
     """What went into the updates and what is left in the error is all that came in; up to rounding, in int8."""
+    rounding = 1e-12
     p = nn.Parameter(torch.randn(shape, dtype=torch.float64))
     optimizer = DCTAdamW([p], rank=3, error_feedback=feedback, similarity=similarity, update_proj_gap=gap)
     optimizer.rule = recorder = Recorder()
@@ -211,9 +212,10 @@ def test_error_feedback_conserves_the_gradient(
         else:
             error = dequantize(state["error.codes"], state["error.scale"], torch.float64)
             assert state["error.codes"].dtype == torch.int8 and "error" not in state
+            rounding += 0.5 * float(state["error.scale"].max())
         # Orthogonal to what was used in this step.
         assert bool((error[:, state["indices"]] == 0).all())
-        torch.testing.assert_close(used + error @ rows, came, atol=atol, rtol=0)
+        torch.testing.assert_close(used @ rows.mT + error, came @ rows.mT, atol=rounding, rtol=0)
 
 
 def test_a_gradient_in_few_columns_is_plain_adamw() -> None:
