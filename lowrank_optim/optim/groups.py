@@ -43,7 +43,7 @@ def low_rank_groups(
     low: list[tuple[str, Tensor]] = []
     full: list[tuple[str, Tensor]] = []
     for name, p in named:
-        matched = [] if keeps_full_rank(name, p) else [t for t in targets if _matches(t, name)]
+        matched = [] if keeps_full_rank(name, p) else [t for t in targets if matches(t, name)]
         for target in matched:
             hits[target] += 1
         (low if matched else full).append((name, p))
@@ -57,7 +57,8 @@ def low_rank_groups(
     return groups
 
 
-def _matches(target: str, name: str) -> bool:
+def matches(target: str, name: str) -> bool:
+    """Whether a name contains ``target`` or, as a regular expression, matches it fully; "all" matches any."""
     return target == "all" or target in name or re.fullmatch(target, name) is not None
 
 

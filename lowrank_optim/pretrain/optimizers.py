@@ -6,7 +6,7 @@ import ast
 import difflib
 import importlib.util
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,11 @@ from lowrank_optim.pretrain.muon import MuonWithAdamW
 # LBFGS evaluates the loss several times a step, SparseAdam takes sparse gradients only, PytorchLARS is the
 # yardstick of bitsandbytes' own tests.
 _UNFIT = {"Optimizer", "LBFGS", "SparseAdam", "PytorchLARS"}
+# Ours whose groups are the layers of lowrank_optim.nn; they need a model that was converted.
+_OF_LAYERS: dict[str, Callable[[nn.Module], list[dict[str, Any]]]] = {
+    "LOROAdamW": lowrank_optim.factor_groups,
+    "SSTAdamW": lowrank_optim.spectral_groups,
+}
 _WORDS = {"none": None, "true": True, "false": False}
 
 
@@ -43,12 +48,12 @@ def parse_optimizer_args(pairs: Sequence[str]) -> dict[str, Any]:
 
 def optimizer_names() -> list[str]:
     """Every NAME that :func:`build_optimizer` takes on this machine."""
-    return list(dict.fromkeys([*low_rank_names(), *_torch_classes(), *_bitsandbytes_classes()]))
+    return list(dict.fromkeys([*_own_classes(), *_torch_classes(), *_bitsandbytes_classes()]))
 
 
 def low_rank_names() -> list[str]:
-    """The optimizers of this package."""
-    return list(_own_classes())
+    """The optimizers of this package that compress the matrices of any model."""
+    return [name for name in _own_classes() if name not in _OF_LAYERS]
 
 
 def accepted_arguments(name: str) -> list[str]:
@@ -64,7 +69,7 @@ def accepted_arguments(name: str) -> list[str]:
         for parameter in inspect.signature(cls).parameters.values()
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     ]
-    selects = cls is MuonWithAdamW or name in _own_classes()
+    selects = cls is MuonWithAdamW or name in low_rank_names()
     return [key for key in named if key not in ("params", "hidden", "rest")] + ["targets"] * selects
 
 
@@ -79,7 +84,8 @@ def build_optimizer(
     """The optimizer ``name`` over the trainable parameters of ``model``, which may be on the meta device.
 
     Ours compress the attention and MLP matrices that :func:`lowrank_optim.low_rank_groups` selects and give
-    the rest the full-rank rule; Muon takes the same matrices and leaves the rest to AdamW.
+    the rest the full-rank rule; Muon takes the same matrices and leaves the rest to AdamW. LOROAdamW and SSTAdamW
+    take a model with layers of their parameterization.
 
     Args:
         name: a class of ``lowrank_optim``, ``torch.optim`` or ``bitsandbytes.optim``, in this order.
@@ -109,6 +115,8 @@ def build_optimizer(
             )
     selection = {"targets": options.pop("targets")} if "targets" in options else {}
     try:
+        if name in _OF_LAYERS:
+            return cls(_OF_LAYERS[name](model), **options)
         if name in _own_classes():
             # In groups the key "rank" is the switch; the class's other options are defaults of every group.
             rank = options.pop("rank", inspect.signature(cls).parameters["rank"].default)
@@ -150,7 +158,7 @@ def _resolve(name: str) -> type[torch.optim.Optimizer]:
     absent = importlib.util.find_spec("bitsandbytes") is None
     if absent and (name.endswith(("8bit", "32bit")) or name.startswith("Paged")):
         raise RuntimeError(f"{name} needs bitsandbytes, which is not installed: pip install bitsandbytes")
-    own = ", ".join(low_rank_names())
+    own = ", ".join(_own_classes())
     raise ValueError(
         f"Invalid optimizer: {name!r}, expected {own} or a class of torch.optim or bitsandbytes.optim"
         + nearest(name, optimizer_names())

@@ -75,7 +75,8 @@ def test_parse_optimizer_args_refuses(pairs):
 
 def test_names_hold_only_what_a_training_loop_can_use():
     names = optimizer_names()
-    assert names[: len(low_rank_names())] == low_rank_names()
+    # Ours come first, so that a class of torch with the same name would be hidden, not the other way round.
+    assert set(low_rank_names()) <= set(names[: names.index("SGD")])
     assert len(names) == len(set(names))
     assert {"GaLoreAdamW", "AdamW", "SGD", "Adafactor"} <= set(names)
     assert not {"Optimizer", "LBFGS", "SparseAdam"} & set(names)

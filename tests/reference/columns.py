@@ -23,8 +23,9 @@ def best_columns(scored: Array, rank: int, ell_norm: int) -> NDArray[np.int64]:
 
 
 def dct_adamw(
-    weight: Array, grads: Sequence[Array], *, basis: Array, rank: int, gap: int, ell_norm: int, rotate: bool,
-    feedback: bool, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
+    weight: Array, grads: Sequence[Array], *,
+    basis: Array, rank: int, gap: int, ell_norm: int, rotate: bool, feedback: bool,
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
 ) -> tuple[list[Array], Array]:  # fmt: skip
     """The weight after every update, and the last error; both sides of the weight may be the smaller."""
     if weight.shape[0] < weight.shape[1]:
@@ -43,8 +44,7 @@ def dct_adamw(
         if (t - 1) % gap == 0:
             old, vectors = vectors, basis[:, best_columns(total @ basis, rank, ell_norm)]
             if rotate and t > 1:
-                # 0 or 1 but for rounding, of which Adam's division would make 1e-6 in columns that are new.
-                turn = np.rint(old.T @ vectors)
+                turn = old.T @ vectors
                 m, v = m @ turn, np.abs(v @ turn)
         low = total @ vectors
         if feedback:
@@ -65,8 +65,9 @@ def newton_schulz(x: Array, steps: int) -> Array:
 
 
 def trion(
-    weight: Array, grads: Sequence[Array], *, basis: Array, rank: int, gap: int, ell_norm: int, momentum: float,
-    ns_steps: int, scale: float, lr: float, weight_decay: float,
+    weight: Array, grads: Sequence[Array], *,
+    basis: Array, rank: int, gap: int, ell_norm: int, momentum: float, ns_steps: int,
+    scale: float, lr: float, weight_decay: float,
 ) -> list[Array]:  # fmt: skip
     """The weight after every update; the smaller side is compressed."""
     left = weight.shape[0] < weight.shape[1]

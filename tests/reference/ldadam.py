@@ -1,4 +1,4 @@
-"""LDAdamW in float64 numpy, from the formulas of arXiv 2410.16103, with the basis on the left."""
+"""LDAdamW in float64 numpy, from the formulas of arXiv 2410.16103, basis on the left: P (m, r), moments (r, n)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,45 @@
+"""Linear layers whose weight is held in parts: factors, sparse values, singular triplets."""
+
+from lowrank_optim.nn.base import FactoredLinear, Parameterization
+from lowrank_optim.nn.convert import convert, merge, reset_parameters
+from lowrank_optim.nn.lost import LOST, LOSTLinear
+from lowrank_optim.nn.lowrank import (
+    LORO,
+    CoLA,
+    CoLALinear,
+    LoRA,
+    LoRALinear,
+    LowRank,
+    LowRankLinear,
+    ReLoRA,
+    ReLoRALinear,
+)
+from lowrank_optim.nn.restarts import MergeAndRestart, MomentumReset, WeightRefactorization
+from lowrank_optim.nn.sltrain import SLTrain, SLTrainLinear
+from lowrank_optim.nn.spectral import SST, SSTLinear
+
+__all__ = [
+    "LORO",
+    "LOST",
+    "SST",
+    "CoLA",
+    "CoLALinear",
+    "FactoredLinear",
+    "LOSTLinear",
+    "LoRA",
+    "LoRALinear",
+    "LowRank",
+    "LowRankLinear",
+    "MergeAndRestart",
+    "MomentumReset",
+    "Parameterization",
+    "ReLoRA",
+    "ReLoRALinear",
+    "SLTrain",
+    "SLTrainLinear",
+    "SSTLinear",
+    "WeightRefactorization",
+    "convert",
+    "merge",
+    "reset_parameters",
+]

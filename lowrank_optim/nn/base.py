@@ -1,0 +1,138 @@
+"""What every weight parameterization shares: the options, and a module behind ``nn.Linear``'s interface."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_optim.optim.base import check_positive_int
+
+
+class Parameterization(ABC):
+    """The options of one parameterization; subclasses are frozen dataclasses that check them on construction."""
+
+    @abstractmethod
+    def build(
+        self, in_features: int, out_features: int, *, bias: bool,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> FactoredLinear:  # fmt: skip
+        """An initialised layer; on the meta device only its shapes.
+
+        Args:
+            in_features: n.
+            out_features: m.
+            bias: whether the layer has a bias (m,).
+            device, dtype: of parameters; None takes torch's defaults.
+            generator: on the CPU; None takes torch's default one.
+
+        Raises:
+            ValueError: options that do not fit the shape.
+        """
+
+
+class FactoredLinear(nn.Module):
+    """A linear layer y = x Wᵀ + b whose weight W (m, n) is held in parts.
+
+    Subclasses create their parameters with ``torch.empty`` and fill them in :meth:`reset_parameters`, so that
+    a layer can be made on the meta device. What is not trained is a persistent buffer or a parameter without
+    gradient: the state dict is the whole layer.
+
+    Attributes:
+        nonlinear: whether the layer has an activation between its parts, so that no W exists.
+    """
+
+    nonlinear: bool = False
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool,
+        device: torch.device | str | None, dtype: torch.dtype | None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        check_positive_int("in_features", in_features)
+        check_positive_int("out_features", out_features)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.bias: nn.Parameter | None
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y (..., m) from x (..., n)."""
+        raise NotImplementedError
+
+    def dense_weight(self) -> Tensor:
+        """W (m, n), computed in fp32 or wider and rounded once to the dtype of the parameters.
+
+        Raises:
+            RuntimeError: a nonlinear layer.
+        """
+        raise NotImplementedError
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw everything anew, in place; the same values on every device, for all draws are the CPU's."""
+        raise NotImplementedError
+
+    def from_weight_(self, weight: Tensor) -> None:
+        """Take over a trained dense weight (m, n) as well as the parts can express it, in place."""
+        raise NotImplementedError
+
+    def reset_bias_(self, generator: torch.Generator | None = None) -> None:
+        """Draw the bias as ``nn.Linear`` does."""
+        if self.bias is not None:
+            uniform_(self.bias, self.in_features**-0.5, generator)
+
+    def no_dense_weight(self) -> RuntimeError:
+        """The error that :meth:`dense_weight` of a nonlinear layer raises."""
+        return RuntimeError(
+            f"{type(self).__name__} has an activation between its factors, so no dense weight equals it: "
+            "keep the converted model, or train with act='none'"
+        )
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def check_rank(rank: int, in_features: int, out_features: int) -> None:
+    """Raise ValueError where a layer is too small for ``rank``."""
+    if rank > min(in_features, out_features):
+        raise ValueError(
+            f"Invalid rank: {rank}, expected at most {min(in_features, out_features)}, "
+            f"the smaller side of a {out_features} x {in_features} weight"
+        )
+
+
+def check_weight(weight: Tensor, layer: FactoredLinear) -> None:
+    """Raise ValueError where a dense weight does not fit a layer."""
+    if tuple(weight.shape) != (layer.out_features, layer.in_features):
+        raise ValueError(
+            f"Invalid weight: shape {tuple(weight.shape)}, expected ({layer.out_features}, {layer.in_features})"
+        )
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to decompose and multiply in: fp32, or fp64 for fp64 weights."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@torch.no_grad()
+def uniform_(target: Tensor, bound: float, generator: torch.Generator | None = None) -> None:
+    """Fill ``target`` from U(-bound, bound), drawn on the CPU in fp32 or wider; nothing happens on meta."""
+    _fill_(target, generator, lambda draw, g: draw.uniform_(-bound, bound, generator=g))
+
+
+@torch.no_grad()
+def normal_(target: Tensor, std: float, generator: torch.Generator | None = None) -> None:
+    """Fill ``target`` from N(0, std²), drawn on the CPU in fp32 or wider; nothing happens on meta."""
+    _fill_(target, generator, lambda draw, g: draw.normal_(0.0, std, generator=g))
+
+
+def _fill_(target: Tensor, generator: torch.Generator | None, draw: Any) -> None:
+    if not target.is_meta:
+        # One stream of numbers for every device and dtype: a model converted on a GPU starts as on the CPU.
+        values = torch.empty(target.shape, dtype=working_dtype(target.dtype), device="cpu")
+        target.copy_(draw(values, generator))

@@ -1,0 +1,191 @@
+"""Replace a model's linear layers by parameterized ones, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+from lowrank_optim.nn.base import FactoredLinear, Parameterization
+from lowrank_optim.optim.groups import keeps_full_rank, matches
+
+
+def convert(
+    model: nn.Module,
+    parameterization: Parameterization,
+    targets: str | Iterable[str] = ("attn", "mlp"),
+    *,
+    from_weight: bool = False,
+    seed: int = 0,
+) -> list[str]:
+    """Replace the matching ``nn.Linear`` modules of ``model`` in place.
+
+    Biases, devices and dtypes stay. A module that stands in several places stays one module, and so do
+    modules that share their weight and bias. Works on the meta device; :func:`reset_parameters` then fills
+    the layers after ``to_empty``.
+
+    Args:
+        model: any module; its optimizer is made afterwards.
+        parameterization: the options, for example ``SLTrain(rank=128)``.
+        targets: what the name of a replaced module contains, or, as a regular expression, matches fully;
+            ``"all"`` takes every ``nn.Linear``. Embeddings, heads and norms stay even then.
+        from_weight: keep the trained weight as well as the parameterization can, instead of a fresh start.
+        seed: the layers draw from generators seeded by this and by their position in the model.
+
+    Returns:
+        The names of the replaced modules.
+
+    Raises:
+        ValueError: a target that matches nothing, a layer that is converted already, options that do not
+            fit a layer, or a weight shared with a module that stays.
+    """
+    targets = [targets] if isinstance(targets, str) else list(targets)
+    chosen = _select(model, targets)
+    _check_shared(model, chosen)
+    positions = layer_positions(model)
+    made: dict[tuple[int, int], FactoredLinear] = {}
+    # Build all before touching the model: an error leaves it as it was.
+    for name, linear in chosen.items():
+        if _identity(linear) in made:
+            continue
+        if from_weight and linear.weight.is_meta:
+            raise ValueError(f"Invalid from_weight: True, but the weight of {name!r} is on the meta device")
+        try:
+            layer = parameterization.build(
+                linear.in_features,
+                linear.out_features,
+                bias=linear.bias is not None,
+                device=linear.weight.device,
+                dtype=linear.weight.dtype,
+                generator=layer_generator(seed, positions[linear]),
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        if from_weight:
+            with torch.no_grad():
+                layer.from_weight_(linear.weight)
+        layer.bias = linear.bias
+        made[_identity(linear)] = layer.train(linear.training)
+    for name, linear in chosen.items():
+        model.set_submodule(name, made[_identity(linear)])
+    return list(chosen)
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """Turn every parameterized layer back into an ``nn.Linear`` with the weight that it computes, in place.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: a model without such layers.
+        RuntimeError: a layer with an activation between its factors; the model stays as it was.
+    """
+    layers = {name: m for name, m in _named_modules(model) if isinstance(m, FactoredLinear) and name}
+    if not layers:
+        raise ValueError(f"Invalid model: {type(model).__name__} holds no parameterized layer to merge")
+    for layer in layers.values():
+        if layer.nonlinear:
+            raise layer.no_dense_weight()
+    made: dict[FactoredLinear, nn.Linear] = {}
+    for name, layer in layers.items():
+        if layer not in made:
+            weight = layer.dense_weight()
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta", dtype=weight.dtype)
+            linear.weight = nn.Parameter(weight)
+            linear.register_parameter("bias", layer.bias)
+            made[layer] = linear.train(layer.training)
+        # At once, so that the factors of one layer go before the weight of the next comes.
+        model.set_submodule(name, made[layer])
+    return model
+
+
+def reset_parameters(model: nn.Module, *, seed: int = 0) -> None:
+    """Draw every parameterized layer anew, biases too, as :func:`convert` with this seed had drawn it.
+
+    For models that were converted on the meta device, after ``to_empty``.
+
+    Raises:
+        ValueError: a model without such layers.
+    """
+    positions = layer_positions(model)
+    layers = list(factored_layers(model).values())
+    if not layers:
+        raise ValueError(f"Invalid model: {type(model).__name__} holds no parameterized layer to reset")
+    for layer in layers:
+        position = positions[layer]
+        layer.reset_parameters(layer_generator(seed, position))
+
+
+def factored_layers(model: nn.Module) -> dict[str, FactoredLinear]:
+    """The parameterized layers by name, each once, in the order of the model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
+
+
+def layer_generator(seed: int, position: int, epoch: int = 0) -> torch.Generator:
+    """A CPU generator of its own for one layer; ``epoch`` counts the restarts of a layer that draws again."""
+    mixed = np.random.SeedSequence([seed, position, epoch]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(mixed >> np.uint64(1)))
+
+
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return model.named_modules(remove_duplicate=False)
+
+
+def layer_positions(model: nn.Module) -> dict[nn.Module, int]:
+    """The position of every linear layer, dense or parameterized: it does not depend on what is converted."""
+    order: dict[tuple[int, int], int] = {}
+    positions: dict[nn.Module, int] = {}
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, FactoredLinear)):
+            # Tied linears become one layer, so they count once.
+            key = _identity(module) if isinstance(module, nn.Linear) else (id(module), 0)
+            positions[module] = order.setdefault(key, len(order))
+    return positions
+
+
+def _identity(linear: nn.Linear) -> tuple[int, int]:
+    return id(linear.weight), id(linear.bias)
+
+
+def _select(model: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
+    hits = dict.fromkeys(targets, 0)
+    chosen: dict[str, nn.Linear] = {}
+    candidates: list[str] = []
+    for name, module in _named_modules(model):
+        # Subclasses of nn.Linear have reasons of their own: quantized weights, or a parent that reads .weight.
+        if not name or not (isinstance(module, FactoredLinear) or type(module) is nn.Linear):
+            continue
+        if isinstance(module, nn.Linear) and keeps_full_rank(f"{name}.weight", module.weight):
+            continue
+        candidates.append(name)
+        matched = [target for target in targets if matches(target, name)]
+        for target in matched:
+            hits[target] += 1
+        if matched and isinstance(module, FactoredLinear):
+            raise ValueError(f"Invalid model: {name!r} is already a {type(module).__name__}; merge(model) goes back")
+        if matched and isinstance(module, nn.Linear):
+            chosen[name] = module
+    missed = [target for target, count in hits.items() if not count]
+    if missed or not chosen:
+        some = ", ".join(candidates) or "none"
+        raise ValueError(f"Invalid targets: {missed or targets} match no nn.Linear; candidates: {some[:300]}")
+    return chosen
+
+
+def _check_shared(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
+    owners = {id(linear.weight): (name, _identity(linear)) for name, linear in chosen.items()}
+    for name, module in _named_modules(model):
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(parameter) not in owners:
+                continue
+            owner, identity = owners[id(parameter)]
+            same = name in chosen and _identity(chosen[name]) == identity
+            if not same:
+                raise ValueError(
+                    f"Invalid targets: {owner!r} shares its weight with {name}.{key}, which would stay dense or has "
+                    "another bias; untie them first, or choose other targets"
+                )

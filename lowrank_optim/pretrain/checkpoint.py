@@ -1,0 +1,204 @@
+"""Checkpoints: complete or absent, resumable to the last bit, and each a folder that transformers loads.
+
+``checkpoint-N`` holds the exported model (``config.json``, ``model.safetensors``, the tokenizer), ``optimizer.pt``,
+``processes.pt`` (data position and random-number states of every process) and ``state.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lowrank_optim.pretrain.cache import write_folder
+from lowrank_optim.pretrain.config import Resolved, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FORMAT = 1
+# A resumed run must continue the one that was saved; how long it runs and what it reports may change.
+FIXED = (
+    *("dataset", "tokenizer", "seq_len", "pack", "model", "dtype", "optimizer", "optimizer_args", "lr"),
+    *("weight_decay", "grad_clip", "batch_size", "accumulate", "seed"),
+)
+
+
+@dataclass
+class Progress:
+    """Where a run stands, beside the tensors of model and optimizer."""
+
+    step: int = 0
+    tokens: int = 0
+    untrained_loss: float | None = None
+
+
+def save(
+    folder: Path,
+    progress: Progress,
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: Optimizer,
+    schedule: LRScheduler,
+    processes: list[dict[str, Any]],
+    options: Resolved,
+    fingerprint: str,
+    keep: int,
+) -> Path:
+    """Write ``folder/checkpoint-<step>`` in one rename, then drop the oldest beyond ``keep`` (0 = none).
+
+    Raises:
+        UserError: it cannot be written; whatever was saved before is untouched.
+    """
+    target = folder / f"checkpoint-{progress.step}"
+
+    def fill(into: Path) -> None:
+        # One file whatever the size, because resuming loads it in place.
+        model.save_pretrained(into, max_shard_size="1000TB")
+        tokenizer.save_pretrained(into)
+        _save({"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, into / "optimizer.pt")
+        _save(processes, into / "processes.pt")
+        state = {
+            "format": FORMAT,
+            "progress": asdict(progress),
+            "fingerprint": fingerprint,
+            "processes": len(processes),
+            "options": asdict(options),
+            "torch": torch.__version__,
+        }
+        (into / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+    try:
+        write_folder(target, fill)
+    # A full disk surfaces as OSError, as torch's RuntimeError or as safetensors' own exception.
+    except Exception as error:
+        before = checkpoints(folder)
+        kept = f"{before[-1]} is intact" if before else "no earlier checkpoint exists"
+        raise UserError(f"Cannot save {target}: {_reason(error)}; {kept}") from error
+    for old in checkpoints(folder)[: -keep or None] if keep else []:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[-1].isdecimal()]
+    return sorted((p for p in found if (p / "state.json").is_file()), key=lambda p: int(p.name.split("-")[-1]))
+
+
+def find(resume: str | None, output_dir: Path | None) -> Path | None:
+    """The checkpoint that ``--resume`` means, None for a fresh start.
+
+    Raises:
+        UserError: nothing to resume at a given path, or results in ``output_dir`` that a run would overwrite.
+    """
+    there = checkpoints(output_dir) if output_dir else []
+    if resume == "auto":
+        return there[-1] if there else None
+    if resume is None:
+        if there:
+            raise UserError(f"{output_dir} holds a run already: add --resume auto or choose another --output-dir")
+        return None
+    path = Path(resume)
+    found = path if (path / "state.json").is_file() else next(iter(checkpoints(path)[::-1]), None)
+    if found is None:
+        raise UserError(f"Invalid resume: {resume} is no checkpoint and holds none")
+    later = [p for p in there if _step(p) > _step(found)]
+    if later:
+        raise UserError(f"Invalid resume: {later[-1]} is newer than {found}; choose another --output-dir")
+    return found
+
+
+def read_state(path: Path, options: Resolved, *, processes: int) -> tuple[Progress, str]:
+    """The progress of a checkpoint and the fingerprint of its data, once its run is the one of ``options``.
+
+    Raises:
+        UserError: an option that shapes the run differs, or the file cannot be read.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if state["format"] != FORMAT:
+            raise UserError(f"Cannot resume {path}: its format is {state['format']!r}, expected {FORMAT}")
+        saved, now = state["options"], json.loads(json.dumps(asdict(options)))
+        changed = {name: (saved[name], now[name]) for name in FIXED if saved[name] != now[name]}
+        if state["processes"] != processes:
+            changed["processes"] = (state["processes"], processes)
+        progress, fingerprint = Progress(**state["progress"]), str(state["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"Broken checkpoint: {path / 'state.json'} ({error!r})") from error
+    if changed:
+        what = ", ".join(f"{name} was {old!r} and is now {new!r}" for name, (old, new) in changed.items())
+        raise UserError(f"Cannot resume {path}: {what}")
+    return progress, fingerprint
+
+
+def load_(path: Path, *, model: PreTrainedModel, optimizer: Optimizer, schedule: LRScheduler, rank: int) -> Any:
+    """Load a checkpoint in place; returns the data position of process ``rank`` and restores its random states.
+
+    Raises:
+        UserError: a file is missing or broken.
+    """
+    from safetensors.torch import load_model
+
+    try:
+        load_model(model, path / "model.safetensors", device=str(model.device))
+        saved = torch.load(path / "optimizer.pt", map_location=model.device, weights_only=True)
+        processes = torch.load(path / "processes.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+    except Exception as error:
+        raise UserError(f"Broken checkpoint: {path} ({' '.join(str(error).split())[:300]})") from error
+    set_random_state(processes[rank]["random"])
+    return processes[rank]["data"]
+
+
+def random_state() -> dict[str, Any]:
+    """States of every generator of this process, in types that ``weights_only`` loads."""
+    legacy: Any = np.random.get_state(legacy=True)
+    name, keys, *rest = legacy
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Restore what :func:`random_state` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _save(value: Any, path: Path) -> None:
+    # Through a file of Python, whose errors say what is wrong; torch's own writer reports a full disk as
+    # "unexpected pos".
+    with path.open("wb") as file:
+        torch.save(value, file)
+
+
+def _reason(error: BaseException) -> str:
+    # Closing its archive after a failed write, torch.save raises a second error on top.
+    first: BaseException | None = error
+    while first is not None and not isinstance(first, OSError):
+        first = first.__context__
+    return " ".join(str(first or error).split())
+
+
+def _step(path: Path) -> int:
+    return int(path.name.split("-")[-1])

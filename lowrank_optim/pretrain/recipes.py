@@ -1,0 +1,98 @@
+"""Published hyper-parameters per model size and method: the values of options that are not given.
+
+Sources: the shell scripts of the methods' own repositories (GaLore ``scripts/benchmark_c4``) and GaLore's paper,
+arXiv 2403.03507, Tables 2 and 5. Common to all of them: 512 sequences of 256 tokens an update, warm-up over 10 %
+of the updates, a cosine to 10 %, no weight decay.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+from lowrank_optim.pretrain.config import Options, Resolved, UserError
+from lowrank_optim.pretrain.optimizers import accepted_arguments, parse_optimizer_args
+
+# Used by every baseline script of this family whose learning rate is known; GaLore's own grid was
+# {1e-2, 5e-3, 1e-3, 5e-4, 1e-4} and its choice was never released.
+BASELINE_LR = {"AdamW": 1e-3, "Adam": 1e-3}
+
+
+class Budget(NamedTuple):
+    """What one model size is trained with, whatever the optimizer.
+
+    ``batch_size`` is sequences a process, ``sequences`` those of an update over all processes.
+    """
+
+    max_steps: int
+    batch_size: int
+    grad_clip: float = 0.0
+    seq_len: int = 256
+    sequences: int = 512
+    eval_every: int = 1000
+    save_every: int = 1000
+    evaluated_tokens: int = 10_000_000
+
+
+class GaLore(NamedTuple):
+    lr: float
+    rank: int
+    update_proj_gap: int = 200
+    scale: float = 0.25
+
+
+BUDGETS = {
+    # Ours: a demonstration that ends within minutes on two CPU cores.
+    "llama_tiny": Budget(100, 16, 1.0, 128, 16, eval_every=50, save_every=50, evaluated_tokens=30_000),
+    "llama_60m": Budget(10_000, 256),
+    "llama_130m": Budget(20_000, 256),
+    "llama_350m": Budget(60_000, 128),
+    "llama_1b": Budget(100_000, 16),
+    "llama_7b": Budget(150_000, 8, 1.0),
+}
+GALORE = {
+    "llama_tiny": GaLore(0.01, 64, 50),
+    "llama_60m": GaLore(0.01, 128),
+    "llama_130m": GaLore(0.01, 256),
+    "llama_350m": GaLore(0.01, 256),
+    # The paper's Table 2; the repository's script has rank 1024.
+    "llama_1b": GaLore(0.01, 512),
+    "llama_7b": GaLore(0.005, 1024, 500),
+}
+
+
+def resolve(options: Options, *, hidden_size: int, processes: int) -> Resolved:
+    """Fill what was not given with the published values of ``options.model`` and ``options.optimizer``.
+
+    A size without published values takes those of llama_60m with rank hidden_size / 4, the ratio of most of
+    the published sizes. ``lr`` stays None for optimizers without a published value: their class decides.
+    """
+    budget = BUDGETS.get(options.model, BUDGETS["llama_60m"])
+    values = dataclasses.asdict(options)
+
+    def default(name: str, value: Any) -> None:
+        if values[name] is None:
+            values[name] = value
+
+    default("accumulate", 1 if options.batch_size else math.ceil(budget.sequences / budget.batch_size / processes))
+    for name in ("max_steps", "batch_size", "grad_clip", "seq_len", "eval_every", "save_every"):
+        default(name, getattr(budget, name))
+    default("warmup_steps", values["max_steps"] // 10)
+    default("eval_batches", math.ceil(budget.evaluated_tokens / (values["batch_size"] * values["seq_len"])))
+    if options.optimizer.startswith("GaLore"):
+        galore = GALORE.get(options.model) or GALORE["llama_60m"]._replace(rank=max(1, hidden_size // 4))
+        arguments = galore._asdict()
+        default("lr", arguments.pop("lr"))
+        given = parse_optimizer_args(options.optimizer_args)
+        values["optimizer_args"] += [f"{k}={v}" for k, v in arguments.items() if k not in given]
+    default("lr", BASELINE_LR.get(options.optimizer))
+    if "weight_decay" in accepted_arguments(options.optimizer):
+        default("weight_decay", 0.0)
+    if values["warmup_steps"] > values["max_steps"]:
+        raise UserError(
+            f"Invalid warmup_steps: {values['warmup_steps']}, expected at most max_steps = {values['max_steps']}"
+        )
+    if values["seq_len"] < 2:
+        raise UserError(f"Invalid seq_len: {values['seq_len']}, expected at least 2, a token and its successor")
+    return Resolved(**values)

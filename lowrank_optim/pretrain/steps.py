@@ -1,0 +1,73 @@
+"""Loss, gradient norm and evaluation, each exact over the tokens that count."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lowrank_optim.pretrain.data import IGNORED, Batch
+
+
+def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
+    """Sum of the next-token losses of one micro-batch, a scalar in fp32."""
+    logits = model(input_ids=batch.ids, use_cache=False).logits[:, :-1]
+    targets = batch.labels[:, 1:]
+    return functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def clip_gradients_(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
+    """The norm of all gradients together, in fp32; scales them to ``largest`` where it exceeds that (0: never)."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]).norm()
+    if largest > 0:
+        # A norm that is not finite scales nothing: such an update is skipped as a whole.
+        factor = torch.where(norm.isfinite(), (largest / norm).clamp(max=1.0), 1.0)
+        torch._foreach_mul_(grads, factor)
+    return norm
+
+
+class Evaluation(NamedTuple):
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterator[Batch],
+    *,
+    limit: int,
+    legacy: bool,
+    device: torch.device,
+    reduce: Callable[[Tensor], Tensor] = lambda total: total,
+) -> Evaluation:
+    """Mean next-token loss of at most ``limit`` micro-batches (0 = all) of this process, and of all through ``reduce``.
+
+    The mean is over tokens, so it does not depend on the batch size. ``legacy`` takes the mean of the batches'
+    means and divides by their number plus one, as the harness does from which the published tables come.
+    """
+    was_training = model.training
+    model.eval()
+    # loss, tokens, sum of batch means, batches
+    total = torch.zeros(4, dtype=torch.float64, device="cpu")
+    with torch.no_grad():
+        for batch in itertools.islice(batches, limit or None):
+            loss, tokens = loss_sum(model, batch.to(device)).item(), batch.targets
+            if tokens:
+                total += torch.tensor([loss, tokens, loss / tokens, 1], dtype=torch.float64)
+    model.train(was_training)
+    loss, count, means, number = reduce(total).tolist()
+    if not count:
+        return Evaluation(math.nan, 0)
+    return Evaluation(means / (number + 1) if legacy else loss / count, int(count))

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowrank_optim.pretrain.config import Options, UserError, parse_options, write_options
+from lowrank_optim.pretrain.recipes import resolve
+
+
+def test_line_overrides_yaml_overrides_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("max-steps: 7\nlr: 1e-3\nseed: 5\noptimizer_args: {rank: 8, betas: [0.9, 0.95]}\npack: true\n")
+    options = parse_options(["--config", str(file), "--seed", "6", "--no-pack"])
+    assert (options.max_steps, options.lr, options.seed, options.pack) == (7, 1e-3, 6, False)
+    assert options.optimizer_args == ["rank=8", "betas=[0.9, 0.95]"]
+    assert options.model == Options().model
+
+
+def test_resolved_options_read_back(tmp_path: Path) -> None:
+    options = resolve(parse_options(["--seed", "3"]), hidden_size=256, processes=1)
+    write_options(options, tmp_path / "config.yaml")
+    again = resolve(parse_options(["--config", str(tmp_path / "config.yaml")]), hidden_size=256, processes=1)
+    assert dataclasses.replace(again, config=None) == options
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--optimzer", "AdamW"], "did you mean --optimizer"),
+        (["--optim", "AdamW"], "did you mean --optimizer"),
+        (["--lr", "fast"], "invalid float value: 'fast'"),
+        (["--lr", "nan"], "Invalid lr: nan"),
+        (["--max-steps", "0"], "Invalid max_steps: 0, expected a positive number"),
+        (["--keep", "-1"], "Invalid keep: -1"),
+        (["--dtype", "fp8"], "invalid choice: 'fp8'"),
+        (["--config", "missing.yaml"], "cannot read missing.yaml"),
+    ],
+)
+def test_bad_lines(line: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_options(line)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_step: 3", "max_step; did you mean max_steps"),
+        ("max_steps: soon", "Invalid max_steps .*'soon', expected int"),
+        ("pack: 1", "Invalid pack"),
+        ("dtype: fp8", "Invalid dtype"),
+        ("config: other.yaml", "Invalid key"),
+        ("- a", "no mapping"),
+        ("a: [", "no YAML"),
+    ],
+)
+def test_bad_yaml(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        parse_options(["--config", str(tmp_path / "run.yaml")])
+
+
+def test_published_values() -> None:
+    run = resolve(Options(model="llama_1b"), hidden_size=2048, processes=8)
+    assert (run.lr, run.max_steps, run.warmup_steps, run.seq_len) == (0.01, 100_000, 10_000, 256)
+    assert run.batch_size * run.accumulate * 8 == 512
+    assert set(run.optimizer_args) == {"rank=512", "update_proj_gap=200", "scale=0.25"}
+    seven = resolve(Options(model="llama_7b", optimizer_args=["rank=256"]), hidden_size=4096, processes=8)
+    assert (seven.lr, seven.grad_clip, seven.max_steps) == (0.005, 1.0, 150_000)
+    assert set(seven.optimizer_args) == {"rank=256", "update_proj_gap=500", "scale=0.25"}
+
+
+def test_a_given_batch_size_is_obeyed() -> None:
+    assert resolve(Options(model="llama_60m", batch_size=8), hidden_size=512, processes=1).accumulate == 1
+
+
+def test_help_does_not_import_transformers() -> None:
+    code = (
+        "import sys, train_llama; assert train_llama.main(['--help']) == 0;"
+        "sys.exit(bool({'transformers', 'datasets', 'accelerate'} & set(sys.modules)))"
+    )
+    root = Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "--optimizer-args" in result.stdout
