@@ -137,7 +137,8 @@ def init_state_(optimizer: torch.optim.Optimizer) -> None:
     if isinstance(optimizer, LowRankOptimizer):
         for group in optimizer.param_groups:
             for p in group["params"]:
-                optimizer.init_state(p, group)
+                if p.requires_grad:
+                    optimizer.init_state(p, group)
     elif _is_bitsandbytes(optimizer):
         _init_bitsandbytes_(optimizer)
     else:
@@ -176,7 +177,7 @@ def _init_bitsandbytes_(optimizer: Any) -> None:
 def _low_rank_parameters(optimizer: torch.optim.Optimizer) -> int:
     if not isinstance(optimizer, LowRankOptimizer):
         return 0
-    return sum(math.prod(row.shape) for row in optimizer.explain() if row.method != "full-rank")
+    return sum(math.prod(row.shape) for row in optimizer.explain() if row.method not in ("full-rank", "frozen"))
 
 
 def _storage_bytes(tensors: Iterable[Tensor | None], seen: set[int]) -> int:

@@ -16,10 +16,12 @@ from lowrank_optim.nn.lowrank import (
 )
 from lowrank_optim.nn.restarts import MergeAndRestart, MomentumReset, WeightRefactorization
 from lowrank_optim.nn.sltrain import SLTrain, SLTrainLinear
+from lowrank_optim.nn.spectral import SST, SSTLinear
 
 __all__ = [
     "LORO",
     "LOST",
+    "SST",
     "CoLA",
     "CoLALinear",
     "FactoredLinear",
@@ -35,6 +37,7 @@ __all__ = [
     "ReLoRALinear",
     "SLTrain",
     "SLTrainLinear",
+    "SSTLinear",
     "WeightRefactorization",
     "convert",
     "merge",
