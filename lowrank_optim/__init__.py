@@ -1,9 +1,22 @@
 """Memory-efficient LLM pretraining: exact low-rank optimizers behind torch.optim APIs."""
 
+from lowrank_optim.optim.adafactor import GaLoreAdafactor
 from lowrank_optim.optim.galore import GaLoreAdamW
+from lowrank_optim.optim.galore_8bit import GaLoreAdamW8bit
 from lowrank_optim.optim.groups import low_rank_groups
 from lowrank_optim.optim.loro import LOROAdamW, factor_groups
+from lowrank_optim.optim.qgalore import QGaLoreAdamW8bit
 from lowrank_optim.optim.sst import SSTAdamW, spectral_groups
 
-__all__ = ["GaLoreAdamW", "LOROAdamW", "SSTAdamW", "factor_groups", "low_rank_groups", "spectral_groups"]
+__all__ = [
+    "GaLoreAdafactor",
+    "GaLoreAdamW",
+    "GaLoreAdamW8bit",
+    "LOROAdamW",
+    "QGaLoreAdamW8bit",
+    "SSTAdamW",
+    "factor_groups",
+    "low_rank_groups",
+    "spectral_groups",
+]
 __version__ = "0.1.0"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +28,14 @@ def golden_config() -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def golden_inputs() -> dict[str, np.ndarray]:
     return dict(np.load(GOLDEN / "inputs.npz"))
+
+
+@pytest.fixture
+def record_reference_error(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Record how far a trajectory is from the published one, for ``python -m benchmarks.reference``."""
+
+    def record(optimizer: str, ours: list[np.ndarray], theirs: np.ndarray, start: np.ndarray) -> None:
+        error = max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs))
+        record_property(f"reference error {optimizer}", error / float(np.abs(theirs[-1] - start).max()))
+
+    return record

@@ -26,25 +26,38 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("GaLoreAdamW", {"proj_type": "right"}),
     ("GaLoreAdamW", {"proj_type": "full"}),
     ("GaLoreAdamW", {"capturable": True}),
+    ("GaLoreAdamW", {"refresh": "svd", "selection": "spectral"}),
     ("GaLoreAdamW", {"state_dtype": "bfloat16", "moments": "rotate"}),
     ("GaLoreAdamW", {"state_dtype": "int8", "moments": "rotate"}),
     ("GaLoreAdamW", {"state_dtype": "bfloat16", "capturable": True}),
     ("GaLoreAdamW", {"weight_rounding": "stochastic", "proj_type": "full"}),
     ("GaLoreAdamW", {"weight_rounding": "compensated"}),
     ("GaLoreAdamW", {"state_dtype": "int8", "weight_rounding": "compensated", "capturable": True}),
-    # On parameters that are no factors; tests/optim/test_loro.py has the others.
+    # Their layers are tested in tests/optim/test_loro.py and test_sst.py; here are ordinary parameters.
     ("LOROAdamW", {}),
-    # On ordinary parameters; tests/optim/test_sst.py has layers.
     ("SSTAdamW", {}),
+    ("GaLoreAdafactor", {"scale_parameter": False}),
+    ("GaLoreAdafactor", {"beta1": 0.9, "moments": "rotate"}),
+    ("GaLoreAdafactor", {"beta1": 0.9, "moments": "align", "refresh": "svd"}),
+    ("GaLoreAdafactor", {"proj_type": "full", "beta1": 0.9}),
+    ("GaLoreAdafactor", {"capturable": True}),
+    ("GaLoreAdamW8bit", {}),
+    ("GaLoreAdamW8bit", {"weight_rounding": "stochastic"}),
+    ("QGaLoreAdamW8bit", {"queue_size": 1, "cos_threshold": 0.0}),
+    ("QGaLoreAdamW8bit", {"moments": "rotate", "quant_group_size": 7, "weight_rounding": "compensated"}),
 ]
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in kwargs.items())]) for name, kwargs in VARIANTS]
 
 
 def accepts(name: str, key: str) -> bool:
-    """Whether a constructor has an argument; those that work on layers with a rank of their own have no ``rank``."""
+    """Whether a constructor has an argument."""
     return key in inspect.signature(OPTIMIZERS[name]).parameters
 
 
+# The rank of a method over lowrank_optim.nn belongs to the layers.
+WITHOUT_RANK = {name for name in OPTIMIZERS if not accepts(name, "rank")}
+
+
 def build(name: str, params: Any, **kwargs: Any) -> LowRankOptimizer:
-    defaults = {"lr": 1e-2, "rank": 4, "update_proj_gap": 3}
-    return OPTIMIZERS[name](params, **{**{k: v for k, v in defaults.items() if accepts(name, k)}, **kwargs})
+    rank = {} if name in WITHOUT_RANK else {"rank": 4}
+    return OPTIMIZERS[name](params, **{"lr": 1e-2, "update_proj_gap": 3, **rank, **kwargs})

@@ -2,6 +2,7 @@
 
 from lowrank_optim.nn.base import FactoredLinear, Parameterization
 from lowrank_optim.nn.convert import convert, merge, reset_parameters
+from lowrank_optim.nn.lost import LOST, LOSTLinear
 from lowrank_optim.nn.lowrank import (
     LORO,
     CoLA,
@@ -14,14 +15,17 @@ from lowrank_optim.nn.lowrank import (
     ReLoRALinear,
 )
 from lowrank_optim.nn.restarts import MergeAndRestart, MomentumReset, WeightRefactorization
+from lowrank_optim.nn.sltrain import SLTrain, SLTrainLinear
 from lowrank_optim.nn.spectral import SST, SSTLinear
 
 __all__ = [
     "LORO",
+    "LOST",
     "SST",
     "CoLA",
     "CoLALinear",
     "FactoredLinear",
+    "LOSTLinear",
     "LoRA",
     "LoRALinear",
     "LowRank",
@@ -31,6 +35,8 @@ __all__ = [
     "Parameterization",
     "ReLoRA",
     "ReLoRALinear",
+    "SLTrain",
+    "SLTrainLinear",
     "SSTLinear",
     "WeightRefactorization",
     "convert",

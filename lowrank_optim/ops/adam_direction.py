@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def adam_direction(
-    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, beta1: float, beta2: float, eps: float
+    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, beta1: float, beta2: float, eps: float | Tensor
 ) -> Tensor:
     """Update both moments in place and return Adam's direction before bias correction.
 

@@ -6,11 +6,14 @@ State of a parameter: plain tensors and ints under flat names.
     seed            the parameter's position over all groups: its source of randomness and of stagger
     left            whether the rows are the compressed axis (matrices only)
     basis, basis.k  orthonormal basis (d, rank) of the compressed axis; basis.k: of axis k of a tensor
+    basis.codes     uint8, two 4-bit values a byte, with basis.scale and basis.zero instead of ``basis`` (Q-GaLore)
+    gap, overlaps   updates between two refreshes, and the shares of the last bases that the next ones kept (Q-GaLore)
     exp_avg         first moment, in the subspace
     exp_avg_sq      second moment, in the subspace, real
     exp_avg.codes   uint8 codes, and exp_avg.scale fp32 scales, instead of exp_avg where ``state_dtype="int8"``
                     stores it in blocks of 8 bits; exp_avg_sq likewise
     weight_correction  int8, what the bfloat16 weight lacks of 24 bits (``weight_rounding="compensated"``)
+    exp_avg_sq_row, exp_avg_sq_col   its means over the columns and over the rows (Adafactor)
 """
 
 from __future__ import annotations
@@ -221,7 +224,9 @@ def refresh_due(state: State, group: Group) -> bool:
     With ``stagger`` the first is the same, the later ones are moved by a share of the gap that the golden
     ratio spreads evenly over the parameters. While a CUDA graph is being captured the answer is no.
     """
-    step, gap = state["step"], group["update_proj_gap"]
+    step = state["step"]
+    # A lazy subspace keeps a gap of its own.
+    gap = state.get("gap", group["update_proj_gap"])
     if isinstance(step, Tensor):
         if step.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
@@ -262,6 +267,8 @@ class LowRankOptimizer(Optimizer):
     subspace: Subspace
     rule: Rule
     lift: Lift
+    # Where each authors' code has it: (1 - lr wd) W - update, or (1 - lr wd) (W - update).
+    decay_first: bool = False
     # Wall time spent in refreshes. A class attribute, because Optimizer.__getstate__ keeps neither this
     # nor the set of warnings given.
     refresh_seconds: float = 0.0
@@ -321,6 +328,10 @@ class LowRankOptimizer(Optimizer):
             return self.subspace
         return IDENTITY
 
+    def rule_of(self, subspace: Subspace) -> Rule:
+        """The rule of the parameters in this subspace; those of :data:`IDENTITY` may have one of their own."""
+        return self.rule
+
     def explain(self) -> list[Explanation]:
         """Which parameter gets which method and why, in the order of the groups."""
         rows: list[Explanation] = []
@@ -346,7 +357,7 @@ class LowRankOptimizer(Optimizer):
         state["seed"] = next(i for i, other in enumerate(everyone) if other is param)
         subspace = self.subspace_of(param, group)
         shape = subspace.init(param, state, group)
-        self.rule.init(subspace.orient(param, state), shape, state, group)
+        self.rule_of(subspace).init(subspace.orient(param, state), shape, state, group)
         if subspace is not IDENTITY:
             self.lift.init(param, subspace, state, group)
         init_storage(param, state, group["weight_rounding"])
@@ -410,21 +421,27 @@ class LowRankOptimizer(Optimizer):
         self, target: Tensor, grad: Tensor, low: Tensor, subspace: Subspace, lift: Lift, state: State, group: Group
     ) -> None:
         """Direction, lift and decay of one parameter; ``state["step"]`` counts this update already."""
-        alpha = group["lr"] * self.rule.correction(state["step"], group)
+        rule = self.rule_of(subspace)
+        alpha = group["lr"] * rule.correction(state["step"], group)
         # Every direction is odd in the gradient, so ascent is descent with the sign turned.
         alpha = alpha if group["maximize"] else -alpha
-        in_one_pass = getattr(self.rule, "update_", None)
+        decays = group["weight_decay"] != 0
+        if decays and self.decay_first:
+            target.mul_(1 - group["lr"] * group["weight_decay"])
+        in_one_pass = getattr(rule, "update_", None)
         if lift is UNSCALED and in_one_pass is not None:
             in_one_pass(target, low, state, group, alpha=alpha)
         else:
-            direction = self.rule.direction(low, state, group)
+            direction = rule.direction(low, state, group)
             lift.apply_(target, grad, low, direction, subspace, state, group, alpha=alpha)
-        if group["weight_decay"] != 0:
+        if decays and not self.decay_first:
             target.mul_(1 - group["lr"] * group["weight_decay"])
 
     def _refresh(self, subspace: Subspace, grad: Tensor, state: State, group: Group) -> bool:
         """Renew the basis; False where there is no usable basis, so that the update must be skipped."""
-        largest = float(grad.abs().amax())
+        # aminmax, unlike abs(), makes no copy of the gradient.
+        extremes = torch.aminmax(torch.view_as_real(grad) if grad.is_complex() else grad)
+        largest = float(torch.stack(extremes).abs().amax())
         if not math.isfinite(largest):
             self._warn_once("skipped an update because of a non-finite gradient")
             return False
@@ -433,7 +450,7 @@ class LowRankOptimizer(Optimizer):
         started = int(state["step"]) > 0
         renewed, overlap = subspace.refresh(grad, state, group) if largest > 0 else Refresh(renewed=False)
         if overlap is not None and started:
-            self.rule.transport(state, overlap, group)
+            self.rule_of(subspace).transport(state, overlap, group)
         self.refresh_seconds += time.perf_counter() - start
         if largest > 0 and not renewed:
             self._warn_once("kept an old basis because no new one could be computed")

@@ -21,34 +21,59 @@ from lowrank_optim.optim.rules import Adam
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 REFRESHES = ("power", "randomized", "svd")
+SELECTIONS = ("top", "spectral")
 
 
-def top_basis(tall: Tensor, rank: int, group: Group, state: State, *, left: bool, key: str) -> Tensor | None:
+def draw_spectral(singular_values: Tensor, rank: int, generator: torch.Generator) -> Tensor:
+    """``rank`` distinct indices, ascending, drawn half uniformly and half in proportion to the singular values.
+
+    Source: Zhao et al. 2024, Sparse Spectral Training (arXiv 2405.15481).
+
+    Args:
+        singular_values: (q,), not all zero.
+        rank: at most q.
+        generator: a CPU generator.
+    """
+    weights = singular_values.double().cpu()
+    probabilities = 0.5 / len(weights) + 0.5 * weights / weights.sum()
+    return torch.multinomial(probabilities, rank, generator=generator).sort().values
+
+
+def top_basis(
+    tall: Tensor, rank: int, group: Group, state: State, *, left: bool, key: str, start: Tensor | None = None
+) -> Tensor | None:
     """The ``rank`` dominant right-singular vectors of an oriented gradient, None where all attempts failed.
+
+    With the group's ``selection="spectral"`` the singular vectors are drawn instead.
 
     Args:
         tall: (rows, d), the side to compress last.
         left: whether ``tall`` is the transpose of the gradient. The SVD is taken of the gradient as it is, which
             makes the signs those of the published code.
-        key: where the state keeps the previous basis.
+        key: where the state keeps the previous basis, unless ``start`` gives it.
     """
     grad = tall.to(torch.promote_types(tall.dtype, torch.float32))
     basis: Tensor | None = None
+    generator = torch.Generator()
+    seed = state["seed"] * 1_000_003 + 2 * int(state["step"])
     if group["refresh"] == "svd":
         try:
             # No copy of the gradient: LAPACK's input is overwritten in torch's own buffer.
-            u, _, vh = torch.linalg.svd(grad.mT if left else grad, full_matrices=False)
-            basis = u[:, :rank].conj() if left else vh[:rank].mH
+            u, singular_values, vh = torch.linalg.svd(grad.mT if left else grad, full_matrices=False)
+            if group.get("selection", "top") == "spectral":
+                drawn = draw_spectral(singular_values, rank, generator.manual_seed(seed)).to(u.device)
+                basis = u[:, drawn].conj() if left else vh[drawn].mH
+            else:
+                basis = u[:, :rank].conj() if left else vh[:rank].mH
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             basis = None
     elif group["refresh"] == "power" and int(state["step"]) > 0:
-        basis = subspace_iteration(grad, state[key].to(grad.dtype))
+        basis = subspace_iteration(grad, (state[key] if start is None else start).to(grad.dtype))
     for attempt in range(2):
         if basis is not None and bool(basis.isfinite().all()):
             return basis
-        generator = torch.Generator().manual_seed(state["seed"] * 1_000_003 + 2 * int(state["step"]) + attempt)
         try:
-            basis = range_finder(grad, rank, generator)
+            basis = range_finder(grad, rank, generator.manual_seed(seed + attempt))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             basis = None
     return basis if basis is not None and bool(basis.isfinite().all()) else None
@@ -65,6 +90,10 @@ class TopSingular:
         """Raise ValueError on an unknown proj_type or refresh."""
         check_choice("proj_type", group["proj_type"], PROJ_TYPES)
         check_choice("refresh", group["refresh"], REFRESHES)
+        selection = group.get("selection", "top")
+        check_choice("selection", selection, SELECTIONS)
+        if selection == "spectral" and group["refresh"] != "svd":
+            raise ValueError(f"Invalid refresh: {group['refresh']!r}, selection='spectral' takes 'svd' only")
 
     def compresses(self, shape: torch.Size, group: Group) -> bool:
         """Matrices whose smaller side exceeds the rank."""
@@ -89,29 +118,39 @@ class TopSingular:
 
     def refresh(self, grad: Tensor, state: State, group: Group) -> Refresh:
         """Replace the basis by the dominant directions of this gradient."""
-        basis = top_basis(grad, group["rank"], group, state, left=state["left"], key="basis")
+        old = self.basis(grad, state, group)
+        basis = top_basis(grad, group["rank"], group, state, left=state["left"], key="basis", start=old)
         if basis is None:
             return Refresh(renewed=False)
         overlap = None
         if group["moments"] != "keep" and int(state["step"]) > 0:
-            overlap = state["basis"].to(basis.dtype).mH @ basis
+            overlap = old.to(basis.dtype).mH @ basis
             if group["moments"] == "align":
                 # A new column that is orthogonal to its predecessor keeps the sign that it came with.
                 turn = overlap.diagonal().conj().sgn()
                 basis = basis * torch.where(turn == 0, torch.ones_like(turn), turn)
                 overlap = None
-        state["basis"].copy_(basis)
+        self.keep_basis_(basis, state, group)
         return Refresh(renewed=True, overlap=overlap)
+
+    def basis(self, like: Tensor, state: State, group: Group) -> Tensor:
+        """The basis (d, rank) that meets ``like``, an oriented gradient or weight."""
+        return state["basis"]
+
+    def keep_basis_(self, basis: Tensor, state: State, group: Group) -> None:
+        """Overwrite the basis that is kept."""
+        state["basis"].copy_(basis)
 
     def down(self, grad: Tensor, state: State, group: Group) -> Tensor:
         """(rows, rank)."""
-        return grad @ state["basis"]
+        return grad @ self.basis(grad, state, group)
 
     def add_up_(self, target: Tensor, low: Tensor, state: State, group: Group, *, alpha: float | Tensor) -> None:
         """One GEMM that accumulates in the weight itself."""
         if isinstance(alpha, Tensor):
             low, alpha = low * alpha, 1.0
-        target.addmm_(low.to(target.dtype), state["basis"].mH.to(target.dtype), alpha=alpha)
+        basis = self.basis(target, state, group)
+        target.addmm_(low.to(target.dtype), basis.mH.to(target.dtype), alpha=alpha)
 
 
 def along_axis(tensor: Tensor, matrix: Tensor, axis: int) -> Tensor:
@@ -185,7 +224,21 @@ class Tucker:
 TUCKER = Tucker()
 
 
-class GaLoreAdamW(LowRankOptimizer):
+class GaLore(LowRankOptimizer):
+    """What GaLore's optimizers share: a subclass names its rule and declares its arguments."""
+
+    subspace = TopSingular()
+    lift = Plain()
+
+    def subspace_of(self, param: Tensor, group: Group) -> Subspace:
+        """Tucker for tensors of more than two dimensions and for ``proj_type="full"``."""
+        several = param.ndim > 2 or group["proj_type"] == "full"
+        if several and group["rank"] is not None and TUCKER.compresses(param.shape, group):
+            return TUCKER
+        return super().subspace_of(param, group)
+
+
+class GaLoreAdamW(GaLore):
     """AdamW whose moments live in the dominant singular subspace of the gradient.
 
     For a weight W (m, n) with gradient G, at updates 1, 1 + gap, 1 + 2 gap, ... P becomes the ``rank`` dominant
@@ -237,9 +290,7 @@ class GaLoreAdamW(LowRankOptimizer):
     in the paper: eps stands beside the uncorrected sqrt(V), decay comes after the update, moments stay at a refresh.
     """
 
-    subspace = TopSingular()
     rule = Adam()
-    lift = Plain()
 
     def __init__(
         self,
@@ -254,6 +305,7 @@ class GaLoreAdamW(LowRankOptimizer):
         scale: float = 0.25,
         proj_type: str = "std",
         refresh: str = "power",
+        selection: str = "top",
         moments: str = "keep",
         stagger: bool = False,
         state_dtype: str = "float32",
@@ -274,6 +326,7 @@ class GaLoreAdamW(LowRankOptimizer):
                 "scale": scale,
                 "proj_type": proj_type,
                 "refresh": refresh,
+                "selection": selection,
                 "moments": moments,
                 "stagger": stagger,
                 "state_dtype": state_dtype,
@@ -283,10 +336,3 @@ class GaLoreAdamW(LowRankOptimizer):
                 "backend": backend,
             },
         )
-
-    def subspace_of(self, param: Tensor, group: Group) -> Subspace:
-        """Tucker for tensors of more than two dimensions and for ``proj_type="full"``."""
-        several = param.ndim > 2 or group["proj_type"] == "full"
-        if several and group["rank"] is not None and TUCKER.compresses(param.shape, group):
-            return TUCKER
-        return super().subspace_of(param, group)

@@ -41,7 +41,7 @@ class Adam:
     def direction(self, low: Tensor, state: State, group: Group) -> Tensor:
         """M / (sqrt(V) + eps), the moments being updated in place."""
         moments = [load_moment(state, key, low.dtype) for key in MOMENT_KEYS]
-        direction = self._direction(low, moments, group)
+        direction = self._direction(low, moments, state, group)
         for key, moment in zip(MOMENT_KEYS, moments):
             store_moment_(state, key, moment)
         return direction
@@ -49,25 +49,33 @@ class Adam:
     def update_(self, target: Tensor, grad: Tensor, state: State, group: Group, *, alpha: float | Tensor) -> None:
         """target += alpha * direction(grad), without a temporary where torch has one kernel for all of it."""
         moments = [load_moment(state, key, grad.dtype) for key in MOMENT_KEYS]
-        if group["backend"] is None and fused_adam_fits(target, grad, *moments):
-            fused_adam_(target, grad, moments[0], moments[1], **self._constants(group), alpha=float(alpha))
+        eps = self._eps(state, group)
+        if self._fuses(group, eps, target, grad, *moments):
+            beta1, beta2 = group["betas"]
+            fused_adam_(target, grad, *moments, beta1=beta1, beta2=beta2, eps=float(eps), alpha=float(alpha))
         else:
-            IDENTITY.add_up_(target, self._direction(grad, moments, group), state, group, alpha=alpha)
+            IDENTITY.add_up_(target, self._direction(grad, moments, state, group), state, group, alpha=alpha)
         for key, moment in zip(MOMENT_KEYS, moments):
             store_moment_(state, key, moment)
 
-    def _direction(self, low: Tensor, moments: list[Tensor], group: Group) -> Tensor:
-        exp_avg, exp_avg_sq = moments
-        if group["backend"] is None and fused_adam_fits(low, exp_avg, exp_avg_sq):
-            direction = torch.zeros_like(exp_avg)
-            fused_adam_(direction, low, exp_avg, exp_avg_sq, **self._constants(group), alpha=1.0)
-            return direction
-        operation = pick(adam_direction, group["backend"], low.device)
-        return operation(low, exp_avg, exp_avg_sq, **self._constants(group))
-
-    def _constants(self, group: Group) -> dict[str, float]:
+    def _direction(self, low: Tensor, moments: list[Tensor], state: State, group: Group) -> Tensor:
         beta1, beta2 = group["betas"]
-        return {"beta1": beta1, "beta2": beta2, "eps": group["eps"]}
+        eps = self._eps(state, group)
+        if self._fuses(group, eps, low, *moments):
+            direction = torch.zeros_like(moments[0])
+            fused_adam_(direction, low, *moments, beta1=beta1, beta2=beta2, eps=float(eps), alpha=1.0)
+            return direction
+        # The kernels take eps as a number.
+        backend = "eager" if isinstance(eps, Tensor) else group["backend"]
+        operation = pick(adam_direction, backend, low.device)
+        return operation(low, *moments, beta1=beta1, beta2=beta2, eps=eps)
+
+    def _fuses(self, group: Group, eps: float | Tensor, *tensors: Tensor) -> bool:
+        return group["backend"] is None and not isinstance(eps, Tensor) and fused_adam_fits(*tensors)
+
+    def _eps(self, state: State, group: Group) -> float | Tensor:
+        eps: float = group["eps"]
+        return eps
 
     def correction(self, step: int | Tensor, group: Group) -> float | Tensor:
         """sqrt(1 - beta2^t) / (1 - beta1^t)."""
@@ -89,3 +97,22 @@ class Adam:
             else:
                 moved = moment @ overlap.abs().square().to(moment.dtype)
             store_moment_(state, key, moved)
+
+
+class CorrectedAdam(Adam):
+    """Adam with eps beside the bias-corrected sqrt(V), as in ``torch.optim.AdamW``.
+
+    M / (sqrt(V) + eps sqrt(1 - beta2^t)), which with the correction of :class:`Adam` is M̂ / (sqrt(V̂) + eps).
+    """
+
+    def validate(self, group: Group) -> None:
+        """Raise ValueError as :class:`Adam` does, and where a kernel was asked for that cannot be captured."""
+        super().validate(group)
+        if group["capturable"] and group["backend"] == "triton":
+            raise ValueError(
+                "Invalid backend: 'triton' with capturable=True, expected None or 'eager' (eps is a tensor)"
+            )
+
+    def _eps(self, state: State, group: Group) -> float | Tensor:
+        eps: float | Tensor = group["eps"] * (1 - group["betas"][1] ** state["step"]) ** 0.5
+        return eps

@@ -18,8 +18,8 @@ from lowrank_optim.pretrain.muon import MuonWithAdamW
 # LBFGS evaluates the loss several times a step, SparseAdam takes sparse gradients only, PytorchLARS is the
 # yardstick of bitsandbytes' own tests.
 _UNFIT = {"Optimizer", "LBFGS", "SparseAdam", "PytorchLARS"}
-# Ours that work on the layers of a parameterization, whose rank is the layer's: how each finds them.
-_LAYER_GROUPS: dict[str, Callable[[nn.Module], list[dict[str, Any]]]] = {
+# Ours whose groups are the layers of lowrank_optim.nn; they need a model that was converted.
+_OF_LAYERS: dict[str, Callable[[nn.Module], list[dict[str, Any]]]] = {
     "LOROAdamW": lowrank_optim.factor_groups,
     "SSTAdamW": lowrank_optim.spectral_groups,
 }
@@ -48,12 +48,12 @@ def parse_optimizer_args(pairs: Sequence[str]) -> dict[str, Any]:
 
 def optimizer_names() -> list[str]:
     """Every NAME that :func:`build_optimizer` takes on this machine."""
-    return list(dict.fromkeys([*_own_classes(), *_torch_classes(), *_bitsandbytes_classes()]))
+    return list(dict.fromkeys([*low_rank_names(), *_own_classes(), *_torch_classes(), *_bitsandbytes_classes()]))
 
 
 def low_rank_names() -> list[str]:
-    """The optimizers of this package that take any model."""
-    return [name for name in _own_classes() if name not in _LAYER_GROUPS]
+    """The optimizers of this package that compress the matrices of any model."""
+    return [name for name in _own_classes() if name not in _OF_LAYERS]
 
 
 def accepted_arguments(name: str) -> list[str]:
@@ -84,8 +84,8 @@ def build_optimizer(
     """The optimizer ``name`` over the trainable parameters of ``model``, which may be on the meta device.
 
     Ours compress the attention and MLP matrices that :func:`lowrank_optim.low_rank_groups` selects and give
-    the rest the full-rank rule, or train the layers of their parameterization; Muon takes the same matrices and
-    leaves the rest to AdamW.
+    the rest the full-rank rule; Muon takes the same matrices and leaves the rest to AdamW. LOROAdamW and SSTAdamW
+    take a model with layers of their parameterization.
 
     Args:
         name: a class of ``lowrank_optim``, ``torch.optim`` or ``bitsandbytes.optim``, in this order.
@@ -115,9 +115,9 @@ def build_optimizer(
             )
     selection = {"targets": options.pop("targets")} if "targets" in options else {}
     try:
+        if name in _OF_LAYERS:
+            return cls(_OF_LAYERS[name](model), **options)
         if name in _own_classes():
-            if name in _LAYER_GROUPS:
-                return cls(_LAYER_GROUPS[name](model), **options)
             # In groups the key "rank" is the switch; the class's other options are defaults of every group.
             rank = options.pop("rank", inspect.signature(cls).parameters["rank"].default)
             return cls(lowrank_optim.low_rank_groups(model, rank=rank, **selection), **options)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from tests.optimizers import IDS, OPTIMIZERS, VARIANTS, accepts, build
+from tests.optimizers import IDS, OPTIMIZERS, VARIANTS, WITHOUT_RANK, accepts, build
 
 every_variant = pytest.mark.parametrize(("name", "kwargs"), VARIANTS, ids=IDS)
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -164,8 +164,9 @@ def test_maximize_is_descent_on_the_negated_loss(name: str, kwargs: dict[str, An
         down.step()
     # "full" starts from a diagonal core, whose rounding Adam's division enlarges; 8-bit codes are not symmetric (there
     # is a 1, but no -1); a wrong sign would be 1e-2.
+    eight_bits = name.endswith("8bit") or kwargs.get("state_dtype") == "int8"
     for p, q in zip(ascend, descend):
-        torch.testing.assert_close(p, q, rtol=0, atol=3e-3 if kwargs.get("state_dtype") == "int8" else 2e-4)
+        torch.testing.assert_close(p, q, rtol=0, atol=3e-3 if eight_bits else 2e-4)
 
 
 @every_optimizer
@@ -194,7 +195,7 @@ def test_a_new_group_joins_a_running_optimizer(name: str) -> None:
     params, targets = problem()
     optimizer = build(name, params[:3])
     train(optimizer, params[:3], targets[:3], 2)
-    rank = 2 if accepts(name, "rank") else None
+    rank = None if name in WITHOUT_RANK else 2
     optimizer.add_param_group({"params": params[3:], "lr": 3e-3, "rank": rank})
     before = [p.detach().clone() for p in params]
     train(optimizer, params, targets, 2)
@@ -216,7 +217,8 @@ def test_lr_as_tensor_equals_lr_as_number(name: str, kwargs: dict[str, Any]) -> 
             train(optimizer, params, targets, 1)
             schedule.step()
     for p, q in zip(a, b):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
+        # Rounding may tip a value into the next 8-bit code; an update is 0.02.
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-4)
 
 
 @every_optimizer
@@ -264,11 +266,13 @@ def test_complex_parameters(name: str, kwargs: dict[str, Any]) -> None:
     ids=lambda v: str(v) if isinstance(v, dict) else "",
 )
 def test_values_out_of_range_are_named(name: str, kwargs: dict[str, Any], message: str) -> None:
-    if not all(accepts(name, key) for key in kwargs):
+    if not all(accepts(name, key) for key in kwargs.keys() - {"rank"}):
         pytest.skip("no such argument")
     params = problem()[0]
-    with pytest.raises(ValueError, match=message):
-        build(name, params, **kwargs)
+    # Where the constructor takes no rank a group's is still checked.
+    if not (name in WITHOUT_RANK and "rank" in kwargs):
+        with pytest.raises(ValueError, match=message):
+            build(name, params, **kwargs)
     optimizer = build(name, params[:1])
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group({"params": params[1:2], **kwargs})

@@ -14,6 +14,7 @@ from torch import nn
 
 from lowrank_optim import GaLoreAdamW
 from lowrank_optim.optim.base import LowRankOptimizer
+from lowrank_optim.optim.galore import draw_spectral
 
 
 def step_with(optimizer: LowRankOptimizer, p: nn.Parameter, grad: torch.Tensor) -> None:
@@ -281,3 +282,39 @@ def test_state_works_on_the_meta_device() -> None:
         tensors = {k: (v.shape, v.dtype) for k, v in state.items() if isinstance(v, torch.Tensor)}
         assert tensors == {k: (v.shape, v.dtype) for k, v in stepped.state[q].items() if isinstance(v, torch.Tensor)}
         assert all(v.is_meta for v in state.values() if isinstance(v, torch.Tensor))
+
+
+def test_spectral_selection_draws_half_uniformly_half_by_singular_value() -> None:
+    values = torch.tensor([6.0, 2.0, 1.0, 1.0, 0.0])
+    draws = [draw_spectral(values, 1, torch.Generator().manual_seed(seed)) for seed in range(4000)]
+    frequency = torch.cat(draws).bincount(minlength=5) / 4000
+    # Four standard deviations of the largest, sqrt(0.4 * 0.6 / 4000).
+    torch.testing.assert_close(frequency, 0.5 / 5 + 0.5 * values / 10, rtol=0, atol=0.031)
+    several = draw_spectral(values, 4, torch.Generator().manual_seed(0))
+    assert several.tolist() == sorted(set(several.tolist()))
+
+
+@pytest.mark.parametrize("shape", [(40, 20), (20, 40)], ids=str)
+def test_spectral_selection_takes_singular_vectors_by_position_and_step(shape: tuple[int, int]) -> None:
+    grad = torch.randn(shape)
+    params = [nn.Parameter(torch.zeros(shape)) for _ in range(2)]
+    optimizer = GaLoreAdamW(params, rank=5, update_proj_gap=1, refresh="svd", selection="spectral")
+    exact = torch.linalg.svd(grad.mT if shape[0] < shape[1] else grad).Vh.mT
+    drawn: list[tuple[int, ...]] = []
+    for _ in range(3):
+        for p in params:
+            p.grad = grad
+        optimizer.step()
+        for p in params:
+            cosines = (exact[:, :20].mT @ optimizer.state[p]["basis"]).abs()
+            torch.testing.assert_close(cosines.amax(0), torch.ones(5), atol=1e-4, rtol=0)
+            drawn.append(tuple(cosines.argmax(0).tolist()))
+    assert len(set(drawn)) == 6 and all(list(d) == sorted(set(d)) for d in drawn)
+
+
+@pytest.mark.parametrize("refresh", ["power", "randomized"])
+def test_spectral_selection_needs_every_singular_value(refresh: str) -> None:
+    with pytest.raises(ValueError, match=f"Invalid refresh: '{refresh}', selection='spectral' takes 'svd' only"):
+        GaLoreAdamW([nn.Parameter(torch.zeros(9, 9))], rank=2, refresh=refresh, selection="spectral")
+    with pytest.raises(ValueError, match="Invalid selection: 'random', expected one of 'top', 'spectral'"):
+        GaLoreAdamW([nn.Parameter(torch.zeros(9, 9))], rank=2, selection="random")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,19 +22,25 @@ NOISE_OF_THE_REFERENCE = {"galore_adamw_full": 2e-5}
 @pytest.mark.parametrize("shape", ["tall", "wide", "square", "vector"])
 @pytest.mark.parametrize("side", ["std", "reverse_std", "right", "left", "full"])
 def test_galore_adamw_meets_the_published_trajectory(
-    side: str, shape: str, golden_config: dict[str, Any], golden_inputs: dict[str, np.ndarray]
+    side: str,
+    shape: str,
+    golden_config: dict[str, Any],
+    golden_inputs: dict[str, np.ndarray],
+    record_reference_error: Callable[..., None],
 ) -> None:
     method = f"galore_adamw_{side}"
     expected = np.load(GOLDEN / f"{method}.npz")[f"param/{shape}"]
     p = nn.Parameter(torch.tensor(golden_inputs[f"param/{shape}"]))
     other = nn.Parameter(torch.ones(9, 9))  # keeps the optimizer from warning about a lone vector
     optimizer = OPTIMIZERS["GaLoreAdamW"]([p, other], refresh="svd", **golden_config["methods"][method])
-    errors = []
+    ours = []
     for step in range(golden_config["steps"]):
         p.grad = torch.tensor(golden_inputs[f"grad/{shape}"][step])
         optimizer.step()
         if step + 1 in golden_config["kept_steps"]:
-            errors.append(p.detach().numpy() - expected[len(errors)])
-    assert len(errors) == len(golden_config["kept_steps"])
+            ours.append(p.detach().numpy().copy())
+    assert len(ours) == len(expected) == len(golden_config["kept_steps"])
+    record_reference_error("GaLoreAdamW", ours, expected, golden_inputs[f"param/{shape}"])
+    errors = [a - b for a, b in zip(ours, expected)]
     assert np.abs(errors[0]).max() <= NOISE_OF_THE_REFERENCE.get(method, 1e-6)
     assert max(np.abs(error - errors[0]).max() for error in errors) <= 1e-6

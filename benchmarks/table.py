@@ -1,0 +1,142 @@
+"""The README's table of optimizers from the measured figures: ``python -m benchmarks.table [--check]``.
+
+Reads ``results/step.json`` (``benchmarks.step``) and ``results/reference.json`` (``benchmarks.reference``) and replaces
+what stands between the two markers in README.md. State bytes are computed by :mod:`lowrank_optim.memory`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lowrank_optim
+from benchmarks.common import read_result
+from benchmarks.contestants import ARGUMENTS, own_names
+from lowrank_optim.memory.plan import estimate
+from lowrank_optim.pretrain.optimizers import accepted_arguments
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- table:optimizers -->", "<!-- /table -->"
+TIMED, PLANNED, PLANNED_RANK = "llama_60m", "llama_7b", 1024
+NONE = "–"
+HEADER = (
+    "optimizer",
+    "state on LLaMA-7B, GB",
+    "step / two GEMMs",
+    "full-size tensors a step",
+    "SVD / refresh",
+    "distance to the published trajectory",
+)
+
+
+def table(step: Mapping[str, Any], reference: Mapping[str, Any] | None) -> str:
+    """The Markdown between the markers.
+
+    Args:
+        step: what ``benchmarks.step`` wrote, with figures of llama_60m.
+        reference: what ``benchmarks.reference`` wrote, or None.
+    """
+    figures = step["models"][TIMED]
+    methods = figures["methods"]
+    errors = reference["errors"] if reference else {}
+    rows = [
+        [f"`{name}`", _state(name), *_timed(methods.get(name)), _refresh(name, figures), _distance(errors.get(name))]
+        for name in own_names()
+    ]
+    rows.append(["`torch.optim.AdamW`, fused", _state("AdamW"), *_timed(methods.get("torch AdamW fused")), NONE, NONE])
+    peers = [name for name in methods if name.split()[0] in ("galore-torch", "apollo-torch", "fira")]
+    rows += [[name, NONE, *_timed(methods[name]), NONE, NONE] for name in peers]
+    lines = [f"| {' | '.join(row)} |" for row in (HEADER, *rows)]
+    return "\n".join([lines[0], f"|---{'|---:' * (len(HEADER) - 1)}|", *lines[1:], "", _caption(step, figures)])
+
+
+def _state(name: str) -> str:
+    # What fixes the rank of a class in the comparison of steps fixes it here too.
+    free = "rank" in accepted_arguments(name) and "rank" not in ARGUMENTS.get(name, {})
+    args = {"rank": PLANNED_RANK} if free else {}
+    return f"{estimate(PLANNED, name, args, torch.bfloat16).by_category['optimizer'] / 1e9:.2f}"
+
+
+def _timed(row: Mapping[str, Any] | None) -> tuple[str, str]:
+    if row is None:
+        return NONE, NONE
+    return f"{row['to_floor']:.2f}", f"{row['full_size_temporaries']:.2g}"
+
+
+def _refresh(name: str, figures: Mapping[str, Any]) -> str:
+    """For classes that choose the way of their refresh: the default's."""
+    parameter = inspect.signature(getattr(lowrank_optim, name)).parameters.get("refresh")
+    kind = figures["refresh"].get(parameter.default) if parameter is not None else None
+    return NONE if kind is None else f"{kind['svd_to_this']:.0f}"
+
+
+def _distance(errors: Mapping[str, float] | None) -> str:
+    if not errors:
+        return NONE
+    return f"{statistics.median(errors.values()):.0e} ({max(errors.values()):.0e})"
+
+
+def _caption(step: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+    machine = step["machine"]
+    device = machine.get("accelerator") or f"{machine['threads']} threads of {machine['processor']}"
+    setting = f"{TIMED.replace('_', '-')}, rank {figures['rank']}, {figures['dtype']}, {device}"
+    return "\n".join(
+        (
+            f"State: weights in bf16, rank {PLANNED_RANK} where a rank can be chosen.",
+            f"Step: between refreshes, the projected matrices of {setting}, torch {step['versions']['torch']};",
+            "two GEMMs = project the gradient, back-project into the weight; full-size tensors: created for a matrix.",
+            "SVD / refresh: time of the exact SVDs over that of the default refresh.",
+            "Distance: difference over displacement, median (and largest) over the authors' trajectories.",
+            f"Made by `{step['command']}`, `python -m benchmarks.reference` and `python -m benchmarks.table`.",
+        )
+    )
+
+
+def replaced(text: str, new: str) -> str:
+    """``text`` with ``new`` between the markers.
+
+    Raises:
+        ValueError: no markers, or not in this order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"Invalid README: expected the lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{new}\n{END}{after}"
+
+
+def current() -> str:
+    """The table from the figures in ``results``.
+
+    Raises:
+        ValueError: steps have not been measured.
+    """
+    step = read_result("step")
+    if step is None or TIMED not in step["models"]:
+        raise ValueError(f"Invalid results: no step.json with {TIMED}, run python -m benchmarks.step")
+    return table(step, read_result("reference"))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, fail where README.md is out of date")
+    options = parser.parse_args(argv)
+    text = README.read_text(encoding="utf-8")
+    try:
+        new = replaced(text, current())
+    except ValueError as error:
+        raise SystemExit(f"benchmarks.table: error: {error}") from error
+    if not options.check:
+        README.write_text(new, encoding="utf-8")
+    elif new != text:
+        raise SystemExit("benchmarks.table: error: README.md is out of date; run python -m benchmarks.table")
+
+
+if __name__ == "__main__":
+    main()

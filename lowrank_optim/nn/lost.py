@@ -1,0 +1,158 @@
+"""LOST: low-rank factors plus a few dense input channels, both from the SVD of a dense start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_optim.nn.base import (
+    FactoredLinear,
+    Parameterization,
+    check_rank,
+    check_weight,
+    normal_,
+    working_dtype,
+)
+from lowrank_optim.nn.sltrain import check_sparsity
+from lowrank_optim.ops.lost import lost_linear
+from lowrank_optim.optim.base import check_choice, check_positive_int, check_range
+
+
+@dataclass(frozen=True)
+class LOST(Parameterization):
+    """y = gamma B act(A x) + (1 - gamma) C x_I + b, with I a fixed set of input channels (arXiv 2508.02668).
+
+        W0 ~ N(0, std²) = U Σ Vᵀ
+        B = U_r sqrt(Σ_r)   A = sqrt(Σ_r) V_rᵀ
+        score_j = norm of column j of what the singular values r+1 ... r+tail_rank make up
+        I = the channels with the largest scores   C = W0[:, I]
+
+    At the start the layer is smaller than W0: by gamma and the energy that r directions hold, and about
+    once more by half with the activation.
+
+    Args:
+        rank: r, columns of B (m, r) and rows of A (r, n).
+        sparsity: the share of input channels in I, above 0 and below 1; at least one channel is taken.
+        gamma: the share of the low-rank part, in [0, 1]; published runs lie between 0.5 and 0.9.
+        act: "silu", or "none" for a layer that can be merged.
+        tail_rank: how many singular values after the first r score the channels.
+        std: deviation of the dense start.
+
+    Raises:
+        ValueError: an option out of range; on building, a rank that is not below the smaller side of the
+            layer, for then no singular values remain to score the channels.
+
+    Deviations: written after the paper's reviews and its authors' neighbouring code, for no code of the
+    paper itself is published; gamma and sparsity are the authors' later settings.
+    """
+
+    rank: int = 128
+    sparsity: float = 0.01
+    gamma: float = 0.7
+    act: str = "silu"
+    tail_rank: int = 256
+    std: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_positive_int("rank", self.rank)
+        check_sparsity(self.sparsity)
+        check_range("gamma", self.gamma, low=0.0, high=1.0)
+        check_choice("act", self.act, ("silu", "none"))
+        check_positive_int("tail_rank", self.tail_rank)
+        check_range("std", self.std, low=0.0)
+
+    def build(
+        self, in_features: int, out_features: int, *, bias: bool = False,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> LOSTLinear:  # fmt: skip
+        return LOSTLinear(in_features, out_features, self, bias=bias, device=device, dtype=dtype, generator=generator)
+
+
+class LOSTLinear(FactoredLinear):
+    """The layer of :class:`LOST`.
+
+    Parameters ``A`` (r, n), ``B`` (m, r), ``C`` (m, k), ``bias`` (m,); buffer ``channels`` I, int32 (k,), sorted.
+    """
+
+    channels: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, options: LOST, *, bias: bool = False,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        check_rank(options.rank, in_features, out_features)
+        if options.rank == min(in_features, out_features):
+            raise ValueError(
+                f"Invalid rank: {options.rank}, expected less than the smaller side of a {out_features} x "
+                f"{in_features} weight: the remaining singular values choose the channels"
+            )
+        self.options = options
+        self.nonlinear = options.act != "none"
+        count = max(1, int(options.sparsity * in_features))
+        self.A = nn.Parameter(torch.empty(options.rank, in_features, device=device, dtype=dtype))
+        self.B = nn.Parameter(torch.empty(out_features, options.rank, device=device, dtype=dtype))
+        self.C = nn.Parameter(torch.empty(out_features, count, device=device, dtype=dtype))
+        self.register_buffer("channels", torch.empty(count, dtype=torch.int32, device=device))
+        self.reset_parameters(generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return lost_linear(
+            x, self.B, self.A, self.C, self.bias, self.channels, gamma=self.options.gamma, silu=self.nonlinear
+        )
+
+    @torch.no_grad()
+    def dense_weight(self) -> Tensor:
+        if self.nonlinear:
+            raise self.no_dense_weight()
+        dtype, gamma = working_dtype(self.A.dtype), self.options.gamma
+        W = gamma * (self.B.to(dtype) @ self.A.to(dtype))
+        return W.index_add_(1, self.channels, self.C.to(dtype), alpha=1 - gamma).to(self.A.dtype)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        if not self.A.is_meta:
+            shape = (self.out_features, self.in_features)
+            start = torch.empty(shape, device=self.A.device, dtype=working_dtype(self.A.dtype))
+            normal_(start, self.options.std, generator)
+            self._split_(start)
+        self.reset_bias_(generator)
+
+    @torch.no_grad()
+    def from_weight_(self, weight: Tensor) -> None:
+        """With act="none" the best rank-r approximation and exact channels I; else LOST's start from this weight."""
+        check_weight(weight, self)
+        weight = weight.to(working_dtype(weight.dtype))
+        self._split_(weight)
+        gamma = self.options.gamma
+        if self.nonlinear:
+            return
+        if gamma > 0:
+            self.A.div_(gamma**0.5)
+            self.B.div_(gamma**0.5)
+        if gamma < 1:
+            low = gamma * (self.B @ self.A[:, self.channels.long()]).to(weight.dtype)
+            self.C.copy_((weight[:, self.channels.long()] - low) / (1 - gamma))
+
+    def _split_(self, weight: Tensor) -> None:
+        rank = self.options.rank
+        left, singular, right = torch.linalg.svd(weight, full_matrices=False)
+        root = singular[:rank].sqrt()
+        self.B.copy_(left[:, :rank] * root)
+        self.A.copy_(root[:, None] * right[:rank])
+        tail = slice(rank, rank + self.options.tail_rank)
+        scores = (singular[tail, None] * right[tail]).square().sum(0)
+        # A stable sort: equal scores go by channel, on every device.
+        chosen = scores.argsort(descending=True, stable=True)[: self.channels.numel()].sort().values
+        self.channels.copy_(chosen)
+        self.C.copy_(weight[:, chosen])
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, rank={self.options.rank}, channels={self.channels.numel()}, "
+            f"gamma={self.options.gamma:g}, act={self.options.act!r}"
+        )

@@ -1,0 +1,141 @@
+"""SLTrain: low-rank factors plus a sparse matrix on a fixed random support."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_optim.nn.base import (
+    FactoredLinear,
+    Parameterization,
+    check_rank,
+    check_weight,
+    uniform_,
+    working_dtype,
+)
+from lowrank_optim.nn.lowrank import balanced_factors, check_alpha, scale_of
+from lowrank_optim.ops.sltrain import sltrain_linear, sltrain_weight
+from lowrank_optim.ops.support import draw_positions, empty_support, pack_, positions
+from lowrank_optim.optim.base import check_positive_int
+
+
+@dataclass(frozen=True)
+class SLTrain(Parameterization):
+    """y = (s B A + S) x + b with s = alpha / rank, S sparse on a support that is drawn once (arXiv 2406.02214).
+
+        A ~ U(±1/sqrt(n))   B = 0   values of S ~ U(±1/sqrt(n))   support: uniform, int(sparsity m n) entries
+
+    W exists for one layer at a time, a dense gradient never; see :mod:`lowrank_optim.ops.sltrain`. Training
+    multiplies as much as a dense layer and rebuilds W twice: merge a model before generating text with it.
+
+    Args:
+        rank: r, columns of B (m, r) and rows of A (r, n).
+        sparsity: the share of W's entries that S holds, above 0 and below 1; published: 0.03, at 7B 0.05.
+        alpha: numerator of s, which under Adam is a factor on the learning rate of B A; published:
+            32, 16, 16, 8, 8 for 60M, 130M, 350M, 1B, 7B. None stands for s = 1.
+
+    Raises:
+        ValueError: an option out of range; on building, a rank above the smaller side of the layer.
+
+    Deviations: the support of a seed is not that of the published code, which permutes all positions;
+    the index takes 2 to 4 bytes an entry or a bit of W, whichever is smallest, instead of 8 bytes.
+    """
+
+    rank: int = 128
+    sparsity: float = 0.03
+    alpha: float | None = 32
+
+    def __post_init__(self) -> None:
+        check_positive_int("rank", self.rank)
+        check_sparsity(self.sparsity)
+        check_alpha(self.alpha)
+
+    def build(
+        self, in_features: int, out_features: int, *, bias: bool = False,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> SLTrainLinear:  # fmt: skip
+        return SLTrainLinear(
+            in_features, out_features, self, bias=bias, device=device, dtype=dtype, generator=generator
+        )
+
+
+class SLTrainLinear(FactoredLinear):
+    """The layer of :class:`SLTrain`.
+
+    Parameters ``A`` (r, n), ``B`` (m, r), ``values`` (count,) in the order of their positions, ``bias`` (m,).
+    Buffers ``index`` and ``row_pointers``, the support packed as in :mod:`lowrank_optim.ops.support`.
+    """
+
+    index: Tensor
+    row_pointers: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, options: SLTrain, *, bias: bool = False,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        check_rank(options.rank, in_features, out_features)
+        self.options = options
+        self.scale = scale_of(options.alpha, options.rank)
+        count = int(options.sparsity * out_features * in_features)
+        self.A = nn.Parameter(torch.empty(options.rank, in_features, device=device, dtype=dtype))
+        self.B = nn.Parameter(torch.empty(out_features, options.rank, device=device, dtype=dtype))
+        self.values = nn.Parameter(torch.empty(count, device=device, dtype=dtype))
+        index, row_pointers = empty_support((out_features, in_features), count, device)
+        self.register_buffer("index", index)
+        self.register_buffer("row_pointers", row_pointers)
+        self.reset_parameters(generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sltrain_linear(
+            x, self.B, self.A, self.values, self.bias, self.index, self.row_pointers, scale=self.scale
+        )
+
+    def support(self) -> Tensor:
+        """The sorted positions row * n + column of the values, (count,), int32 or int64."""
+        shape = (self.out_features, self.in_features)
+        return positions(self.index, self.row_pointers, shape, self.values.numel())
+
+    @torch.no_grad()
+    def dense_weight(self) -> Tensor:
+        B, A, values = (part.to(working_dtype(part.dtype)) for part in (self.B, self.A, self.values))
+        W = sltrain_weight(B, A, values, self.index, self.row_pointers, scale=self.scale)
+        return W.to(self.A.dtype)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        if not self.index.is_meta:
+            shape = (self.out_features, self.in_features)
+            flat = draw_positions(shape, self.values.numel(), generator)
+            pack_(self.index, self.row_pointers, flat, shape)
+        # Not zero as B is: with W = 0 no layer below would get a gradient.
+        uniform_(self.values, self.in_features**-0.5, generator)
+        uniform_(self.A, self.in_features**-0.5, generator)
+        self.B.zero_()
+        self.reset_bias_(generator)
+
+    @torch.no_grad()
+    def from_weight_(self, weight: Tensor) -> None:
+        """The best rank-r approximation, split evenly, and what it misses on the support, which stays."""
+        check_weight(weight, self)
+        b, a = balanced_factors(weight, self.options.rank)
+        missed = weight.to(b.dtype) - b @ a
+        self.B.copy_(b / self.scale**0.5)
+        self.A.copy_(a / self.scale**0.5)
+        self.values.copy_(missed.view(-1)[self.support()])
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, rank={self.options.rank}, scale={self.scale:g}, "
+            f"sparsity={self.options.sparsity:g} ({self.values.numel()} values)"
+        )
+
+
+def check_sparsity(sparsity: float) -> None:
+    """Raise ValueError unless a share lies strictly between 0 and 1."""
+    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 < sparsity < 1:
+        raise ValueError(f"Invalid sparsity: {sparsity!r}, expected a number above 0 and below 1")

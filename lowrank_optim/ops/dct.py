@@ -1,0 +1,64 @@
+"""Orthonormal discrete cosine transforms along the last axis: the matrix, and the same through one FFT."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+
+def dct_matrix(size: int) -> Tensor:
+    """The orthonormal DCT-II matrix C (size, size) in fp64: row f is the basis vector of frequency f.
+
+        C[f, j] = sqrt(2 / size) cos(pi f (2j + 1) / (2 size)), row 0 divided by sqrt(2)
+
+    ``x @ C.T`` is the DCT of type 2 of a row, ``x @ C`` that of type 3, its inverse. The phase is reduced as an
+    integer: taken in fp32, it is off by 1e-3 for a size of 4096.
+    """
+    f = torch.arange(size)
+    table = torch.cos(torch.arange(4 * size, dtype=torch.float64) * (math.pi / (2 * size)))
+    matrix = table[torch.outer(f, 2 * f + 1) % (4 * size)].mul_(math.sqrt(2 / size))
+    matrix[0] *= math.sqrt(0.5)
+    return matrix
+
+
+@functools.cache
+def _plan(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Makhoul's order of the input (even, then odd descending), its inverse, and the turned, scaled roots of unity."""
+    order = torch.cat([torch.arange(0, size, 2), torch.arange(1, size, 2).flip(0)])
+    phase = torch.arange(size // 2 + 1, dtype=torch.float64) * (-math.pi / (2 * size))
+    roots = torch.polar(torch.full_like(phase, math.sqrt(2 / size)), phase)
+    roots[0] = math.sqrt(1 / size)
+    return order.to(device), order.argsort().to(device), roots.to(device=device, dtype=dtype.to_complex())
+
+
+def dct2(x: Tensor) -> Tensor:
+    """``x @ dct_matrix(n).T`` along the last axis (length n), by a real FFT of length n.
+
+    Args:
+        x: fp32 or wider, real or complex.
+
+    Source: Makhoul 1980 (doi:10.1109/TASSP.1980.1163351).
+    """
+    if x.is_complex():
+        return torch.complex(dct2(x.real), dct2(x.imag))
+    n = x.shape[-1]
+    order, _, roots = _plan(n, x.dtype, x.device)
+    z = torch.fft.rfft(x.index_select(-1, order)).mul_(roots)
+    # Of the upper half only the imaginary parts are new: y[n - f] = -Im z[f].
+    return torch.cat([z.real, z.imag[..., 1 : (n + 1) // 2].flip(-1).neg_()], dim=-1)
+
+
+def dct3(y: Tensor) -> Tensor:
+    """``y @ dct_matrix(n)`` along the last axis, the inverse of :func:`dct2`."""
+    if y.is_complex():
+        return torch.complex(dct3(y.real), dct3(y.imag))
+    n = y.shape[-1]
+    _, inverse, roots = _plan(n, y.dtype, y.device)
+    half = n // 2 + 1
+    # y[n - f] for f = 0 .. n/2; that of f = 0 lies beyond the end and counts as zero.
+    mirrored = torch.nn.functional.pad(y[..., n - half + 1 :].flip(-1), (1, 0))
+    z = torch.complex(y[..., :half].contiguous(), mirrored.neg_()).div_(roots)
+    return torch.fft.irfft(z, n=n).index_select(-1, inverse)
