@@ -48,7 +48,7 @@ def parse_optimizer_args(pairs: Sequence[str]) -> dict[str, Any]:
 
 def optimizer_names() -> list[str]:
     """Every NAME that :func:`build_optimizer` takes on this machine."""
-    return list(dict.fromkeys([*low_rank_names(), *_own_classes(), *_torch_classes(), *_bitsandbytes_classes()]))
+    return list(dict.fromkeys([*_own_classes(), *_torch_classes(), *_bitsandbytes_classes()]))
 
 
 def low_rank_names() -> list[str]:
