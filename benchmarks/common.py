@@ -67,8 +67,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_result(name: str, device: torch.device, figures: Mapping[str, Any], folder: Path = RESULTS) -> Path:
-    """Write ``folder/name.json`` with the figures and everything needed to repeat them; returns its path."""
+def write_result(name: str, device: torch.device, figures: Mapping[str, Any]) -> Path:
+    """Write ``results/name.json`` with the figures and everything needed to repeat them; returns its path."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"-m {module.name}" if module is not None else Path(sys.argv[0]).name
     result = {
@@ -79,15 +79,15 @@ def write_result(name: str, device: torch.device, figures: Mapping[str, Any], fo
         "versions": versions(),
         **figures,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return path
 
 
-def read_result(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:
+def read_result(name: str) -> dict[str, Any] | None:
     """What :func:`write_result` wrote, None where it has not been measured."""
-    path = folder / f"{name}.json"
+    path = RESULTS / f"{name}.json"
     if not path.is_file():
         return None
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
 """One optimizer step and one refresh on the projected matrices of LLaMA, against bare GEMMs and the published code.
 
-    python -m benchmarks.step [--models llama_60m llama_130m] [--threads 2] [--budget 50]
+    python -m benchmarks.step [--models llama_60m llama_130m] [--threads 2] [--budget 30]
 
 writes ``results/step.json``: for every contestant the step time between refreshes (contestants take turns, so that a
 busy moment hits all), its ratio to the floor of two bare GEMMs (project, back-project into the weight) and to
@@ -144,7 +144,7 @@ def measure_steps(work: Problem, everyone: Sequence[Contestant], budget: float) 
         state[name] = common.held_bytes(one.optimizer.state, exclude=[*work.params, *work.grads])
         turns[name] = one.step
     work.give_gradients()
-    seconds = common.interleave(turns, work.device, budget=budget, least=LEAST, warmup=2)
+    seconds = common.interleave(turns, work.device, budget=budget, least=LEAST)
     floor, galore = seconds.pop(FLOOR), seconds.get(GALORE_TORCH)
     methods = {
         one.contestant.name: {
@@ -244,7 +244,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--budget",
         type=float,
-        default=50.0,
+        default=30.0,
         help=f"seconds of steps a model, at least {LEAST} rounds; refreshes and staggering take a third of it each",
     )
     parser.add_argument("--threads", type=int, default=2)

@@ -1,20 +1,33 @@
 """Memory-efficient LLM pretraining: exact low-rank optimizers behind torch.optim APIs."""
 
 from lowrank_optim.optim.adafactor import GaLoreAdafactor
+from lowrank_optim.optim.apollo import APOLLOAdamW, APOLLOMini
+from lowrank_optim.optim.dct import DCTAdamW
+from lowrank_optim.optim.fira import FiraAdamW
+from lowrank_optim.optim.frugal import FRUGALAdamW
 from lowrank_optim.optim.galore import GaLoreAdamW
 from lowrank_optim.optim.galore_8bit import GaLoreAdamW8bit
 from lowrank_optim.optim.groups import low_rank_groups
+from lowrank_optim.optim.ldadam import LDAdamW
 from lowrank_optim.optim.loro import LOROAdamW, factor_groups
 from lowrank_optim.optim.qgalore import QGaLoreAdamW8bit
 from lowrank_optim.optim.sst import SSTAdamW, spectral_groups
+from lowrank_optim.optim.trion import Trion
 
 __all__ = [
+    "APOLLOAdamW",
+    "APOLLOMini",
+    "DCTAdamW",
+    "FRUGALAdamW",
+    "FiraAdamW",
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
+    "LDAdamW",
     "LOROAdamW",
     "QGaLoreAdamW8bit",
     "SSTAdamW",
+    "Trion",
     "factor_groups",
     "low_rank_groups",
     "spectral_groups",

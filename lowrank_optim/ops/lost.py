@@ -57,12 +57,15 @@ class _LOST(torch.autograd.Function):
         h = x @ A.t()
         if needs_B or needs_C:
             mixed = g.t() @ lost_features(h, x, channels, silu=ctx.silu)
+            # Copies: views would keep the gradients of both alive as one, with gaps between their rows.
             dB, dC = gamma * mixed[:, :rank], (1 - gamma) * mixed[:, rank:]
+            del mixed
         if needs_x or needs_A:
             dfeatures = g @ lost_mixer(B, C, gamma=gamma)
             dh = dfeatures[:, :rank]
             if ctx.silu:
                 dh = torch.ops.aten.silu_backward(dh, h)
+            del h
             if needs_A:
                 dA = dh.t() @ x
             if needs_x:

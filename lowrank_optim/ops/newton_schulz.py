@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Of Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon): steepest at zero among the quintics that stay bounded.
+# Of Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon): steep at zero, where small singular values start.
 A, B, C = 3.4445, -4.7750, 2.0315
 
 

@@ -11,14 +11,15 @@ from lowrank_optim.ops import pick
 from lowrank_optim.ops.adafactor_direction import adafactor_direction, clip_rms_, root_mean_square, square_of
 from lowrank_optim.optim.base import Group, Lift, State, Subspace, check_choice, check_range
 from lowrank_optim.optim.galore import GaLore
+from lowrank_optim.optim.moments import init_moment, load_moment, store_moment_
 
 
 class Adafactor:
     """Adafactor's clipped direction (Shazeer, Stern 2018, arXiv 1804.04235, algorithms 4 and 5).
 
     Gradients of two or more dimensions have their second moment as row and column means, vectors as it is. The moments
-    are fp32 whatever the parameter's dtype (fp64 for fp64). The decay 1 - t^decay_rate starts at 0, so there is no bias
-    to correct.
+    are fp32 whatever the parameter's dtype (fp64 for fp64); ``state_dtype`` stores those of a gradient's shape in fewer
+    bits. The decay 1 - t^decay_rate starts at 0, so there is no bias to correct.
     """
 
     def validate(self, group: Group) -> None:
@@ -38,13 +39,15 @@ class Adafactor:
     def init(self, like: Tensor, shape: torch.Size, state: State, group: Group) -> None:
         """Zero factors of the second moment; the mean update only where ``beta1`` asks for it."""
         dtype = torch.promote_types(like.dtype, torch.float32)
+        real, device = dtype.to_real(), like.device
         if len(shape) >= 2:
-            state["exp_avg_sq_row"] = torch.zeros(shape[:-1], dtype=dtype.to_real(), device=like.device)
-            state["exp_avg_sq_col"] = torch.zeros((*shape[:-2], shape[-1]), dtype=dtype.to_real(), device=like.device)
+            # Too small for fewer bits to matter.
+            state["exp_avg_sq_row"] = torch.zeros(shape[:-1], dtype=real, device=device)
+            state["exp_avg_sq_col"] = torch.zeros((*shape[:-2], shape[-1]), dtype=real, device=device)
         else:
-            state["exp_avg_sq"] = torch.zeros(shape, dtype=dtype.to_real(), device=like.device)
+            init_moment(state, "exp_avg_sq", shape, real, device, group["state_dtype"])
         if group["beta1"] is not None:
-            state["exp_avg"] = torch.zeros(shape, dtype=dtype, device=like.device)
+            init_moment(state, "exp_avg", shape, dtype, device, group["state_dtype"])
 
     def direction(self, low: Tensor, state: State, group: Group) -> Tensor:
         """U, the second moment being updated in place."""
@@ -53,8 +56,9 @@ class Adafactor:
         if isinstance(weight, Tensor):
             weight = weight.to(low.real.dtype)
         eps, threshold = group["eps"][0], group["clip_threshold"]
-        if "exp_avg_sq" in state:
-            second = state["exp_avg_sq"].lerp_(square_of(low).add_(eps), weight)
+        if "exp_avg_sq_row" not in state:
+            second = load_moment(state, "exp_avg_sq", low.dtype).lerp_(square_of(low).add_(eps), weight)
+            store_moment_(state, "exp_avg_sq", second)
             return clip_rms_(low * second.rsqrt(), threshold)
         row, col = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
         operation = pick(adafactor_direction, group["backend"], low.device)
@@ -70,18 +74,20 @@ class Adafactor:
         A column without a predecessor takes the mean of the others: a factor of zero would make the next
         direction infinite.
         """
-        col = state["exp_avg_sq_col"]
-        average = state.get("exp_avg")
-        if overlap.dtype == torch.int64:
+        col, by_column = state["exp_avg_sq_col"], overlap.dtype == torch.int64
+        if by_column:
             gone = overlap < 0
             moved = col.index_select(-1, overlap.clamp_min(0))
-            if average is not None:
-                average.copy_(average.index_select(-1, overlap.clamp_min(0)).masked_fill_(gone, 0))
             col.copy_(torch.where(gone, col.mean(-1, keepdim=True), moved))
-            return
-        if average is not None:
-            average.copy_(average @ overlap.to(average.dtype))
-        col.copy_(col @ overlap.abs().square().to(col.dtype))
+        else:
+            col.copy_(col @ overlap.abs().square().to(col.dtype))
+        if group["beta1"] is not None:
+            mean = load_moment(state, "exp_avg", col.dtype)
+            if by_column:
+                mean_moved = mean.index_select(-1, overlap.clamp_min(0)).masked_fill_(gone, 0)
+            else:
+                mean_moved = mean @ overlap.to(mean.dtype)
+            store_moment_(state, "exp_avg", mean_moved)
 
 
 class GaLoreAdafactor(GaLore):
@@ -117,13 +123,10 @@ class GaLoreAdafactor(GaLore):
         rank: columns of P, >= 1; None is the full-rank rule.
         update_proj_gap: updates between two refreshes of P, >= 1.
         scale: factor of the lifted update, >= 0.
-        proj_type: "std", "reverse_std", "left", "right" or "full", as in GaLoreAdamW.
-        refresh: "power", "randomized" or "svd", as in GaLoreAdamW.
-        moments: "keep", "align" or "rotate", as in GaLoreAdamW.
-        stagger: spread the refreshes of the parameters over the gap instead of one step for all.
-        maximize: ascend.
-        capturable: step counters on the device, for CUDA graphs; see :class:`LowRankOptimizer`.
-        backend: None (Triton on CUDA where importable, else eager), "eager" or "triton".
+        proj_type, refresh, selection, moments, stagger, weight_rounding, maximize, capturable, backend: as in
+            :class:`lowrank_optim.GaLoreAdamW`.
+        state_dtype: storage of A and of the vectors' second moments: "float32", "bfloat16" or "int8"; row and col are
+            always fp32.
 
     Raises:
         ValueError: an argument out of range, lr beside relative_step, or no parameters.
@@ -156,8 +159,11 @@ class GaLoreAdafactor(GaLore):
         scale: float = 0.25,
         proj_type: str = "std",
         refresh: str = "power",
+        selection: str = "top",
         moments: str = "keep",
         stagger: bool = False,
+        state_dtype: str = "float32",
+        weight_rounding: str = "nearest",
         maximize: bool = False,
         capturable: bool = False,
         backend: str | None = None,
@@ -179,8 +185,11 @@ class GaLoreAdafactor(GaLore):
                 "scale": scale,
                 "proj_type": proj_type,
                 "refresh": refresh,
+                "selection": selection,
                 "moments": moments,
                 "stagger": stagger,
+                "state_dtype": state_dtype,
+                "weight_rounding": weight_rounding,
                 "maximize": maximize,
                 "capturable": capturable,
                 "backend": backend,
@@ -210,7 +219,9 @@ class GaLoreAdafactor(GaLore):
         sign = 1.0 if group["maximize"] else -1.0
         if group["beta1"] is not None:
             # The mean is of updates, not of directions: a step size of zero must leave a mean of zero behind.
-            direction = state["exp_avg"].lerp_(direction.mul_(size), 1 - group["beta1"])
+            mean = load_moment(state, "exp_avg", direction.dtype)
+            direction = mean.lerp_(direction.mul_(size), 1 - group["beta1"])
+            store_moment_(state, "exp_avg", direction)
             size = 1.0
         lift.apply_(target, grad, low, direction, subspace, state, group, alpha=sign * size)
 

@@ -7,12 +7,19 @@ State of a parameter: plain tensors and ints under flat names.
     left            whether the rows are the compressed axis (matrices only)
     basis, basis.k  orthonormal basis (d, rank) of the compressed axis; basis.k: of axis k of a tensor
     basis.codes     uint8, two 4-bit values a byte, with basis.scale and basis.zero instead of ``basis`` (Q-GaLore)
+    indices         int64 (rank,), the columns that a basis of columns consists of
+    refreshes       how many bases were drawn; with ``seed`` it determines a random basis that is not stored
     gap, overlaps   updates between two refreshes, and the shares of the last bases that the next ones kept (Q-GaLore)
     exp_avg         first moment, in the subspace
     exp_avg_sq      second moment, in the subspace, real
+    indices         int64 (rank,), ascending: columns of a fixed basis, instead of ``basis``
+    error           what the subspace has left of gradients, for error feedback; error.codes, error.scale: in int8
+    momentum        of the whole matrix, in the coordinates of a fixed basis (Trion)
     exp_avg.codes   uint8 codes, and exp_avg.scale fp32 scales, instead of exp_avg where ``state_dtype="int8"``
                     stores it in blocks of 8 bits; exp_avg_sq likewise
     weight_correction  int8, what the bfloat16 weight lacks of 24 bits (``weight_rounding="compensated"``)
+    update_norm     norm of the last update, 0-d, for the growth limiter (Fira, APOLLO)
+    reset_step      the step after which the moments last were zero (FRUGAL)
     exp_avg_sq_row, exp_avg_sq_col   its means over the columns and over the rows (Adafactor)
 """
 
@@ -302,7 +309,7 @@ class LowRankOptimizer(Optimizer):
         check_range("weight_decay", group["weight_decay"], low=0.0)
         check_positive_int("rank", group["rank"], optional=True)
         check_positive_int("update_proj_gap", group["update_proj_gap"])
-        check_choice("moments", group["moments"], MOMENTS)
+        check_choice("moments", group.get("moments", "keep"), MOMENTS)
         check_choice("state_dtype", group["state_dtype"], STATE_DTYPES)
         check_choice("weight_rounding", group["weight_rounding"], WEIGHT_ROUNDINGS)
         check_choice("backend", group["backend"], BACKENDS)

@@ -10,6 +10,7 @@ from torch import Tensor
 from lowrank_optim.ops.int8_blocks import blocks, dequantize, quantize_
 from lowrank_optim.optim.base import IDENTITY, Group, LowRankOptimizer, State, Subspace, check_choice
 from lowrank_optim.optim.columns import COEFFICIENTS, Columns, add_coefficients_, coefficients
+from lowrank_optim.optim.moments import init_moment, load_moment, store_moment_
 from lowrank_optim.optim.rules import CorrectedAdam
 
 ERROR_FEEDBACKS = (None, "full", "int8")
@@ -24,8 +25,8 @@ class ErrorFeedback:
     """What the selected columns leave of a gradient is added to the next one.
 
     All of it happens in coefficients, S = G D + E, where the error is S with the selected columns set to zero:
-    no product forms the residual, and S is the only full-size temporary. ``error`` is E in fp32 or wider, or
-    ``error.codes`` and ``error.scale`` hold it in blockwise int8.
+    no product forms the residual, and S is the only full-size temporary. ``error`` is E, stored as
+    ``state_dtype`` says; or ``error.codes`` and ``error.scale`` hold it in linear blockwise int8.
     """
 
     def validate(self, group: Group) -> None:
@@ -36,9 +37,10 @@ class ErrorFeedback:
         """A zero error, (rows, d)."""
         if group["error_feedback"] is None:
             return
-        shape, dtype = subspace.orient(param, state).shape, torch.promote_types(param.dtype, torch.float32)
+        shape = subspace.orient(param, state).shape
+        dtype = torch.promote_types(param.dtype, torch.float32)
         if group["error_feedback"] == "full":
-            state["error"] = torch.zeros(shape, dtype=dtype, device=param.device)
+            init_moment(state, "error", shape, dtype, param.device, group["state_dtype"])
             return
         # A complex number is two values.
         shape = torch.Size((*shape, 2)) if dtype.is_complex else shape
@@ -53,7 +55,7 @@ class ErrorFeedback:
             return coefficients(grad, group)
         dtype = torch.promote_types(grad.dtype, torch.float32)
         if group["error_feedback"] == "full":
-            total = state["error"].clone()
+            total = load_moment(state, "error", grad.dtype).clone()
         else:
             total = dequantize(state["error.codes"], state["error.scale"], dtype.to_real())
             total = torch.view_as_complex(total) if dtype.is_complex else total
@@ -72,7 +74,9 @@ class ErrorFeedback:
         finite = grad.sum().isfinite()
         grad.index_fill_(-1, state["indices"], 0)
         if group["error_feedback"] == "full":
-            torch.where(finite, grad, state["error"], out=state["error"])
+            error = load_moment(state, "error", grad.dtype)
+            torch.where(finite, grad, error, out=error)
+            store_moment_(state, "error", error)
         else:
             values = torch.view_as_real(grad) if grad.is_complex() else grad
             quantize_(state["error.codes"], state["error.scale"], values, where=finite)
@@ -111,8 +115,11 @@ class DCTAdamW(LowRankOptimizer):
         basis: "dct2", "dct3", "identity" (rows or columns of the gradient itself) or "random".
         ell_norm: the norm that scores columns, 2 (keeps the most energy) or 1.
         rotate: move the moments with their columns; False leaves them where they are.
-        error_feedback: None, "full" (E in fp32) or "int8" (E in int8, one fp32 scale for 128 values).
+        error_feedback: None, "full" (E stored as the moments are) or "int8" (E in int8, one fp32 scale for 128 values).
         similarity: how S is computed: "matmul", "fft" (a DCT basis only) or "auto", the faster by measurement.
+        state_dtype: storage of moments and of a full error: "float32", "bfloat16" (stochastically rounded) or
+            "int8" (blockwise).
+        weight_rounding: of bfloat16 weights: "nearest", "stochastic" or "compensated" (an int8 correction is kept).
         stagger: spread the selections of the parameters over the gap instead of one step for all.
         maximize: ascend.
         capturable: step counters on the device, for CUDA graphs; see :class:`LowRankOptimizer`.
@@ -151,6 +158,8 @@ class DCTAdamW(LowRankOptimizer):
         rotate: bool = True,
         error_feedback: str | None = None,
         similarity: str = "auto",
+        state_dtype: str = "float32",
+        weight_rounding: str = "nearest",
         stagger: bool = False,
         maximize: bool = False,
         capturable: bool = False,
@@ -170,6 +179,8 @@ class DCTAdamW(LowRankOptimizer):
                 "rotate": rotate,
                 "error_feedback": error_feedback,
                 "similarity": similarity,
+                "state_dtype": state_dtype,
+                "weight_rounding": weight_rounding,
                 "stagger": stagger,
                 "maximize": maximize,
                 "capturable": capturable,

@@ -19,7 +19,8 @@ from lowrank_optim.optim.base import (
     check_range,
 )
 from lowrank_optim.optim.galore import TopSingular, top_basis
-from lowrank_optim.optim.rules import CorrectedAdam
+from lowrank_optim.optim.moments import init_moment, load_moment, store_moment_
+from lowrank_optim.optim.rules import MOMENT_KEYS, CorrectedAdam
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right")
 PROJ_METHODS = ("power_iteration", "svd")
@@ -29,8 +30,8 @@ FULL_RANK = CorrectedAdam()
 def carried_momentum(group: Group) -> float:
     """How many times the momentum is in what :class:`GeneralizedErrorFeedback` hands on: beta1 / (1 - beta1) or 0.
 
-    (1 - beta1) A + beta1 M Pᵀ is the momentum of the whole matrix; its share outside of the new subspace, over 1 - beta1,
-    is the published generalized error A - P ĝ + beta1 / (1 - beta1) (P' M' - P M).
+    (1 - beta1) A + beta1 M Pᵀ is the momentum of the whole matrix; its share outside of the new subspace, over
+    1 - beta1, is the published generalized error A - P ĝ + beta1 / (1 - beta1) (P' M' - P M).
     """
     beta1: float = group["betas"][0]
     return beta1 / (1 - beta1) if group["error_feedback"] else 0.0
@@ -59,7 +60,7 @@ class Tracking(TopSingular):
             # grad is A + carried M Pᴴ; in terms of it, the mean has this much of M Pᴴ.
             beta1 = group["betas"][0]
             share = group["rho"] / (1 - beta1 ** int(state["step"])) - (1 - group["rho"]) * carried_momentum(group)
-            old, momentum = state["basis"].to(grad.dtype), state["exp_avg"].to(grad.dtype)
+            old, momentum = state["basis"].to(grad.dtype), load_moment(state, "exp_avg", grad.dtype)
             if group["proj_method"] == "svd":
                 grad = torch.addmm(grad, momentum, old.mH, alpha=share, beta=1 - group["rho"])
             else:
@@ -88,7 +89,7 @@ class ProjectionAwareAdam(CorrectedAdam):
         """Adam's, on what of ``low`` is not carried momentum."""
         carried = carried_momentum(group)
         if carried:
-            low = low - carried * state["exp_avg"]
+            low = low - carried * load_moment(state, "exp_avg", low.dtype)
         return super().direction(low, state, group)
 
     def transport(self, state: State, overlap: Tensor, group: Group) -> None:
@@ -96,12 +97,13 @@ class ProjectionAwareAdam(CorrectedAdam):
         beta1, beta2 = group["betas"]
         step = state["step"]
         unbias = 1 - beta2**step
-        overlap = overlap.to(state["exp_avg"].dtype)
-        mean = state["exp_avg"] / (1 - beta1**step)
-        variance = state["exp_avg_sq"] / unbias - mean.abs().square()
+        first, second = (load_moment(state, key, torch.float32) for key in MOMENT_KEYS)
+        overlap = overlap.to(first.dtype)
+        mean = first / (1 - beta1**step)
+        variance = second / unbias - mean.abs().square()
         moved = variance @ overlap.abs().square() + (mean @ overlap).abs().square()
-        state["exp_avg_sq"].copy_(moved.abs() * unbias)
-        state["exp_avg"].copy_(state["exp_avg"] @ overlap)
+        store_moment_(state, "exp_avg", first @ overlap)
+        store_moment_(state, "exp_avg_sq", moved.abs() * unbias)
 
 
 class GeneralizedErrorFeedback:
@@ -118,15 +120,15 @@ class GeneralizedErrorFeedback:
     def init(self, param: Tensor, subspace: Subspace, state: State, group: Group) -> None:
         """A zero error, oriented."""
         if group["error_feedback"]:
-            like, dtype = subspace.orient(param, state), torch.promote_types(param.dtype, torch.float32)
-            state["error"] = torch.zeros_like(like, dtype=dtype)
+            shape, dtype = subspace.orient(param, state).shape, torch.promote_types(param.dtype, torch.float32)
+            init_moment(state, "error", shape, dtype, param.device, group["state_dtype"])
 
     def before(self, grad: Tensor, state: State, group: Group) -> Tensor:
         """A and the old momentum; the gradient itself without error feedback."""
         if not group["error_feedback"]:
             return grad
-        total: Tensor = state["error"] + grad
-        basis, momentum = state["basis"].to(total.dtype), state["exp_avg"].to(total.dtype)
+        total = load_moment(state, "error", grad.dtype) + grad
+        basis, momentum = state["basis"].to(total.dtype), load_moment(state, "exp_avg", grad.dtype)
         return total.addmm_(momentum, basis.mH, alpha=carried_momentum(group))
 
     def apply_(
@@ -140,7 +142,9 @@ class GeneralizedErrorFeedback:
         # A NaN that came between two refreshes on a device must not stay in the error for ever.
         finite = grad.sum().isfinite()
         subspace.add_up_(grad, low, state, group, alpha=-1.0)
-        torch.where(finite, grad, state["error"], out=state["error"])
+        error = load_moment(state, "error", grad.dtype)
+        torch.where(finite, grad, error, out=error)
+        store_moment_(state, "error", error)
 
 
 class LDAdamW(LowRankOptimizer):
@@ -176,8 +180,11 @@ class LDAdamW(LowRankOptimizer):
         proj_type: "std" compresses the smaller side (of a square matrix the rows), "reverse_std" the larger, "left" the
             rows, "right" the columns.
         proj_method: "power_iteration" as above, or "svd": P holds the dominant singular vectors of B.
-        error_feedback: False drops E, and with it a state as large as the weight (fp32).
+        error_feedback: False drops E, and with it a state as large as the weight, stored as ``state_dtype`` says.
         update_proj_gap: updates from one P to the next, >= 1; published: 1.
+        state_dtype: storage of moments and error: "float32", "bfloat16" (stochastically rounded) or
+            "int8" (blockwise).
+        weight_rounding: of bfloat16 weights: "nearest", "stochastic" or "compensated" (an int8 correction is kept).
         stagger: spread the refreshes of the parameters over the gap instead of one step for all.
         maximize: ascend.
         capturable: step counters on the device, for CUDA graphs; see :class:`LowRankOptimizer`.
@@ -189,9 +196,9 @@ class LDAdamW(LowRankOptimizer):
 
     Source: Robert et al. 2024 (arXiv 2410.16103).
 
-    Deviations: the error is a state of its own where the published code keeps it in ``p.grad``, so that gradients can be
-    freed, clipped and unscaled. Moments and error are fp32 where the published ones have the gradient's dtype;
-    each group's betas count. A rank of at least the smaller side is the full-rank rule. B is not formed.
+    Deviations: the error is a state of its own where the published code keeps it in ``p.grad``, so that gradients
+    can be freed, clipped and unscaled. Moments and error are fp32 by default where the published ones have the
+    gradient's dtype; each group's betas count. A rank of at least the smaller side is the full-rank rule.
     """
 
     subspace = Tracking()
@@ -213,6 +220,8 @@ class LDAdamW(LowRankOptimizer):
         proj_method: str = "power_iteration",
         error_feedback: bool = True,
         update_proj_gap: int = 1,
+        state_dtype: str = "float32",
+        weight_rounding: str = "nearest",
         stagger: bool = False,
         maximize: bool = False,
         capturable: bool = False,
@@ -231,6 +240,8 @@ class LDAdamW(LowRankOptimizer):
                 "proj_method": proj_method,
                 "error_feedback": error_feedback,
                 "update_proj_gap": update_proj_gap,
+                "state_dtype": state_dtype,
+                "weight_rounding": weight_rounding,
                 "stagger": stagger,
                 "maximize": maximize,
                 "capturable": capturable,

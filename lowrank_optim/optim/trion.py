@@ -22,6 +22,7 @@ from lowrank_optim.optim.base import (
     check_range,
 )
 from lowrank_optim.optim.columns import Coefficients, add_coefficients_
+from lowrank_optim.optim.moments import init_moment, load_moment, store_moment_
 from lowrank_optim.optim.rules import CorrectedAdam
 
 SCALINGS = ("kj", "dion", "kimi", "none")
@@ -65,8 +66,8 @@ class NewtonSchulz:
 class Momentum:
     """A momentum of the whole matrix, of which only the part that is used decays.
 
-    In coefficients, S = B + G D, of which the step takes the selected columns; then B = S with these times ``momentum``.
-    ``momentum_buffer`` is B in fp32 or wider. S is the only full-size temporary.
+    In coefficients, S = B + G D, of which the step takes the selected columns; then B is S with these scaled down.
+    The state ``momentum`` is B. S is the only full-size temporary.
     """
 
     def validate(self, group: Group) -> None:
@@ -78,11 +79,11 @@ class Momentum:
         """A zero momentum, (rows, d)."""
         dtype = torch.promote_types(param.dtype, torch.float32)
         shape = subspace.orient(param, state).shape
-        state["momentum_buffer"] = torch.zeros(shape, dtype=dtype, device=param.device)
+        init_moment(state, "momentum", shape, dtype, param.device, group["state_dtype"])
 
     def before(self, grad: Tensor, state: State, group: Group) -> Tensor:
         """The coefficients of momentum and gradient."""
-        total: Tensor = state["momentum_buffer"].clone()
+        total = load_moment(state, "momentum", grad.dtype).clone()
         add_coefficients_(total, grad, group)
         return total
 
@@ -97,7 +98,9 @@ class Momentum:
         # A NaN that came between two refreshes on a device must not stay in the momentum for ever.
         finite = grad.sum().isfinite()
         grad.index_copy_(-1, state["indices"], low * group["momentum"])
-        torch.where(finite, grad, state["momentum_buffer"], out=state["momentum_buffer"])
+        momentum = load_moment(state, "momentum", grad.dtype)
+        torch.where(finite, grad, momentum, out=momentum)
+        store_moment_(state, "momentum", momentum)
 
 
 class Trion(LowRankOptimizer):
@@ -113,9 +116,10 @@ class Trion(LowRankOptimizer):
         W = (1 - lr weight_decay) W
         W = W - lr scale N D_Iᵀ
 
-    Embeddings, heads, vectors, tensors of more than two dimensions, matrices whose smaller side does not exceed the rank
-    and groups with ``rank=None`` get AdamW, with a learning rate of its own: a group that names no ``lr`` and holds both
-    kinds becomes two groups, of which the second has ``lr=adamw_lr``. A group that names its ``lr`` keeps it.
+    Embeddings, heads, vectors, tensors of more than two dimensions, matrices whose smaller side does not exceed the
+    rank and groups with ``rank=None`` get AdamW, with a learning rate of its own: a group that names no ``lr`` and
+    holds both kinds becomes two groups, of which the second has ``lr=adamw_lr``, so that schedulers drive both. A group
+    that names its ``lr`` keeps it for all of its parameters.
 
     Args:
         params: tensors (every matrix is compressed), ``model.named_parameters()`` (embeddings, head, norms and
@@ -132,6 +136,9 @@ class Trion(LowRankOptimizer):
         basis, ell_norm, similarity: as in :class:`DCTAdamW`.
         update_proj_gap: updates between two selections, >= 1.
         adamw_lr: learning rate of AdamW, as ``lr``.
+        state_dtype: storage of momentum and of AdamW's moments: "float32", "bfloat16" (stochastically rounded) or
+            "int8" (blockwise).
+        weight_rounding: of bfloat16 weights: "nearest", "stochastic" or "compensated" (an int8 correction is kept).
         stagger: spread the selections of the parameters over the gap instead of one step for all.
         maximize: ascend.
         capturable: step counters on the device, for CUDA graphs; see :class:`LowRankOptimizer`.
@@ -143,9 +150,9 @@ class Trion(LowRankOptimizer):
 
     Source: Modoranu et al. 2025 (arXiv 2505.17967); Newton-Schulz: Jordan et al. 2024.
 
-    Deviations: the published code scores by the 1-norm (``ell_norm=1``) and has the basis "dct3" where n <= m and "dct2"
-    where not; here the basis does not depend on the side and is exact. B is kept as B D in fp32. The published
-    decay of AdamW's parameters and matrices is the same.
+    Deviations: the published code scores by the 1-norm (``ell_norm=1``) and has the basis "dct3" where n <= m and
+    "dct2" where not; here the basis does not depend on the side and is exact. B is kept as B D. Selections come at
+    1 + k gap; published is a gap of 1.
     """
 
     subspace = Coefficients()
@@ -170,6 +177,8 @@ class Trion(LowRankOptimizer):
         similarity: str = "auto",
         update_proj_gap: int = 1,
         adamw_lr: float | Tensor = 3e-4,
+        state_dtype: str = "float32",
+        weight_rounding: str = "nearest",
         stagger: bool = False,
         maximize: bool = False,
         capturable: bool = False,
@@ -191,6 +200,8 @@ class Trion(LowRankOptimizer):
                 "similarity": similarity,
                 "update_proj_gap": update_proj_gap,
                 "adamw_lr": adamw_lr,
+                "state_dtype": state_dtype,
+                "weight_rounding": weight_rounding,
                 "stagger": stagger,
                 "maximize": maximize,
                 "capturable": capturable,

@@ -83,6 +83,27 @@ def test_the_state_is_factored_in_the_subspace() -> None:
     assert set(optimizer.state[vector]) == {"step", "seed", "exp_avg_sq"}
 
 
+@pytest.mark.parametrize(("state_dtype", "tolerance"), [("bfloat16", 0.02), ("int8", 0.05)])
+def test_fewer_bits_of_the_mean_update_change_little(state_dtype: str, tolerance: float) -> None:
+    def displacement(state_dtype: str) -> torch.Tensor:
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.zeros(1024, 12))
+        optimizer = GaLoreAdafactor([p], lr=0.01, beta1=0.9, rank=4, scale_parameter=False, state_dtype=state_dtype)
+        for _ in range(10):
+            p.grad = torch.randn(1024, 12)
+            optimizer.step()
+        stored = {key: value.dtype for key, value in optimizer.state[p].items() if isinstance(value, torch.Tensor)}
+        assert stored["exp_avg_sq_row"] == torch.float32
+        kept = {"int8": ("exp_avg.codes", torch.uint8), "bfloat16": ("exp_avg", torch.bfloat16)}
+        key, dtype = kept.get(state_dtype, ("exp_avg", torch.float32))
+        assert stored[key] == dtype
+        return p.detach()
+
+    exact = displacement("float32")
+    error = float((displacement(state_dtype) - exact).norm() / exact.norm())
+    assert 0 < error < tolerance
+
+
 def test_a_learning_rate_of_zero_leaves_no_mean_behind() -> None:
     """Schedules with warm-up start at zero; a mean of directions would then move the weight at the second update."""
     p = nn.Parameter(torch.ones(12, 7))
@@ -94,7 +115,7 @@ def test_a_learning_rate_of_zero_leaves_no_mean_behind() -> None:
 
 
 def test_rotation_moves_the_column_means_and_the_mean_update() -> None:
-    rule, group = Adafactor(), {"beta1": 0.9}
+    rule, group = Adafactor(), {"beta1": 0.9, "state_dtype": "float32"}
     low = torch.randn(6, 3, dtype=torch.float64)
     turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64)).Q
     state = {"exp_avg_sq_col": low.square().mean(0), "exp_avg": low.clone()}

@@ -86,10 +86,13 @@ def test_deepcopy_and_pickle_continue_alike(name: str, kwargs: dict[str, Any]) -
     optimizer = build(name, params, **kwargs)
     train(optimizer, params, targets, 2)
     for clone in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        # In the order of the groups, which an optimizer may split.
         theirs = [p for group in clone.param_groups for p in group["params"]]
-        ours = copy.deepcopy(params)
+        originals = [p for group in optimizer.param_groups for p in group["params"]]
+        goals = [next(t for p, t in zip(params, targets) if p is original) for original in originals]
+        ours = copy.deepcopy(originals)
         assert all(torch.equal(p, q) for p, q in zip(ours, theirs))
-        train(clone, theirs, targets, 3)
+        train(clone, theirs, goals, 3)
         assert not torch.equal(theirs[0], ours[0])
         assert all(torch.isfinite(p).all() for p in theirs)
 
@@ -108,7 +111,7 @@ def test_load_refuses_a_newer_format_and_other_groups(name: str) -> None:
     saved = optimizer.state_dict()
     with pytest.raises(ValueError, match="format_version: 99"):
         optimizer.load_state_dict({**saved, "format_version": 99})
-    with pytest.raises(ValueError, match="size of optimizer's group"):
+    with pytest.raises(ValueError, match=r"size of optimizer's group|number of parameter groups"):
         build(name, problem()[0][:2]).load_state_dict(saved)
 
 
@@ -163,10 +166,10 @@ def test_maximize_is_descent_on_the_negated_loss(name: str, kwargs: dict[str, An
         up.step()
         down.step()
     # "full" starts from a diagonal core, whose rounding Adam's division enlarges; 8-bit codes are not symmetric (there
-    # is a 1, but no -1); a wrong sign would be 1e-2.
+    # is a 1, but no -1), and error feedback adds up the difference; a wrong sign would be 1e-2 a step.
     eight_bits = name.endswith("8bit") or kwargs.get("state_dtype") == "int8"
     for p, q in zip(ascend, descend):
-        torch.testing.assert_close(p, q, rtol=0, atol=3e-3 if eight_bits else 2e-4)
+        torch.testing.assert_close(p, q, rtol=0, atol=8e-3 if eight_bits else 2e-4)
 
 
 @every_optimizer

@@ -1,0 +1,60 @@
+"""Triton twin of ``lowrank_optim.ops.gaussian``: one kernel, one write an element."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024
+
+
+@triton.jit
+def uniform(position, key):
+    # The hash of lowrank_optim.ops.rounding.random_bits, in unsigned words; 31 bits and half a step, in (0, 1].
+    bits = position.to(tl.uint32) * 0x9E3779B9
+    bits = bits ^ key.to(tl.uint32)
+    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
+    bits = (bits ^ (bits >> 15)) * 0x846CA68B
+    bits = bits ^ (bits >> 16)
+    return ((bits & 0x7FFFFFFF).to(tl.float32) + 0.5) * (1.0 / 2147483648.0)
+
+
+@triton.jit(do_not_specialize=["key"])
+def gaussian_kernel(
+    out_ptr,  # (size,) any floating dtype
+    key,  # an int32, or a pointer to one
+    size,
+    half,  # the pairs of Box and Muller: elements i and half + i
+    KEY_ON_DEVICE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if KEY_ON_DEVICE:
+        word = tl.load(key)
+    else:
+        word = key
+    first = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    second = first + half
+    word = tl.full((BLOCK,), 0, tl.int32) + word
+    radius = tl.sqrt(-2.0 * tl.log(uniform(first, word)))
+    angle = 6.283185307179586 * uniform(second, word)
+    tl.store(out_ptr + first, radius * tl.cos(angle), mask=first < half)
+    tl.store(out_ptr + second, radius * tl.sin(angle), mask=second < size)
+
+
+def gaussian(rows: int, columns: int, *, key: int | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """See ``lowrank_optim.ops.gaussian``; computed in fp32 whatever the dtype.
+
+    Raises:
+        ValueError: 2^31 elements or more, which a 32-bit counter cannot tell apart.
+    """
+    size = rows * columns
+    if size >= 2**31:
+        raise ValueError(f"Invalid shape: ({rows}, {columns}), expected fewer than 2^31 elements")
+    out = torch.empty(rows, columns, dtype=dtype, device=device)
+    if size:
+        half = (size + 1) // 2
+        on_device = isinstance(key, Tensor)
+        gaussian_kernel[(triton.cdiv(half, BLOCK),)](out, key, size, half, KEY_ON_DEVICE=on_device, BLOCK=BLOCK)
+    return out

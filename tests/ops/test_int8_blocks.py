@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowrank_optim.ops.int8_blocks import BLOCK, blocks, dequantize, quantize_
+
+TRUE = torch.tensor(True)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (128,), (7, 129), (40, 128), (33, 101)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_half_a_step_of_error_and_exact_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    values = torch.randn(shape, dtype=dtype) ** 3
+    values[torch.rand(shape) < 0.3] = 0
+    codes = torch.full(shape, 99, dtype=torch.int8)
+    scale = torch.full((blocks(values.numel()),), float("nan"))
+    original = values.clone()
+    quantize_(codes, scale, values, where=TRUE)
+    assert torch.equal(values, original)
+    back = dequantize(codes, scale, dtype)
+    assert back.dtype == dtype and back.shape == values.shape
+    steps = scale.to(dtype).repeat_interleave(BLOCK)[: values.numel()].view(shape)
+    assert bool(((back - values).abs() <= 0.5 * steps * (1 + 1e-5)).all())
+    assert bool((back[values == 0] == 0).all())
+    assert int(codes.abs().max()) == (127 if values.any() else 0)
+
+
+def test_zeros_huge_and_tiny_values() -> None:
+    values = torch.cat([torch.zeros(BLOCK), torch.full((BLOCK,), 3e38), torch.full((BLOCK,), -1e-30)])
+    codes, scale = torch.zeros(3 * BLOCK, dtype=torch.int8), torch.zeros(3)
+    quantize_(codes, scale, values, where=TRUE)
+    torch.testing.assert_close(dequantize(codes, scale, torch.float32), values, rtol=1e-6, atol=0)
+
+
+def test_a_false_condition_keeps_what_was_there() -> None:
+    codes, scale = torch.randint(-127, 128, (300,), dtype=torch.int8), torch.rand(blocks(300))
+    old = codes.clone(), scale.clone()
+    quantize_(codes, scale, torch.full((300,), float("nan")), where=torch.tensor(False))
+    assert torch.equal(codes, old[0]) and torch.equal(scale, old[1])
