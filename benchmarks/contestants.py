@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import lowrank_optim
+from lowrank_optim.pretrain.optimizers import low_rank_names
 
 # Between refreshes: none falls due within a benchmark after the first step.
 NEVER = 10**9
@@ -34,8 +35,6 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("DCTAdamW", {"update_proj_gap": 1, "error_feedback": "full"}),
     ("FiraAdamW", {"residual": "paper"}),
 ]
-# Works on nn.SpectralLinear, not on weights.
-NOT_FOR_WEIGHTS = {"SSTAdamW"}
 
 
 class Contestant(NamedTuple):
@@ -61,12 +60,7 @@ def contestants() -> Iterator[Contestant]:
 
 def own_names() -> list[str]:
     """The public optimizers of this package that work on ordinary weights."""
-    found = ((name, getattr(lowrank_optim, name)) for name in lowrank_optim.__all__)
-    return [
-        name
-        for name, value in found
-        if isinstance(value, type) and issubclass(value, Optimizer) and name not in NOT_FOR_WEIGHTS
-    ]
+    return low_rank_names()
 
 
 def _own(name: str, arguments: Mapping[str, Any]) -> Callable[[Sequence[nn.Parameter], int], Optimizer]:

@@ -32,7 +32,8 @@ def test_every_public_optimizer_is_measured(tmp_path: Path) -> None:
     only = [*own_names(), "torch AdamW"]
     step.main(["--models", "llama_9m", "--budget", "0", "--threads", "1", "--only", *only])
     figures = json.loads((tmp_path / "step.json").read_text())["models"]["llama_9m"]
-    assert figures["left_out"] == {}
+    # The published packages are optional; nothing of ours may be left out.
+    assert not set(own_names()) & set(figures["left_out"])
     methods = figures["methods"]
     assert set(own_names()) <= set(methods) <= {one.name for one in contestants()}
     assert all(row["seconds"]["median"] > 0 and row["to_floor"] > 0 for row in methods.values())

@@ -21,7 +21,7 @@ def test_trains_with_galore(name: str) -> None:
     optimizer = GaLoreAdamW(trained, lr=1e-2, rank=2, update_proj_gap=10, scale=1.0)
     # The factors, whose smaller side is their rank 4, and no vector.
     compressed = [row.name for row in optimizer.explain() if row.method == "rank 2"]
-    assert {"attn.q_proj.A", "attn.q_proj.B"} <= set(compressed)
+    assert len([n for n in compressed if n.startswith("attn.q_proj.")]) == 2
     assert all(model.get_parameter(n).ndim == 2 for n in compressed)
     losses = train(model, optimizer, 0, 60)
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])

@@ -44,7 +44,8 @@ def dct_adamw(
         if (t - 1) % gap == 0:
             old, vectors = vectors, basis[:, best_columns(total @ basis, rank, ell_norm)]
             if rotate and t > 1:
-                turn = old.T @ vectors
+                # A 0/1 matrix; what the product has beside it (1e-17) would enlarge in empty columns of v.
+                turn = np.rint(old.T @ vectors)
                 m, v = m @ turn, np.abs(v @ turn)
         low = total @ vectors
         if feedback:
