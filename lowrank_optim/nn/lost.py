@@ -15,6 +15,7 @@ from lowrank_optim.nn.base import (
     normal_,
     working_dtype,
 )
+from lowrank_optim.nn.lowrank import factors_through_silu
 from lowrank_optim.nn.sltrain import check_sparsity
 from lowrank_optim.ops.lost import lost_linear
 from lowrank_optim.optim.base import check_choice, check_positive_int, check_range
@@ -124,32 +125,36 @@ class LOSTLinear(FactoredLinear):
 
     @torch.no_grad()
     def from_weight_(self, weight: Tensor) -> None:
-        """With act="none" the best rank-r approximation and exact channels I; else LOST's start from this weight."""
+        """The best rank-r approximation, with silu in the range where it is nearly linear, and the exact channels I."""
         check_weight(weight, self)
         weight = weight.to(working_dtype(weight.dtype))
-        self._split_(weight)
-        gamma = self.options.gamma
-        if self.nonlinear:
-            return
-        if gamma > 0:
-            self.A.div_(gamma**0.5)
-            self.B.div_(gamma**0.5)
+        b, a = self._split_(weight)
+        gamma, chosen = self.options.gamma, self.channels.long()
         if gamma < 1:
-            low = gamma * (self.B @ self.A[:, self.channels.long()]).to(weight.dtype)
-            self.C.copy_((weight[:, self.channels.long()] - low) / (1 - gamma))
+            low = b @ a[:, chosen] if gamma > 0 else 0
+            self.C.copy_((weight[:, chosen] - low) / (1 - gamma))
+        if gamma > 0:
+            b, a = b / gamma**0.5, a / gamma**0.5
+        if self.nonlinear:
+            b, a = factors_through_silu(b, a)
+        self.B.copy_(b)
+        self.A.copy_(a)
 
-    def _split_(self, weight: Tensor) -> None:
+    def _split_(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Fill every part from a dense weight; the factors once more, unrounded."""
         rank = self.options.rank
         left, singular, right = torch.linalg.svd(weight, full_matrices=False)
         root = singular[:rank].sqrt()
-        self.B.copy_(left[:, :rank] * root)
-        self.A.copy_(root[:, None] * right[:rank])
+        b, a = left[:, :rank] * root, root[:, None] * right[:rank]
+        self.B.copy_(b)
+        self.A.copy_(a)
         tail = slice(rank, rank + self.options.tail_rank)
         scores = (singular[tail, None] * right[tail]).square().sum(0)
         # A stable sort: equal scores go by channel, on every device.
         chosen = scores.argsort(descending=True, stable=True)[: self.channels.numel()].sort().values
         self.channels.copy_(chosen)
         self.C.copy_(weight[:, chosen])
+        return b, a
 
     def extra_repr(self) -> str:
         return (

@@ -251,10 +251,7 @@ class CoLALinear(FactoredLinear):
         check_weight(weight, self)
         b, a = balanced_factors(weight, self.options.rank)
         if self.nonlinear:
-            norms = a.norm(dim=1, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
-            a.mul_(_LINEAR_RANGE / norms)
-            # silu(h) is h/2 near zero.
-            b.mul_(2 / _LINEAR_RANGE * norms.T)
+            b, a = factors_through_silu(b, a)
         self.B.copy_(b)
         self.A.copy_(a)
 
@@ -351,3 +348,10 @@ def balanced_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     left, singular, right = torch.linalg.svd(weight.to(working_dtype(weight.dtype)), full_matrices=False)
     root = singular[:rank].sqrt()
     return left[:, :rank] * root, root[:, None] * right[:rank]
+
+
+def factors_through_silu(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors with B silu(A x) nearly the given B A x: silu is used where it is nearly linear."""
+    norms = a.norm(dim=1, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
+    # silu(h) is h/2 near zero.
+    return b * (2 / _LINEAR_RANGE * norms.T), a * (_LINEAR_RANGE / norms)

@@ -7,8 +7,6 @@ Source: Dettmers et al. 2022 (arXiv 2110.02861), section 2; the numbers are thos
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -16,36 +14,53 @@ BLOCK = 256
 DECADES = 7
 
 
-@functools.cache
-def dynamic_map(signed: bool, device: torch.device) -> Tensor:
-    """The 256 values of the format in ascending order, fp32, within [-1, 1] or [0, 1]."""
+def _ascending_codes(signed: bool) -> Tensor:
     values = [0.0, 1.0]
     for exponent in range(DECADES):
         # The larger the decade, the more of the bits are left for the fraction.
         steps = 2**exponent if signed else 2 ** (exponent + 1)
-        edges = torch.linspace(0.1, 1, steps + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, steps + 1, dtype=torch.float32, device="cpu")
         decade = (10 ** (exponent - DECADES + 1) * ((edges[:-1] + edges[1:]) / 2)).tolist()
         values += decade
         if signed:
             values += [-value for value in decade]
-    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
 
 
-@functools.cache
-def _search_table(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+def _search_table(codes: Tensor) -> tuple[Tensor, Tensor]:
     """For the upper 16 bits of a float the smallest code it may have, and for each code its upper bound.
 
     Two neighbouring bounds are further apart than floats with the same upper 16 bits, so that one comparison decides
     between the two codes that are left; five times as fast as a binary search over the bounds on a CPU.
     """
-    codes = dynamic_map(signed, torch.device("cpu"))
     bounds = (codes[:-1] + codes[1:]) / 2
-    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
+    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32, device="cpu") << 16
     # The number nearest to minus infinity among those with these upper bits.
     lowest = torch.where(upper < 0, upper | 0xFFFF, upper).view(torch.float32).nan_to_num(0.0)
     table = torch.bucketize(lowest, bounds, out_int32=True)
-    bounds = torch.cat((bounds, torch.tensor([torch.inf])))
-    return table.to(device), bounds.to(device)
+    return table, torch.cat((bounds, torch.tensor([torch.inf], device="cpu")))
+
+
+# Made at import, not at the first step: under torch.compile that would be part of the graph.
+_CPU = torch.device("cpu")
+_TABLES = {
+    _CPU: {signed: (codes := _ascending_codes(signed), *_search_table(codes)) for signed in (True, False)},
+}
+
+
+def dynamic_map(signed: bool, device: torch.device) -> Tensor:
+    """The 256 values of the format in ascending order, fp32, within [-1, 1] or [0, 1]."""
+    return _tables_on(device)[signed][0]
+
+
+def _tables_on(device: torch.device) -> dict[bool, tuple[Tensor, Tensor, Tensor]]:
+    """For signed and unsigned values: the map, and the search table with its bounds."""
+    if device not in _TABLES:
+        _TABLES[device] = {
+            signed: (codes.to(device), table.to(device), bounds.to(device))
+            for signed, (codes, table, bounds) in _TABLES[_CPU].items()
+        }
+    return _TABLES[device]
 
 
 def quantize_(codes: Tensor, scale: Tensor, values: Tensor, *, signed: bool) -> None:
@@ -63,7 +78,7 @@ def quantize_(codes: Tensor, scale: Tensor, values: Tensor, *, signed: bool) -> 
     torch.amax(blocks.abs(), dim=1, out=scale)
     # A block of zeros stays one: its values are 0 * 1e38.
     normal = (blocks * scale.clamp_min(1e-38).reciprocal().unsqueeze(1)).clamp_(-1, 1).view(-1)[:n]
-    table, bounds = _search_table(signed, codes.device)
+    _, table, bounds = _tables_on(codes.device)[signed]
     code = table.index_select(0, (normal.view(torch.int32) >> 16).add_(2**15))
     code += normal > bounds.index_select(0, code)
     codes.copy_(code.view(codes.shape))

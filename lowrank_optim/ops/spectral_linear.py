@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lowrank_optim.ops.autocast import compute_dtype
+
 
 def spectral_linear(
     x: Tensor, u: Tensor, s: Tensor, v: Tensor, u_frozen: Tensor, v_frozen: Tensor, *, enhanced: bool
@@ -34,22 +36,19 @@ def spectral_linear(
     Returns:
         (..., m).
     """
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-    y: Tensor = _SpectralLinear.apply(x, u, s, v, u_frozen, v_frozen, enhanced, dtype)  # type: ignore[no-untyped-call]
+    y: Tensor = _SpectralLinear.apply(x, u, s, v, u_frozen, v_frozen, enhanced)  # type: ignore[no-untyped-call]
     return y
 
 
 class _SpectralLinear(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, u: Tensor, s: Tensor, v: Tensor, u_frozen: Tensor, v_frozen: Tensor,
-        enhanced: bool, dtype: torch.dtype,
+        ctx: Any, x: Tensor, u: Tensor, s: Tensor, v: Tensor, u_frozen: Tensor, v_frozen: Tensor, enhanced: bool
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, u, s, v, u_frozen, v_frozen)
         ctx.enhanced = enhanced
         # Transient casts: what is saved are the parameters themselves.
+        dtype = compute_dtype(u)
         x, u, s, v, u_frozen, v_frozen = (t.to(dtype) for t in (x, u, s, v, u_frozen, v_frozen))
         r = u.shape[1]
         y = ((x @ v) * s[:r]) @ u.mT
@@ -83,7 +82,7 @@ class _SpectralLinear(Function):
             du = None if du is None else du * s[:r]
             dv = None if dv is None else dv * s[:r]
         grads = (None if dx is None else dx.reshape(shape), du, torch.cat(ds) if ds else None, dv)
-        return (*(None if g is None else g.to(d) for g, d in zip(grads, dtypes)), None, None, None, None)
+        return (*(None if g is None else g.to(d) for g, d in zip(grads, dtypes)), None, None, None)
 
 
 def _column_dots(a: Tensor, b: Tensor) -> Tensor:

@@ -383,18 +383,35 @@ class LowRankOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_compiling() and self._works_on_the_host():
+            torch.compiler.disable(self._step_params)()  # type: ignore[no-untyped-call]
+        else:
+            self._step_params()
+        return loss
+
+    def _step_params(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     self.step_param(p, group)
-        return loss
+
+    def _works_on_the_host(self) -> bool:
+        """Whether the coming step allocates a state or renews a basis, of which a compiler makes little.
+
+        Such a step runs as it is; those between are one graph, whatever the step and the value of a tensor lr.
+        """
+        pairs = ((p, group) for group in self.param_groups for p in group["params"] if p.grad is not None)
+        return any(
+            not self.state[p] or (self.subspace_of(p, group) is not IDENTITY and refresh_due(self.state[p], group))
+            for p, group in pairs
+        )
 
     @torch.no_grad()
     def step_param(self, param: Tensor, group: Group) -> None:
         """Update one parameter from its gradient, which is left as it is.
 
-        A gradient with a NaN or an infinity counts as None: exactly so on the CPU and at a refresh; elsewhere
-        its low-rank image counts as zero, because a look at it would make the host wait for the device.
+        A gradient with a NaN or an infinity counts as None: exactly so on the CPU and at a refresh; elsewhere (and
+        under ``torch.compile``) its low-rank image counts as zero, because a look at it would make the host wait.
         """
         grad = param.grad
         if grad is None or grad.numel() == 0:
@@ -415,7 +432,7 @@ class LowRankOptimizer(Optimizer):
         low = subspace.down(grad, state, group)
         # NaN and infinity both survive summation; this reads a rank-sized tensor, not the gradient.
         finite = low.sum(dtype=torch.promote_types(low.dtype, torch.float32)).isfinite()
-        if low.device.type != "cpu":
+        if low.device.type != "cpu" or torch.compiler.is_compiling():
             low = torch.where(finite, low, 0)
         elif not finite:
             self._warn_once("skipped an update because of a non-finite gradient")

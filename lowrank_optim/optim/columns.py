@@ -82,8 +82,7 @@ def select(scored: Tensor, rank: int, ell_norm: int) -> Tensor:
     """
     scores = torch.zeros(scored.shape[1], dtype=scored.dtype.to_real(), device=scored.device)
     for part in scored.chunk(8):
-        size = part.abs()
-        scores += (size if ell_norm == 1 else size.square_()).sum(0)
+        scores += (part.abs() if ell_norm == 1 else (part * part.conj()).real).sum(0)
     # topk leaves the order of equals to the device.
     order = scores.sort(descending=True, stable=True).indices
     return order[:rank].sort().values

@@ -61,7 +61,7 @@ def load_moment(state: dict[str, Any], key: str, dtype: torch.dtype) -> Tensor:
         moment = dequantize(state[f"{key}.codes"], state[f"{key}.scale"], signed=key not in UNSIGNED)
     elif moment.dtype != torch.bfloat16:
         return moment
-    return moment.to(torch.promote_types(dtype, torch.float32).to_real())
+    return moment.to(torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32)
 
 
 def store_moment_(state: dict[str, Any], key: str, moment: Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim.nn import LORO, SST, CoLA, LoRA, LowRank, Parameterization, ReLoRA
+from lowrank_optim.nn import LORO, LOST, SST, CoLA, LoRA, LowRank, Parameterization, ReLoRA, SLTrain
 
 
 class Variant(NamedTuple):
@@ -26,6 +26,11 @@ VARIANTS = {
     "CoLA-none": Variant(CoLA(rank=4, act="none")),
     "LoRA": Variant(LoRA(rank=4), dense=True),
     "ReLoRA": Variant(ReLoRA(rank=4), dense=True),
+    "SLTrain": Variant(SLTrain(rank=4, sparsity=0.05, alpha=8)),
+    # Enough entries that a bitmap is the smallest index.
+    "SLTrain-bitmap": Variant(SLTrain(rank=4, sparsity=0.3, alpha=8)),
+    "LOST": Variant(LOST(rank=4, sparsity=0.2)),
+    "LOST-none": Variant(LOST(rank=4, sparsity=0.2, act="none")),
     # The enhanced gradient is none that finite differences know; tests/nn/test_spectral.py has it.
     "SST": Variant(SST(rank=4, enhanced=False)),
 }

@@ -8,7 +8,7 @@ from torch import nn
 
 from lowrank_optim.nn import SLTrain, SLTrainLinear, convert, reset_parameters
 from lowrank_optim.nn.convert import layer_generator
-from tests.nn.models import TinyLM
+from tests.nn.parameterizations import block
 
 
 def test_llama_60m_holds_the_published_number_of_parameters() -> None:
@@ -60,7 +60,7 @@ def test_the_support_depends_on_seed_and_position_alone() -> None:
     def supports(model: nn.Module) -> list[torch.Tensor]:
         return [layer.support() for layer in model.modules() if isinstance(layer, SLTrainLinear)]
 
-    models = [TinyLM(), TinyLM().bfloat16(), TinyLM()]
+    models = [block(), block().bfloat16(), block()]
     for model, seed in zip(models, (3, 3, 4), strict=True):
         convert(model, SLTrain(rank=4, sparsity=0.1), seed=seed)
     first, again, other = map(supports, models)
@@ -72,13 +72,13 @@ def test_the_support_depends_on_seed_and_position_alone() -> None:
 
 def test_meta_device_then_reset_equals_a_direct_conversion() -> None:
     torch.manual_seed(0)
-    direct = TinyLM()
+    direct = block()
     convert(direct, SLTrain(rank=4, sparsity=0.1), seed=5)
     with torch.device("meta"):
-        model = TinyLM()
+        model = block()
     convert(model, SLTrain(rank=4, sparsity=0.1), seed=5)
     assert {b.device.type for b in model.buffers()} == {"meta"}
-    assert model(torch.zeros(2, 3, dtype=torch.int64, device="meta")).shape == (2, 3, 61)
+    assert model(torch.zeros(2, 3, dtype=torch.int64, device="meta")).shape == (2, 3, 11)
     model.to_empty(device="cpu")
     reset_parameters(model, seed=5)
     for name, layer in direct.named_modules():
@@ -159,7 +159,7 @@ def test_refuses_what_does_not_fit() -> None:
     layer = SLTrain(rank=4, sparsity=0.1).build(20, 30)
     with pytest.raises(ValueError, match=r"Invalid weight: shape \(20, 30\), expected \(30, 20\)"):
         layer.from_weight_(torch.zeros(20, 30))
-    model = TinyLM()
+    model = block()
     convert(model, SLTrain(rank=4))
     with pytest.raises(ValueError, match="already a SLTrainLinear"):
         convert(model, SLTrain(rank=4))

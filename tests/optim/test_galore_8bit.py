@@ -21,11 +21,11 @@ def test_it_is_galore_with_int8_moments() -> None:
     assert ours.state[p]["exp_avg.codes"].dtype == torch.uint8
 
 
-def test_the_full_rank_rule_follows_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With eps = 0 and no decay both formulas are the same, and so is every rounding but the CPU kernel's.
+def test_the_full_rank_rule_follows_bitsandbytes() -> None:
+    """With eps = 0 and no decay both formulas are the same.
 
-    bitsandbytes' compiled CPU quantizer rounds through a coarse table (codes off by up to 7); its portable backend, a
-    bucketize as on CUDA, is what we compare with, one step at a time from the same state.
+    Compared one step at a time from the same state: bitsandbytes' compiled CPU quantizer looks codes up in a coarse
+    table, which is off by up to 7 codes, whereas ours, its portable backend and its CUDA kernel take the nearest.
     """
     bitsandbytes = pytest.importorskip("bitsandbytes")
     functional = pytest.importorskip("bitsandbytes.functional")
