@@ -60,6 +60,7 @@ def build(options: Options, device: Any, processes: int) -> tuple[Resolved, Any,
 
     from lowrank_optim.pretrain.llama import build_config, build_model
     from lowrank_optim.pretrain.optimizers import build_optimizer, parse_optimizer_args
+    from lowrank_optim.pretrain.parameterizations import parameterize_, plan_parameterization
     from lowrank_optim.pretrain.recipes import resolve
     from lowrank_optim.pretrain.report import DTYPES
 
@@ -70,8 +71,15 @@ def build(options: Options, device: Any, processes: int) -> tuple[Resolved, Any,
             raise UserError(
                 f"Invalid seq_len: {run.seq_len}, expected at most {config.max_position_embeddings} for {run.model}"
             )
+        layers = None
+        if run.parameterization:
+            pairs = parse_optimizer_args(run.parameterization_args, "parameterization")
+            layers = plan_parameterization(run.parameterization, pairs)
+            config.hidden_act = layers.hidden_act or config.hidden_act
         torch.manual_seed(run.seed)
         model = build_model(config, device=device, dtype=DTYPES[run.dtype])
+        if layers:
+            parameterize_(model, layers, seed=run.seed)
         args = parse_optimizer_args(run.optimizer_args)
         optimizer = build_optimizer(run.optimizer, model, lr=run.lr, weight_decay=run.weight_decay, args=args)
     run.lr = float(optimizer.param_groups[0]["lr"])
@@ -103,6 +111,8 @@ def train(options: Options) -> int:
     from lowrank_optim.pretrain.generate import sample
     from lowrank_optim.pretrain.launch import catch_signals, run_folder, start_accelerator
     from lowrank_optim.pretrain.metrics import Metrics
+    from lowrank_optim.pretrain.optimizers import parse_optimizer_args
+    from lowrank_optim.pretrain.parameterizations import build_restarts
     from lowrank_optim.pretrain.schedule import build_schedule
     from lowrank_optim.pretrain.steps import clip_gradients_, evaluate, loss_sum
 
@@ -119,6 +129,9 @@ def train(options: Options) -> int:
 
     run, config, model, optimizer = build(options, device, world)
     schedule = build_schedule(optimizer, warmup=run.warmup_steps, total=run.max_steps)
+    with user_errors():
+        pairs = parse_optimizer_args(run.restart_args, "restart")
+        restarts = build_restarts(run.restarts, pairs, model, optimizer, first=run.warmup_steps, seed=run.seed)
     say(report.banner(run, config, model, world=world, device=report.device_name(device)))
     progress, position, fingerprint = checkpoint.Progress(), None, None
     if found:
@@ -129,7 +142,9 @@ def train(options: Options) -> int:
     if found:
         if fingerprint != text.fingerprint:
             raise UserError(f"Cannot resume {found}: the data or the tokenizer is not what it was saved with")
-        position = checkpoint.load_(found, model=model, optimizer=optimizer, schedule=schedule, rank=rank)
+        position = checkpoint.load_(
+            found, model=model, optimizer=optimizer, schedule=schedule, restarts=restarts, rank=rank
+        )
         say(f"resumed    {found} after {progress.step} updates")
         if progress.step >= run.max_steps:
             say(f"done       all {run.max_steps} updates had been made")
@@ -179,6 +194,7 @@ def train(options: Options) -> int:
                 tokenizer=text.tokenizer,
                 optimizer=optimizer,
                 schedule=schedule,
+                restarts=restarts,
                 processes=processes,
                 options=run,
                 fingerprint=text.fingerprint,
@@ -213,7 +229,7 @@ def train(options: Options) -> int:
                 loss += part.detach()
             loss_value = total(loss).item()
             norm = clip_gradients_(model.parameters(), run.grad_clip).item()
-            lr = float(optimizer.param_groups[0]["lr"])
+            lr = float(optimizer.param_groups[0]["lr"]) * math.prod(restart.lr_factor for restart in restarts)
             if math.isfinite(loss_value) and math.isfinite(norm):
                 optimizer.step()
                 skipped = 0
@@ -227,6 +243,8 @@ def train(options: Options) -> int:
             schedule.step()
 
             progress.step += 1
+            for restart in restarts:
+                restart.after_step(progress.step)
             progress.tokens += tokens
             row = {"loss": loss_value, "lr": lr, "grad_norm": norm}
             row["tokens_per_second"] = meter.update(progress.step, tokens)

@@ -7,7 +7,7 @@ import json
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -20,6 +20,7 @@ from lowrank_optim.pretrain.optimizers import (
     optimizer_names,
     parse_optimizer_args,
 )
+from lowrank_optim.pretrain.parameterizations import PARAMETERIZATIONS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 UNITS = "GB = 10^9 bytes, GiB = 2^30 bytes"
@@ -71,6 +72,14 @@ def _parser() -> _Parser:
         "An argument goes to every optimizer that has it",
     )
     estimating.add_argument("--optimizer-args", nargs="+", default=[], metavar="KEY=VALUE", help="such as rank=1024")
+    estimating.add_argument("--parameterization", metavar="NAME", help=", ".join(PARAMETERIZATIONS))
+    estimating.add_argument(
+        "--parameterization-args",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="such as rank=128; what is not given takes the value published for the model's size",
+    )
     estimating.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights and gradients (default bf16)")
     estimating.add_argument("--json", action="store_true", help="one JSON object, sizes in bytes")
     estimating.set_defaults(run=_estimate)
@@ -80,14 +89,30 @@ def _parser() -> _Parser:
 def _estimate(options: argparse.Namespace) -> str:
     args = parse_optimizer_args(options.optimizer_args)
     dtype = DTYPES[options.dtype]
+    layers = parse_optimizer_args(options.parameterization_args, "parameterization")
+    if layers and options.parameterization is None:
+        raise ValueError("Invalid --parameterization-args: they need --parameterization")
+    where = Where(options.model, dtype, options.parameterization, layers)
     if options.compare is None:
-        result = estimate(options.model, options.optimizer, args, dtype)
+        result = where.estimate(options.optimizer, args)
         return _json(result.as_dict()) if options.json else _sheet(result)
-    results = _compare(options.model, options.compare, args, dtype)
+    results = _compare(where, options.compare, args)
     return _json({"estimates": [result.as_dict() for result in results]}) if options.json else _table(results)
 
 
-def _compare(model: str, names: Sequence[str], args: Mapping[str, Any], dtype: torch.dtype) -> list[Estimate]:
+class Where(NamedTuple):
+    """What an optimizer is estimated on."""
+
+    model: str
+    dtype: torch.dtype
+    parameterization: str | None
+    parameterization_args: Mapping[str, Any]
+
+    def estimate(self, optimizer: str, args: Mapping[str, Any]) -> Estimate:
+        return estimate(self.model, optimizer, args, self.dtype, self.parameterization, self.parameterization_args)
+
+
+def _compare(where: Where, names: Sequence[str], args: Mapping[str, Any]) -> list[Estimate]:
     if not names:
         known = optimizer_names()
         names = [*(name for name in ("AdamW", "AdamW8bit") if name in known), *low_rank_names()]
@@ -98,9 +123,7 @@ def _compare(model: str, names: Sequence[str], args: Mapping[str, Any], dtype: t
             raise ValueError(
                 f"Invalid argument: {key!r}, expected an argument of {', '.join(names)}" + nearest(key, anywhere)
             )
-    return [
-        estimate(model, name, {k: v for k, v in args.items() if k in keys}, dtype) for name, keys in accepted.items()
-    ]
+    return [where.estimate(name, {k: v for k, v in args.items() if k in keys}) for name, keys in accepted.items()]
 
 
 def _json(answer: Mapping[str, Any]) -> str:
@@ -111,7 +134,7 @@ def _json(answer: Mapping[str, Any]) -> str:
 def _sheet(result: Estimate) -> str:
     share = 100 * result.low_rank_parameters / result.parameters
     lines = [
-        f"{result.model}, {_method(result)}, {result.dtype}",
+        f"{_model(result)}, {_method(result)}, {result.dtype}",
         f"{result.parameters:,} parameters, {result.low_rank_parameters:,} of them low-rank ({share:.1f} %)",
         "",
         f"{'':18}{'bytes':>20}{'GB':>10}{'GiB':>10}",
@@ -121,6 +144,8 @@ def _sheet(result: Estimate) -> str:
             lines.append(f"{category:18}{'not estimated':>20}")
             continue
         lines.append(f"{category:18}{_sizes(size)}")
+        if category == "weights" and result.index_bytes:
+            lines.append(f"  {'of which index':16}{_sizes(result.index_bytes)}")
         if category == "optimizer":
             lines += [f"  {key:16}{_sizes(part)}" for key, part in result.optimizer_by_key.items()]
     lines += [f"{'total':18}{_sizes(result.total_bytes)}", "", f"{UNITS}."]
@@ -132,7 +157,7 @@ def _table(results: Sequence[Estimate]) -> str:
     width = max(len(_method(result)) for result in results)
     columns = ("weights", "gradients", "optimizer", "total")
     lines = [
-        f"{first.model}, {first.parameters:,} parameters, {first.dtype}; GB (GiB)",
+        f"{_model(first)}, {first.parameters:,} parameters, {first.dtype}; GB (GiB)",
         "",
         f"{'':{width}}" + "".join(f"{column:>18}" for column in columns),
     ]
@@ -143,9 +168,18 @@ def _table(results: Sequence[Estimate]) -> str:
     return "\n".join([*lines, "", f"{UNITS}. Not estimated: {', '.join(first.not_included)}."])
 
 
+def _model(result: Estimate) -> str:
+    if result.parameterization is None:
+        return result.model
+    return f"{result.model} as {_call(result.parameterization, result.parameterization_args)}"
+
+
 def _method(result: Estimate) -> str:
-    args = ", ".join(f"{key}={value}" for key, value in result.optimizer_args.items())
-    return f"{result.optimizer}({args})"
+    return _call(result.optimizer, result.optimizer_args)
+
+
+def _call(name: str, args: Mapping[str, Any]) -> str:
+    return f"{name}({', '.join(f'{key}={value}' for key, value in args.items())})"
 
 
 def _sizes(size: int) -> str:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowrank_optim.optim.base import LowRankOptimizer
 from lowrank_optim.pretrain.llama import build_config, build_model
 from lowrank_optim.pretrain.optimizers import build_optimizer
+from lowrank_optim.pretrain.parameterizations import parameterize_, plan_parameterization, published
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -42,6 +43,9 @@ class Estimate:
         dtype: of weights and gradients.
         parameters: number of trainable elements.
         low_rank_parameters: how many of them the optimizer compresses.
+        parameterization: of the attention and MLP matrices, None for dense ones.
+        parameterization_args: its options.
+        index_bytes: how many bytes of the weights are integers: where sparse values stand.
         by_category: bytes under each of ``CATEGORIES``; a category in ``not_included`` is 0.
         optimizer_by_key: the optimizer's bytes by state key, ``exp_avg``, ``basis``, ...
         not_included: categories that an estimate knows nothing about.
@@ -56,6 +60,9 @@ class Estimate:
     by_category: Mapping[str, int]
     optimizer_by_key: Mapping[str, int]
     not_included: tuple[str, ...] = field(default=("activations", "other"))
+    parameterization: str | None = None
+    parameterization_args: Mapping[str, Any] = field(default_factory=dict)
+    index_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -72,6 +79,8 @@ def estimate(
     optimizer: str,
     optimizer_args: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    parameterization: str | None = None,
+    parameterization_args: Mapping[str, Any] | None = None,
 ) -> Estimate:
     """Exact bytes of weights, gradients and optimizer state, without allocating any of them.
 
@@ -80,13 +89,20 @@ def estimate(
         optimizer: a name that :func:`lowrank_optim.pretrain.optimizers.build_optimizer` takes.
         optimizer_args: constructor arguments.
         dtype: of weights and gradients.
+        parameterization: "sltrain", "lowrank", ..., None for dense matrices.
+        parameterization_args: its options; what is not given takes the value published for the model's size.
 
     Raises:
-        ValueError: unknown model, optimizer or argument, or a value out of range.
+        ValueError: unknown model, optimizer, parameterization or argument, or a value out of range.
         RuntimeError: a package that the model or the optimizer needs is not installed.
     """
     config = build_config(model) if isinstance(model, str) else model
     network = build_model(config, device="meta", dtype=dtype)
+    layers: dict[str, Any] = {}
+    if parameterization is not None:
+        size = model if isinstance(model, str) else ""
+        layers = {**published(parameterization, size, config.hidden_size).args, **(parameterization_args or {})}
+        parameterize_(network, plan_parameterization(parameterization, layers))
     built = build_optimizer(optimizer, network, args=optimizer_args)
     for p in network.parameters():
         p.grad = torch.empty_like(p) if p.requires_grad else None
@@ -105,6 +121,9 @@ def estimate(
         low_rank_parameters=_low_rank_parameters(built),
         by_category=by_category,
         optimizer_by_key=sizes["optimizer"],
+        parameterization=parameterization,
+        parameterization_args=layers,
+        index_bytes=_storage_bytes((t for t in network.state_dict().values() if not t.is_floating_point()), set()),
     )
 
 

@@ -1,7 +1,7 @@
 """Linear layers whose weight is held in parts: factors, sparse values, singular triplets."""
 
 from lowrank_optim.nn.base import FactoredLinear, Parameterization
-from lowrank_optim.nn.convert import convert, merge, reset_parameters
+from lowrank_optim.nn.convert import convert, merge, merged_state_dict, reset_parameters
 from lowrank_optim.nn.lost import LOST, LOSTLinear
 from lowrank_optim.nn.lowrank import (
     LORO,
@@ -41,5 +41,6 @@ __all__ = [
     "WeightRefactorization",
     "convert",
     "merge",
+    "merged_state_dict",
     "reset_parameters",
 ]

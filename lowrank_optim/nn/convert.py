@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank_optim.nn.base import FactoredLinear, Parameterization
 from lowrank_optim.optim.groups import keeps_full_rank, matches
@@ -101,6 +101,25 @@ def merge(model: nn.Module) -> nn.Module:
         # At once, so that the factors of one layer go before the weight of the next comes.
         model.set_submodule(name, made[layer])
     return model
+
+
+@torch.no_grad()
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, on the CPU, that the model would have after :func:`merge`; the model stays as it is.
+
+    Raises:
+        RuntimeError: a layer with an activation between its factors.
+    """
+    state = model.state_dict()
+    for name, layer in _named_modules(model):
+        if not isinstance(layer, FactoredLinear):
+            continue
+        for key in layer.state_dict():
+            if key != "bias":
+                del state[f"{name}.{key}"]
+        # One dense weight at a time beside the factors.
+        state[f"{name}.weight"] = layer.dense_weight().cpu()
+    return {key: tensor.cpu() for key, tensor in state.items()}
 
 
 def reset_parameters(model: nn.Module, *, seed: int = 0) -> None:

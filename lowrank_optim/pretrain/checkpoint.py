@@ -1,7 +1,9 @@
 """Checkpoints: complete or absent, resumable to the last bit, and each a folder that transformers loads.
 
 ``checkpoint-N`` holds the exported model (``config.json``, ``model.safetensors``, the tokenizer), ``optimizer.pt``,
-``processes.pt`` (data position and random-number states of every process) and ``state.json``.
+``processes.pt`` (data position and random-number states of every process) and ``state.json``. A parameterized model is
+resumed from its parts in ``factored.safetensors``; ``model.safetensors`` holds its merged weights, and is absent where
+activations between the factors leave nothing to merge.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,8 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lowrank_optim.nn.convert import factored_layers, merged_state_dict
+from lowrank_optim.nn.restarts import Restart
 from lowrank_optim.pretrain.cache import write_folder
 from lowrank_optim.pretrain.config import Resolved, UserError
 
@@ -26,10 +30,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FORMAT = 1
+FACTORED = "factored.safetensors"
 # A resumed run must continue the one that was saved; how long it runs and what it reports may change.
 FIXED = (
     *("dataset", "tokenizer", "seq_len", "pack", "model", "dtype", "optimizer", "optimizer_args", "lr"),
     *("weight_decay", "grad_clip", "batch_size", "accumulate", "seed"),
+    *("parameterization", "parameterization_args", "restarts", "restart_args"),
 )
 
 
@@ -50,6 +56,7 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     optimizer: Optimizer,
     schedule: LRScheduler,
+    restarts: Sequence[Restart],
     processes: list[dict[str, Any]],
     options: Resolved,
     fingerprint: str,
@@ -63,10 +70,16 @@ def save(
     target = folder / f"checkpoint-{progress.step}"
 
     def fill(into: Path) -> None:
-        # One file whatever the size, because resuming loads it in place.
-        model.save_pretrained(into, max_shard_size="1000TB")
+        _save_model(model, into)
         tokenizer.save_pretrained(into)
-        _save({"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, into / "optimizer.pt")
+        _save(
+            {
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "restarts": [restart.state_dict() for restart in restarts],
+            },
+            into / "optimizer.pt",
+        )
         _save(processes, into / "processes.pt")
         state = {
             "format": FORMAT,
@@ -88,6 +101,25 @@ def save(
     for old in checkpoints(folder)[: -keep or None] if keep else []:
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def _save_model(model: PreTrainedModel, into: Path) -> None:
+    from safetensors.torch import save_model
+
+    # One file whatever the size, because resuming loads it in place.
+    whole = {"max_shard_size": "1000TB"}
+    layers = factored_layers(model).values()
+    if not layers:
+        model.save_pretrained(into, **whole)
+        return
+    save_model(model, str(into / FACTORED))
+    if any(layer.nonlinear for layer in layers):
+        model.config.save_pretrained(into)
+        return
+    with torch.device("meta"):
+        dense = type(model)(model.config)
+    dense.load_state_dict(merged_state_dict(model), assign=True)
+    dense.save_pretrained(into, **whole)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -142,7 +174,10 @@ def read_state(path: Path, options: Resolved, *, processes: int) -> tuple[Progre
     return progress, fingerprint
 
 
-def load_(path: Path, *, model: PreTrainedModel, optimizer: Optimizer, schedule: LRScheduler, rank: int) -> Any:
+def load_(
+    path: Path, *, model: PreTrainedModel, optimizer: Optimizer, schedule: LRScheduler, restarts: Sequence[Restart],
+    rank: int,
+) -> Any:  # fmt: skip
     """Load a checkpoint in place; returns the data position of process ``rank`` and restores its random states.
 
     Raises:
@@ -151,11 +186,14 @@ def load_(path: Path, *, model: PreTrainedModel, optimizer: Optimizer, schedule:
     from safetensors.torch import load_model
 
     try:
-        load_model(model, path / "model.safetensors", device=str(model.device))
+        weights = FACTORED if factored_layers(model) else "model.safetensors"
+        load_model(model, path / weights, device=str(model.device))
         saved = torch.load(path / "optimizer.pt", map_location=model.device, weights_only=True)
         processes = torch.load(path / "processes.pt", map_location="cpu", weights_only=True)
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
+        for restart, state in zip(restarts, saved["restarts"], strict=True):
+            restart.load_state_dict(state)
     except Exception as error:
         raise UserError(f"Broken checkpoint: {path} ({' '.join(str(error).split())[:300]})") from error
     set_random_state(processes[rank]["random"])

@@ -13,6 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
+# Parameterizations that are not trained with AdamW.
+OPTIMIZER_OF = {"loro": "LOROAdamW", "sst": "SSTAdamW"}
+
 
 class UserError(Exception):
     """Something that the person at the keyboard can correct: one clear line and exit status 2, no traceback."""
@@ -61,9 +64,24 @@ class Options:
     dtype: str = option(
         "fp32", "model", "fp32, or bf16 for pure bf16 weights and gradients as published", ("fp32", "bf16")
     )
+    parameterization: str | None = option(
+        None,
+        "model",
+        "replace the attention and MLP matrices: sltrain, lost, sst, lowrank, cola, lora, relora or loro",
+    )
+    parameterization_args: list[str] = option(
+        [],
+        "model",
+        "its options as k=v pairs, e.g. rank=128 sparsity=0.03; what is not given takes the published value",
+    )
     checkpointing: bool = option(False, "model", "recompute activations in the backward pass")
     compile: bool = option(False, "model", "torch.compile the model")
-    optimizer: str = option("GaLoreAdamW", "optimizer", "a class of lowrank_optim, torch.optim or bitsandbytes.optim")
+    optimizer: str = option(
+        "auto",
+        "optimizer",
+        "a class of lowrank_optim, torch.optim or bitsandbytes.optim; auto: GaLoreAdamW, or the one that "
+        "--parameterization was published with",
+    )
     optimizer_args: list[str] = option(
         [], "optimizer", "its keyword arguments as k=v pairs, e.g. rank=128 update_proj_gap=200"
     )
@@ -71,6 +89,14 @@ class Options:
     weight_decay: float | None = option(None, "optimizer", "decoupled weight decay (published: 0)")
     warmup_steps: int | None = option(None, "optimizer", "updates of linear warm-up; default 10 %% of the run")
     grad_clip: float | None = option(None, "optimizer", "largest gradient norm, 0 = no clipping")
+    restarts: str | None = option(
+        None,
+        "optimizer",
+        "act every so many updates: reset (moments), refactorize (B A evenly, and reset) or merge (ReLoRA); "
+        "default: what --parameterization was published with",
+        ("none", "reset", "refactorize", "merge"),
+    )
+    restart_args: list[str] = option([], "optimizer", "k=v pairs, e.g. every=200 ramp=10 scope=all")
     max_steps: int | None = option(None, "run", "updates; the cosine reaches 10 %% of the peak at the last")
     batch_size: int | None = option(None, "run", "sequences a micro-batch and process")
     accumulate: int | None = option(
@@ -106,6 +132,13 @@ class Options:
     config: str | None = option(None, "general", "YAML file with any of these options; the line overrides it")
     dry_run: bool = option(False, "general", "print plan and memory prediction, then stop; writes nothing")
 
+    def __post_init__(self) -> None:
+        if self.parameterization is not None:
+            self.parameterization = self.parameterization.lower()
+        if self.optimizer == "auto":
+            dense = self.parameterization is None
+            self.optimizer = "GaLoreAdamW" if dense else OPTIMIZER_OF.get(str(self.parameterization), "AdamW")
+
 
 @dataclasses.dataclass(kw_only=True)
 class Resolved(Options):
@@ -120,6 +153,7 @@ class Resolved(Options):
     eval_every: int
     eval_batches: int
     save_every: int
+    restarts: str
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}

@@ -24,7 +24,8 @@ def run_folder(options: Options) -> Path:
     if options.resume not in (None, "auto"):
         path = Path(options.resume)
         return path.parent if path.name.startswith("checkpoint-") else path
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(options.model).stem}-{options.optimizer}"
+    method = "-".join(filter(None, (options.parameterization, options.optimizer)))
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(options.model).stem}-{method}"
     return Path("runs") / name
 
 
@@ -40,7 +41,7 @@ def start_accelerator(options: Options, folder: Path) -> Accelerator:
             extra = package if package == tracker else "'lowrank-optim[train]'"
             raise UserError(f"{package} is not installed: pip install {extra}")
     from accelerate import Accelerator
-    from accelerate.utils import DistributedType
+    from accelerate.utils import DistributedDataParallelKwargs, DistributedType
     from transformers.utils import logging
 
     # Its bars for writing one file would break up ours.
@@ -49,7 +50,11 @@ def start_accelerator(options: Options, folder: Path) -> Accelerator:
         # No account, no login, no question: `wandb sync` uploads the run later.
         os.environ.setdefault("WANDB_MODE", "offline")
     # Pure bf16 or fp32 as --dtype says, whatever the machine's Accelerate configuration.
-    accelerator = Accelerator(mixed_precision="no", log_with=tracker, project_dir=str(folder))
+    # Buffers are constants, the indices of sparse layers among them: nothing to send before every forward pass.
+    wrapper = DistributedDataParallelKwargs(broadcast_buffers=False)
+    accelerator = Accelerator(
+        mixed_precision="no", log_with=tracker, project_dir=str(folder), kwargs_handlers=[wrapper]
+    )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise UserError(f"{accelerator.distributed_type} shards parameters; this script runs one copy a process")
     if tracker:

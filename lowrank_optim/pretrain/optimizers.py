@@ -26,11 +26,11 @@ _OF_LAYERS: dict[str, Callable[[nn.Module], list[dict[str, Any]]]] = {
 _WORDS = {"none": None, "true": True, "false": False}
 
 
-def parse_optimizer_args(pairs: Sequence[str]) -> dict[str, Any]:
+def parse_optimizer_args(pairs: Sequence[str], kind: str = "optimizer") -> dict[str, Any]:
     """Keyword arguments from ``key=value`` strings.
 
     Values are Python literals (``rank=128``, ``betas=(0.9,0.95)``), ``none``/``true``/``false`` in any case,
-    or else plain strings (``proj_type=std``).
+    or else plain strings (``proj_type=std``). ``kind`` is what errors call them.
 
     Raises:
         ValueError: a pair without ``=``, key or value, or a key given twice.
@@ -39,9 +39,9 @@ def parse_optimizer_args(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         key, _, value = (part.strip() for part in pair.partition("="))
         if not key.isidentifier() or not value:
-            raise ValueError(f"Invalid optimizer argument: {pair!r}, expected key=value, for example rank=128")
+            raise ValueError(f"Invalid {kind} argument: {pair!r}, expected key=value, for example rank=128")
         if key in parsed:
-            raise ValueError(f"Invalid optimizer argument: {key!r} is given twice")
+            raise ValueError(f"Invalid {kind} argument: {key!r} is given twice")
         parsed[key] = _literal(value)
     return parsed
 

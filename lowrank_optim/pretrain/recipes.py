@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from lowrank_optim.pretrain.config import Options, Resolved, UserError
+from lowrank_optim.pretrain.config import OPTIMIZER_OF, Options, Resolved, UserError
 from lowrank_optim.pretrain.optimizers import accepted_arguments, parse_optimizer_args
+from lowrank_optim.pretrain.parameterizations import RESTARTS, published
 
 # Used by every baseline script of this family whose learning rate is known; GaLore's own grid was
 # {1e-2, 5e-3, 1e-3, 5e-4, 1e-4} and its choice was never released.
@@ -63,7 +65,7 @@ GALORE = {
 
 
 def resolve(options: Options, *, hidden_size: int, processes: int) -> Resolved:
-    """Fill what was not given with the published values of ``options.model`` and ``options.optimizer``.
+    """Fill what was not given with the published values of the model's size, of parameterization and optimizer.
 
     A size without published values takes those of llama_60m with rank hidden_size / 4, the ratio of most of
     the published sizes. ``lr`` stays None for optimizers without a published value: their class decides.
@@ -75,6 +77,9 @@ def resolve(options: Options, *, hidden_size: int, processes: int) -> Resolved:
         if values[name] is None:
             values[name] = value
 
+    if options.parameterization is not None:
+        _fill_parameterization(options, values, default, hidden_size)
+    default("restarts", "none")
     default("accumulate", 1 if options.batch_size else math.ceil(budget.sequences / budget.batch_size / processes))
     for name in ("max_steps", "batch_size", "grad_clip", "seq_len", "eval_every", "save_every"):
         default(name, getattr(budget, name))
@@ -84,8 +89,7 @@ def resolve(options: Options, *, hidden_size: int, processes: int) -> Resolved:
         galore = GALORE.get(options.model) or GALORE["llama_60m"]._replace(rank=max(1, hidden_size // 4))
         arguments = galore._asdict()
         default("lr", arguments.pop("lr"))
-        given = parse_optimizer_args(options.optimizer_args)
-        values["optimizer_args"] += [f"{k}={v}" for k, v in arguments.items() if k not in given]
+        _add_pairs(values, "optimizer_args", arguments)
     default("lr", BASELINE_LR.get(options.optimizer))
     if "weight_decay" in accepted_arguments(options.optimizer):
         default("weight_decay", 0.0)
@@ -96,3 +100,31 @@ def resolve(options: Options, *, hidden_size: int, processes: int) -> Resolved:
     if values["seq_len"] < 2:
         raise UserError(f"Invalid seq_len: {values['seq_len']}, expected at least 2, a token and its successor")
     return Resolved(**values)
+
+
+def _fill_parameterization(
+    options: Options, values: dict[str, Any], default: Callable[[str, Any], None], hidden_size: int
+) -> None:
+    name = str(options.parameterization)
+    recipe = published(name, options.model, hidden_size)
+    _add_pairs(values, "parameterization_args", recipe.args)
+    if options.max_steps is None:
+        # A warm-up belongs to the length of its run.
+        default("warmup_steps", recipe.warmup_steps)
+    default("max_steps", recipe.max_steps)
+    default("grad_clip", recipe.grad_clip)
+    own = OPTIMIZER_OF.get(name, "AdamW")
+    if own == options.optimizer:
+        _add_pairs(values, "optimizer_args", recipe.optimizer_args)
+    if options.optimizer.startswith(own.removesuffix("W")):
+        default("lr", recipe.lr)
+        default("weight_decay", recipe.weight_decay)
+    if options.restarts is None and name in RESTARTS:
+        values["restarts"] = RESTARTS[name]
+        _add_pairs(values, "restart_args", recipe.restart_args)
+
+
+def _add_pairs(values: dict[str, Any], key: str, published_args: Mapping[str, Any]) -> None:
+    """Append the published arguments that are not given to the pairs under ``key``."""
+    given = parse_optimizer_args(values[key], key.removesuffix("_args"))
+    values[key] = [*values[key], *(f"{k}={v}" for k, v in published_args.items() if k not in given)]

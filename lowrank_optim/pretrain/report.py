@@ -64,11 +64,13 @@ def banner(options: Resolved, config: LlamaConfig, model: nn.Module, *, world: i
     total = slots * options.max_steps
     shape = f"hidden {config.hidden_size}, {config.num_hidden_layers} layers, vocabulary {config.vocab_size:,}"
     shown = {k: v for k, v in asdict(options).items() if v not in (None, False, []) and k != "dry_run"}
+    layers = " ".join([options.parameterization or "dense", *options.parameterization_args])
+    restarts = " ".join([f", restarts {options.restarts}", *options.restart_args] * (options.restarts != "none"))
     shown["optimizer_args"] = " ".join(options.optimizer_args) or "its defaults"
     return "\n".join(
         [
-            f"model      {options.model}: {parameters:,} parameters ({shape}), {options.dtype}",
-            f"optimizer  {options.optimizer} {shown['optimizer_args']}, peak lr {options.lr}",
+            f"model      {options.model}: {parameters:,} parameters ({shape}), {options.dtype}, {layers}",
+            f"optimizer  {options.optimizer} {shown['optimizer_args']}, peak lr {options.lr}{restarts}",
             f"update     {options.batch_size} sequences x {options.accumulate} micro-batches x {world} processes"
             f" x {options.seq_len} tokens = {slots:,} tokens",
             f"run        {options.max_steps:,} updates, {total:,} tokens, {total / parameters:.2f} a parameter",
@@ -107,9 +109,13 @@ def measured_bytes(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
 
 
 def predicted_bytes(config: LlamaConfig, options: Resolved, optimizer: str) -> dict[str, int]:
-    """The exact prediction for the run of ``options``, or for the same run with another optimizer."""
-    args = parse_optimizer_args(options.optimizer_args) if optimizer == options.optimizer else {}
-    return dict(estimate(config, optimizer, args, DTYPES[options.dtype]).by_category)
+    """The exact prediction for the run of ``options``; with another optimizer for the dense model."""
+    dtype = DTYPES[options.dtype]
+    if optimizer != options.optimizer:
+        return dict(estimate(config, optimizer, {}, dtype).by_category)
+    args = parse_optimizer_args(options.optimizer_args)
+    layers = parse_optimizer_args(options.parameterization_args, "parameterization")
+    return dict(estimate(config, optimizer, args, dtype, options.parameterization, layers).by_category)
 
 
 def memory_in_use(device: torch.device) -> tuple[int, int]:
