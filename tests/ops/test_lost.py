@@ -118,6 +118,9 @@ def test_autocast_casts_inside_and_keeps_no_copies() -> None:
         assert leaf.grad.dtype == torch.float32
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.7", reason="the compiler of torch 2.6 cannot trace torch.is_autocast_available"
+)
 def test_compiles_into_one_graph() -> None:
     parts, channels = problem(24, 33, 4, 2, torch.float32)
     leaves = [torch.randn(64, 33), *parts]

@@ -180,6 +180,9 @@ def test_mixed_dtypes_are_refused_as_by_linear() -> None:
         ours(p)(torch.randn(3, 8), *p["parts"])
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.7", reason="the compiler of torch 2.6 cannot trace torch.is_autocast_available"
+)
 def test_compiles_into_one_graph() -> None:
     p = problem(24, 33, 4, 0.05, torch.float32)
     leaves = [torch.randn(64, 33), *p["parts"]]

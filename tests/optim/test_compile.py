@@ -46,6 +46,7 @@ def compiled_and_plain(backend: str, dtype: torch.dtype, **kwargs: Any) -> tuple
     return distance, graphs
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="the compiler of torch 2.6 makes a graph for every step count")
 @pytest.mark.parametrize("kwargs", [{}, {"state_dtype": "int8", "weight_decay": 0.1}], ids=["float32", "int8"])
 def test_a_compiled_step_is_the_eager_one_and_is_compiled_once(kwargs: dict[str, Any]) -> None:
     """Once for the second step, once more for a step count that varies, and what surrounds a refresh."""
