@@ -225,8 +225,7 @@ class StepInBackward:
         if self.two_phase and can_sum(self.optimizer, param, group):
             if param not in self._sums:
                 self._sums[param] = Sums(self.optimizer, param, group, self.sum_dtype)
-            self._sums[param].add(param.grad)
-            param.grad = None
+            self._sums[param].add()
         if self._done + 1 == self.accumulate:
             self._step(param, group)
 

@@ -49,9 +49,11 @@ class Sums:
         self.sketch: Tensor | None = None
         self.terms = 0
 
-    def add(self, grad: Tensor) -> None:
-        """Add the images of one micro-batch's gradient."""
-        grad = self.subspace.orient(grad, self.state)
+    def add(self) -> None:
+        """Add the images of the parameter's gradient, and free it."""
+        if self.param.grad is None:
+            return
+        grad, self.param.grad = self.subspace.orient(self.param.grad, self.state), None
         self.grad_dtype = grad.dtype
         if not self.has_basis:
             self.has_basis = self.optimizer._refresh(self.subspace, grad, self.state, self.group)
