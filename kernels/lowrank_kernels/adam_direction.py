@@ -60,8 +60,8 @@ def adam_direction(
 
 
 def aot_cases():
-    signature = {name: "*fp32" for name in ("exp_avg_ptr", "exp_avg_sq_ptr", "direction_ptr")} | {"n": "i32"}
-    signature |= {name: "fp32" for name in ("beta1", "beta2", "one_minus_beta1", "one_minus_beta2", "eps")}
+    signature = dict.fromkeys(("exp_avg_ptr", "exp_avg_sq_ptr", "direction_ptr"), "*fp32") | {"n": "i32"}
+    signature |= dict.fromkeys(("beta1", "beta2", "one_minus_beta1", "one_minus_beta2", "eps"), "fp32")
     return [
         (
             f"adam_direction {dtype}",

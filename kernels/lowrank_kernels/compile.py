@@ -40,7 +40,7 @@ class Case(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What a kernel takes on one architecture: registers a thread; bytes of local memory a thread, of shared a block."""
+    """What a kernel takes on an architecture: registers and bytes of local memory a thread, of shared a block."""
 
     kernel: str
     arch: int

@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import lowrank_kernels
+import pytest
 from lowrank_kernels.compile import SHARED_LIMIT, Usage, cases, markdown
 
 # Every thread keeps 64 values through a loop, and may have 32 registers.
