@@ -39,7 +39,7 @@ from torch.optim import Optimizer
 
 from lowrank_optim.ops import BACKENDS
 from lowrank_optim.optim.groups import as_groups
-from lowrank_optim.optim.moments import STATE_DTYPES
+from lowrank_optim.optim.moments import STATE_DTYPES, slices
 from lowrank_optim.optim.storage import WEIGHT_ROUNDINGS, check_storable, init_storage, writable
 
 State: TypeAlias = dict[str, Any]
@@ -115,7 +115,8 @@ class Rule(Protocol):
     """Turns a gradient into a direction. Knows no learning rate, no decay and no parameter.
 
     A rule may also have ``update_(target, grad, state, group, *, alpha)``, which does target += alpha * direction(grad)
-    in one pass; parameters that are not compressed then take it instead of ``direction``.
+    in one pass; parameters that are not compressed then take it instead of ``direction``. One that looks at every
+    element alone says ``elementwise = True``; large parameters that are not compressed are then updated in slices.
     """
 
     def validate(self, group: Group) -> None:
@@ -454,8 +455,7 @@ class LowRankOptimizer(Optimizer):
         subspace = self.subspace_of(param, group)
         grad = subspace.orient(grad, state)
         compressed = subspace is not IDENTITY
-        lift = self.lift if compressed else UNSCALED
-        grad = lift.before(grad, state, group)
+        grad = self.lift.before(grad, state, group) if compressed else grad
         if compressed and refresh_due(state, group) and not self._refresh(subspace, grad, state, group):
             return
         self.step_low(param, subspace.down(grad, state, group), group, grad=grad)
@@ -466,22 +466,31 @@ class LowRankOptimizer(Optimizer):
 
         Args:
             low: as ``subspace.down`` returns it.
-            grad: what ``low`` is the image of, where the lift reads it.
+            grad: what ``low`` is the image of; None where no lift reads it.
         """
         state: State = self.state[param]
         subspace = self.subspace_of(param, group)
-        lift = UNSCALED if subspace is IDENTITY else self.lift
-        # NaN and infinity both survive summation; this reads a rank-sized tensor, not the gradient.
-        finite = low.sum(dtype=torch.promote_types(low.dtype, torch.float32)).isfinite()
-        if low.device.type != "cpu" or torch.compiler.is_compiling():
-            low = torch.where(finite, low, 0)
-        elif not finite:
+        compressed = subspace is not IDENTITY
+        lift = self.lift if compressed else UNSCALED
+        # NaN and infinity both survive summation; this reads a rank-sized tensor, not the gradient. Only float16 sums
+        # need more range, for which the CPU makes a copy.
+        finite = low.sum(dtype=torch.float32 if low.dtype == torch.float16 else None).isfinite()
+        unseen = low.device.type != "cpu" or torch.compiler.is_compiling()
+        if not unseen and not finite:
             self._warn_once("skipped an update because of a non-finite gradient")
             return
         state["step"] += 1
-        with writable(param, state, group["weight_rounding"]) as weight:
+        if compressed or not getattr(self.rule_of(subspace), "elementwise", False):
+            low = torch.where(finite, low, 0) if unseen else low
             grad = low.new_empty(0) if grad is None else grad
-            self.update_(subspace.orient(weight, state), grad, low, subspace, lift, state, group)
+            with writable(param, state, group["weight_rounding"]) as weight:
+                self.update_(subspace.orient(weight, state), grad, low, subspace, lift, state, group)
+            return
+        init_storage(param, state, group["weight_rounding"])
+        for part, (values, slope) in slices(state, subspace.orient(param, state), low):
+            slope = torch.where(finite, slope, 0) if unseen else slope
+            with writable(values, part, group["weight_rounding"]) as weight:
+                self.update_(weight, slope, slope, subspace, lift, part, group)
 
     def update_(
         self, target: Tensor, grad: Tensor, low: Tensor, subspace: Subspace, lift: Lift, state: State, group: Group
