@@ -9,6 +9,11 @@ from torch import Tensor
 A, B, C = 3.4445, -4.7750, 2.0315
 
 
+# How many steps go by in Gram matrices. Each enlarges the rounding of their small eigenvalues by up to A² = 12: in fp32
+# three are as close to fp64 as the plain iteration, five 15 times as far.
+UNROLLED = 3
+
+
 def newton_schulz(tall: Tensor, *, steps: int = 5) -> Tensor:
     """U Vᴴ of the singular value decomposition U S Vᴴ, roughly: singular values come to lie in [0.68, 1.2].
 
@@ -16,6 +21,7 @@ def newton_schulz(tall: Tensor, *, steps: int = 5) -> Tensor:
         G = Xᴴ X ;  X = a X + X (b G + c G²)           # ``steps`` times
 
     Directions smaller than about 1/100 of the largest need more than five steps to get there. Zero stays zero.
+    With P = a I + b G + c G², X P has the Gram matrix P G P, so that three steps need two tall products only.
 
     Args:
         tall: (rows, columns), columns <= rows for the smaller Gram matrix; computed in bfloat16 on CUDA (complex and
@@ -30,7 +36,22 @@ def newton_schulz(tall: Tensor, *, steps: int = 5) -> Tensor:
     else:
         x = tall.to(torch.promote_types(tall.dtype, torch.float32))
     x = x / (torch.linalg.matrix_norm(x) + 1e-7)
-    for _ in range(steps):
+    # In bfloat16 a Gram matrix is good for one step.
+    unrolled = 1 if x.dtype == torch.bfloat16 else UNROLLED
+    while steps > 0:
         gram = x.mH @ x
-        x = torch.addmm(x, x, torch.addmm(gram, gram, gram, beta=B, alpha=C), beta=A)
+        product = factor = _factor(gram)
+        for _ in range(min(steps, unrolled) - 1):
+            gram = factor @ gram @ factor
+            factor = _factor(gram)
+            product = product @ factor
+        x = x @ product
+        steps -= unrolled
     return x
+
+
+def _factor(gram: Tensor) -> Tensor:
+    """a I + b G + c G²."""
+    factor = torch.addmm(gram, gram, gram, beta=B, alpha=C)
+    factor.diagonal().add_(A)
+    return factor

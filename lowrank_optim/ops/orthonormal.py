@@ -7,14 +7,18 @@ from torch import Tensor
 
 
 def orthonormalize(matrix: Tensor) -> Tensor:
-    """The Q of QR = A with a positive diagonal of R, which keeps the columns' direction: LAPACK leaves the signs open.
+    """Q of the QR factorisation whose R has a positive diagonal, (d, rank): the columns keep order and direction.
+
+    By Householder reflections, orthonormal to rounding whatever the condition of the matrix.
 
     Args:
-        matrix: A, shape (rows, columns), rows >= columns, fp32 or wider.
+        matrix: (d, rank), rank <= d, fp32 or wider.
     """
-    basis, upper = torch.linalg.qr(matrix)
-    diagonal = upper.diagonal()
-    return basis * torch.where(diagonal == 0, torch.ones_like(diagonal), diagonal.sgn())
+    # torch.linalg.qr takes 1.1 ms for (512, 128) on two cores, its two halves by themselves 0.65.
+    reflections, scales = torch.geqrf(matrix)
+    diagonal = reflections.diagonal()
+    signs = torch.where(diagonal == 0, torch.ones_like(diagonal), diagonal.sgn())
+    return torch.linalg.householder_product(reflections, scales).mul_(signs)
 
 
 def subspace_iteration(tall: Tensor, start: Tensor, *, iterations: int = 1) -> Tensor:
@@ -34,7 +38,7 @@ def subspace_iteration(tall: Tensor, start: Tensor, *, iterations: int = 1) -> T
     for _ in range(iterations):
         sketch = tall @ basis
         # Both products scale with A: dividing keeps A'A from under- or overflowing at |A| ~ 1e-20 or 1e20.
-        sketch = sketch / sketch.abs().amax().clamp_min(torch.finfo(sketch.dtype).tiny)
+        sketch.div_(sketch.abs().amax().clamp_min(torch.finfo(sketch.dtype).tiny))
         basis = orthonormalize(tall.mH @ sketch)
     return basis
 
@@ -58,7 +62,7 @@ def range_finder(tall: Tensor, rank: int, generator: torch.Generator, *, iterati
     columns = min(d, rank + rank // 8 + 8)
     sketch = torch.randn(tall.shape[0], columns, generator=generator, dtype=tall.real.dtype)
     start = tall.mH @ sketch.to(device=tall.device, dtype=tall.dtype)
-    basis = subspace_iteration(tall, torch.linalg.qr(start).Q, iterations=iterations)
+    basis = subspace_iteration(tall, orthonormalize(start), iterations=iterations)
     low = tall @ basis
     low = low / low.abs().amax().clamp_min(torch.finfo(low.dtype).tiny)
     _, vectors = torch.linalg.eigh(low.mH @ low)
