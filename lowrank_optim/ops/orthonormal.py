@@ -39,7 +39,7 @@ def _inverse_factor(gram: Tensor, one: Tensor) -> Tensor:
 
 
 def normalize_(tensor: Tensor) -> None:
-    """Divide by the largest entry: products of what scales with A neither under- nor overflow at |A| ~ 1e-20 or 1e20."""
+    """Divide by the largest entry, so that products with a matrix of 1e-20 or 1e20 neither under- nor overflow."""
     # Unlike abs(), aminmax makes no copy.
     extremes = torch.aminmax(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
     tensor.div_(torch.stack(extremes).abs().amax().clamp_min(torch.finfo(tensor.dtype).tiny))

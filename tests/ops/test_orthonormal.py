@@ -22,7 +22,7 @@ def off(basis: torch.Tensor) -> float:
 def test_any_condition_gives_the_q_of_a_positive_diagonal(
     shape: tuple[int, int], decades: int, dtype: torch.dtype
 ) -> None:
-    """One Cholesky factorisation, two, and reflections: the columns are those of QR, as orthonormal as by reflections."""
+    """By one Cholesky factorisation, by two and by reflections."""
     d, rank = shape
     left, right = (torch.linalg.qr(torch.randn(n, rank, dtype=dtype)).Q for n in (d, rank))
     matrix = (left * torch.logspace(0, -decades, rank)) @ right
