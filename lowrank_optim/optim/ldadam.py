@@ -72,7 +72,7 @@ class Tracking(TopSingular):
                 basis = orthonormalize(turned)
         if basis is None:
             basis = top_basis(grad, rank, {"refresh": "svd"}, state, left=state["left"], key="basis")
-        if basis is None or not bool(basis.isfinite().all()):
+        if basis is None or not bool(basis.sum().isfinite()):
             return Refresh(renewed=False)
         overlap = state["basis"].to(basis.dtype).mH @ basis if started else None
         state["basis"].copy_(basis)
