@@ -4,8 +4,8 @@
 
 The shards are C4's own (``*train*.json.gz`` and ``*validation*.json.gz`` of lines with a ``text``). A byte is a
 token, so that the parameterized matrices, not the embeddings, hold most of the model. All runs see the same windows
-in the same order and start from the same embeddings, head and norms. The learning rate of a contestant is the one of
-``--lr`` with the lowest validation loss for the first seed; an end of the grid is marked. Writes
+in the same order and start from the same embeddings, head and norms. The learning rate of a contestant is one of
+``--lr`` whose neighbours have a higher validation loss for the first seed. Writes
 ``results/parameterizations_c4.json``, contestant by contestant.
 """
 
@@ -119,22 +119,29 @@ def evaluate(options: argparse.Namespace, model: nn.Module, text: Tensor) -> flo
 
 
 def compete(options: argparse.Namespace, contestant: Contestant, text: Tensor, held_out: Tensor) -> dict[str, Any]:
-    """The losses of one contestant: over the grid with the first seed, then at the best rate with the others."""
+    """The losses of one contestant: with the first seed at a few rates, then at the best of them with the others."""
     grid: dict[float, float] = {}
-    model = None
-    for lr in options.lr:
-        model = train(options, contestant, lr, options.seeds[0], text)
-        grid[lr] = evaluate(options, model, held_out)
-    assert model is not None
-    best = min(grid, key=lambda lr: grid[lr] if math.isfinite(grid[lr]) else math.inf)
+    at, trained = options.lr.index(options.start), 0
+    while True:
+        # Downhill on the ladder, until both neighbours are worse.
+        near = options.lr[max(at - 1, 0) : at + 2]
+        for lr in near:
+            if lr not in grid:
+                model = train(options, contestant, lr, options.seeds[0], text)
+                trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+                loss = evaluate(options, model, held_out)
+                grid[lr] = loss if math.isfinite(loss) else math.inf
+        best = min(near, key=grid.__getitem__)
+        if best == options.lr[at]:
+            break
+        at = options.lr.index(best)
     losses = [grid[best]]
     for seed in options.seeds[1:]:
         losses.append(evaluate(options, train(options, contestant, best, seed, text), held_out))
     return {
-        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "parameters": trained,
         "lr": best,
-        "at_end_of_grid": best in (min(grid), max(grid)),
-        "grid": {str(lr): round(loss, 4) for lr, loss in grid.items()},
+        "losses_by_lr": {str(lr): round(grid[lr], 4) for lr in sorted(grid)},
         "validation_losses": [round(loss, 4) for loss in losses],
         "validation_loss": round(statistics.mean(losses), 4),
     }
@@ -148,7 +155,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--lr", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
+    parser.add_argument("--lr", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
+    parser.add_argument("--start", type=float, default=3e-3, help="the one of --lr to try first")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     options = parser.parse_args()
     window = options.batch_size * options.seq_len
@@ -162,8 +170,7 @@ def main() -> None:
         row["below_baseline"] = round(baseline - row["validation_loss"], 4)
         write_result("parameterizations_c4", torch.device("cpu"), {"settings": settings, "runs": runs})
         print(
-            f"{name:18} {row['parameters']:>9,} trained   lr {row['lr']:g}{' (end)' if row['at_end_of_grid'] else ''}"
-            f"   validation loss {row['validation_loss']:.4f}   below low rank {row['below_baseline']:+.4f}",
+            f"{name:18} {row['parameters']:>9,} trained   lr {row['lr']:g}   validation loss {row['validation_loss']:.4f}   below low rank {row['below_baseline']:+.4f}",
             flush=True,
         )
 
