@@ -170,7 +170,8 @@ def main() -> None:
         row["below_baseline"] = round(baseline - row["validation_loss"], 4)
         write_result("parameterizations_c4", torch.device("cpu"), {"settings": settings, "runs": runs})
         print(
-            f"{name:18} {row['parameters']:>9,} trained   lr {row['lr']:g}   validation loss {row['validation_loss']:.4f}   below low rank {row['below_baseline']:+.4f}",
+            f"{name:18} {row['parameters']:>9,} trained   lr {row['lr']:<6g} validation loss "
+            f"{row['validation_loss']:.4f}   below low rank {row['below_baseline']:+.4f}",
             flush=True,
         )
 
