@@ -1,0 +1,119 @@
+"""A training job, and the one training step that is simulated, measured, and run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lowrank_optim.pretrain.data import Batch
+from lowrank_optim.pretrain.llama import build_config, build_model
+from lowrank_optim.pretrain.optimizers import build_optimizer
+from lowrank_optim.pretrain.parameterizations import parameterize_, plan_parameterization, published
+from lowrank_optim.pretrain.steps import clip_gradients_, loss_sum
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+GRAD_CLIP = 1.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained and how.
+
+    Attributes:
+        model: a preset, a ``config.json`` or its folder.
+        optimizer: a name that :func:`lowrank_optim.pretrain.optimizers.build_optimizer` takes.
+        optimizer_args: its constructor's arguments.
+        parameterization: of the attention and MLP matrices, None for dense ones.
+        parameterization_args: its options; what is not given takes the value published for the model's size.
+        dtype: of weights, gradients and activations: "bf16", "fp16", "fp32".
+        weights: "int8" stores the attention and MLP matrices in 8 bits, "bf16" everything in ``dtype``.
+        batch_size: sequences of a micro-batch.
+        seq_len: their tokens.
+        accumulate: micro-batches of an update.
+        per_layer: update each parameter during backward, as soon as its gradient is there.
+        checkpointing: keep the inputs of the decoder layers only, and compute the rest again in backward.
+    """
+
+    model: str
+    optimizer: str
+    optimizer_args: Mapping[str, Any] = field(default_factory=dict)
+    parameterization: str | None = None
+    parameterization_args: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = "bf16"
+    weights: str = "bf16"
+    batch_size: int = 1
+    seq_len: int = 256
+    accumulate: int = 1
+    per_layer: bool = False
+    checkpointing: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def build_model(self, device: str) -> nn.Module:
+        """The model with freshly drawn weights, or without values on ``device="meta"``."""
+        config = build_config(self.model)
+        model = build_model(config, device=device, dtype=DTYPES[self.dtype])
+        if self.parameterization is not None:
+            given = {**published(self.parameterization, self.model, config.hidden_size).args}
+            plan = plan_parameterization(self.parameterization, {**given, **self.parameterization_args})
+            parameterize_(model, plan)
+        if self.checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model.train()
+
+    def build_optimizer(self, model: nn.Module) -> Optimizer:
+        return build_optimizer(self.optimizer, model, args=self.optimizer_args)
+
+    def batches(self, vocabulary: int) -> list[Batch]:
+        """The micro-batches of one update, of random tokens."""
+        tokens = torch.randint(vocabulary, (self.accumulate, self.batch_size, self.seq_len))
+        return [Batch(ids, ids) for ids in tokens]
+
+
+def allocate_(model: nn.Module, device: str) -> None:
+    """Give a model on the meta device tensors on another one, of undefined values; shared ones stay shared."""
+    made: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if tensor not in made:
+                    empty = torch.empty_like(tensor, device=device)
+                    made[tensor] = nn.Parameter(empty, tensor.requires_grad) if tensor.requires_grad else empty
+                tensors[name] = made[tensor]
+
+
+Phase = Callable[[str], AbstractContextManager[None]]
+
+
+def train_update(
+    job: Job,
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: Sequence[Batch],
+    phase: Phase = lambda _: nullcontext(),
+) -> float:
+    """One update of the parameters from ``batches``; the mean loss."""
+    tokens = job.accumulate * job.batch_size * (job.seq_len - 1)
+    total = 0.0
+    for batch in batches:
+        with phase("forward"):
+            loss = loss_sum(model, batch) / tokens
+        with phase("backward"):
+            loss.backward()
+        total += loss.item()
+        del loss
+    if not job.per_layer:
+        with phase("update"):
+            clip_gradients_(model.parameters(), GRAD_CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+    return total
