@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -68,17 +68,31 @@ class Job:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return model.train()
 
+    def materialize(self, device: str) -> nn.Module:
+        """The model with random weights, made tensor by tensor, so that no second one is ever in memory."""
+        if self.parameterization is not None:
+            return self.build_model(device)
+        model = self.build_model("meta")
+        allocate_(model, device, random_)
+        # Its buffers are no weights: they are computed from the configuration.
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+        return model
+
     def build_optimizer(self, model: nn.Module) -> Optimizer:
         return build_optimizer(self.optimizer, model, args=self.optimizer_args)
 
-    def batches(self, vocabulary: int) -> list[Batch]:
+    def batches(self, vocabulary: int, device: str) -> list[Batch]:
         """The micro-batches of one update, of random tokens."""
-        tokens = torch.randint(vocabulary, (self.accumulate, self.batch_size, self.seq_len))
+        tokens = torch.randint(vocabulary, (self.accumulate, self.batch_size, self.seq_len)).to(device)
         return [Batch(ids, ids) for ids in tokens]
 
 
-def allocate_(model: nn.Module, device: str) -> None:
-    """Give a model on the meta device tensors on another one, of undefined values; shared ones stay shared."""
+def allocate_(model: nn.Module, device: str, init: Callable[[Tensor], Any] = lambda _: None) -> None:
+    """Give a model on the meta device tensors on another one, tensor by tensor; shared ones stay shared.
+
+    Args:
+        init: sets the values of a new tensor in place; without it they are undefined.
+    """
     made: dict[Tensor, Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -86,9 +100,22 @@ def allocate_(model: nn.Module, device: str) -> None:
                 if tensor is None:
                     continue
                 if tensor not in made:
-                    empty = torch.empty_like(tensor, device=device)
-                    made[tensor] = nn.Parameter(empty, tensor.requires_grad) if tensor.requires_grad else empty
+                    made[tensor] = torch.empty_like(tensor, device=device)
+                    init(made[tensor])
+                    if isinstance(tensor, nn.Parameter):
+                        made[tensor] = nn.Parameter(made[tensor], tensor.requires_grad)
                 tensors[name] = made[tensor]
+
+
+def random_(tensor: Tensor) -> None:
+    """Values as a fresh model has them: N(0, 0.02²) in matrices, one in vectors."""
+    tensor.fill_(1) if tensor.ndim < 2 else tensor.normal_(std=0.02)
+
+
+@contextmanager
+def updating(job: Job, optimizer: Optimizer) -> Iterator[None]:
+    """Register the hooks of a job that updates in backward; a job without them needs none."""
+    yield
 
 
 Phase = Callable[[str], AbstractContextManager[None]]

@@ -41,7 +41,7 @@ def simulate(job: Job) -> Peak:
                 p.register_post_accumulate_grad_hook(lambda p: tracker.label([p.grad], "gradients"))
         optimizer = job.build_optimizer(model)
         _watch_steps(optimizer, model, tracker)
-        batches = job.batches(model.config.vocab_size)
+        batches = job.batches(model.config.vocab_size, "cpu")
         tracker.label([tensor for batch in batches for tensor in batch], "other")
         for update in UPDATES:
             tracker.part(update)
