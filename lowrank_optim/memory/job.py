@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lowrank_optim.memory.plan import Estimate, build_network, estimate
 from lowrank_optim.pretrain.data import Batch
-from lowrank_optim.pretrain.llama import build_config, build_model
 from lowrank_optim.pretrain.optimizers import build_optimizer
-from lowrank_optim.pretrain.parameterizations import parameterize_, plan_parameterization, published
 from lowrank_optim.pretrain.steps import clip_gradients_, loss_sum
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -56,14 +55,33 @@ class Job:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def method(self) -> str:
+        """Optimizer, arguments and parameterization, as a call."""
+        args = [f"{key}={value}" for key, value in self.optimizer_args.items()]
+        return f"{self.optimizer}({', '.join(args)})" + (f", {self.parameterization}" if self.parameterization else "")
+
+    @property
+    def setting(self) -> str:
+        """Everything else but the model, in words."""
+        words = [self.dtype, "int8 weights" if self.weights == "int8" else ""]
+        words.append(f"{self.accumulate} x {self.batch_size} x {self.seq_len} tokens")
+        words += ["per-layer updates" * self.per_layer, "checkpointing" * self.checkpointing]
+        return ", ".join(filter(None, words))
+
+    def estimate(self) -> Estimate:
+        """What the job keeps between two updates, in closed form."""
+        return estimate(
+            self.model, self.optimizer, self.optimizer_args, DTYPES[self.dtype],
+            self.parameterization, self.parameterization_args, weights=self.weights, per_layer=self.per_layer,
+        )  # fmt: skip
+
     def build_model(self, device: str) -> nn.Module:
         """The model with freshly drawn weights, or without values on ``device="meta"``."""
-        config = build_config(self.model)
-        model = build_model(config, device=device, dtype=DTYPES[self.dtype])
-        if self.parameterization is not None:
-            given = {**published(self.parameterization, self.model, config.hidden_size).args}
-            plan = plan_parameterization(self.parameterization, {**given, **self.parameterization_args})
-            parameterize_(model, plan)
+        dtype = DTYPES[self.dtype]
+        model, _ = build_network(
+            self.model, device, dtype, self.parameterization, self.parameterization_args, self.weights
+        )
         if self.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return model.train()

@@ -23,8 +23,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lowrank_optim.memory.job import Job, train_update, updating
-from lowrank_optim.memory.plan import tensor_bytes
-from lowrank_optim.memory.tracker import CATEGORIES
+from lowrank_optim.memory.plan import CATEGORIES, tensor_bytes
 
 # glibc returns what is freed only where a block has its own mapping; otherwise its heap would be measured.
 _ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "MALLOC_TOP_PAD_": "0"}

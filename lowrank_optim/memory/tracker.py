@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-CATEGORIES = ("weights", "gradients", "optimizer", "activations", "other")
-
+from lowrank_optim.memory.plan import CATEGORIES
 
 class Block:
     """One storage: its bytes, the phase and the layer that made it, and what it turned out to be."""
@@ -38,7 +37,7 @@ class Peak:
     """The most bytes that were alive together, and what they were.
 
     Attributes:
-        total_bytes: their sum.
+        peak_bytes: their sum.
         by_category: bytes under each of ``CATEGORIES``.
         by_layer: bytes by the module at work when they were made, largest first; weights and optimizer state left out.
         update: name of the part of the run, see :meth:`Tracker.part`.
@@ -46,7 +45,7 @@ class Peak:
         layer: the module at work.
     """
 
-    total_bytes: int
+    peak_bytes: int
     by_category: dict[str, int]
     by_layer: dict[str, int]
     update: str
