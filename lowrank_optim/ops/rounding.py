@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def random_bits(like: Tensor, key: int | Tensor) -> Tensor:
+def random_bits(like: Tensor, key: int | Tensor, *, start: int = 0) -> Tensor:
     """32 random bits for every element of ``like``, as int32, a function of ``key`` and the element's position alone.
 
     A counter-based hash instead of a generator: the same on every device, on every rank and after a resume, usable
@@ -16,8 +16,9 @@ def random_bits(like: Tensor, key: int | Tensor) -> Tensor:
     Args:
         like: gives shape and device.
         key: an int or a 0-d int32 tensor.
+        start: position of the first element of ``like``, where it is a part of a tensor.
     """
-    bits = torch.arange(like.numel(), dtype=torch.int32, device=like.device).mul_(-0x61C88647)
+    bits = torch.arange(start, start + like.numel(), dtype=torch.int32, device=like.device).mul_(-0x61C88647)
     bits.bitwise_xor_(key if isinstance(key, Tensor) else _wrap(key))
     for shift, factor in ((16, 0x7FEB352D), (15, -0x7B935975), (16, None)):
         # int32 shifts repeat the sign; the mask makes a logical shift of it.
