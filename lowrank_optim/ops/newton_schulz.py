@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops import pick
+from lowrank_optim.ops.gram import gram
+
 # Of Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon): steep at zero, where small singular values start.
 A, B, C = 3.4445, -4.7750, 2.0315
 
 
-def newton_schulz(tall: Tensor, *, steps: int = 5) -> Tensor:
+def newton_schulz(tall: Tensor, *, steps: int = 5, backend: str | None = None) -> Tensor:
     """U Vᴴ of the singular value decomposition U S Vᴴ, roughly: singular values come to lie in [0.68, 1.2].
 
         X = tall / ||tall||
@@ -21,6 +24,7 @@ def newton_schulz(tall: Tensor, *, steps: int = 5) -> Tensor:
         tall: (rows, columns), columns <= rows for the smaller Gram matrix; computed in bfloat16 on CUDA (complex and
             double excepted), in fp32 or wider elsewhere.
         steps: iterations.
+        backend: of the symmetric products G and b G + c G²; see :func:`lowrank_optim.ops.pick`.
 
     Returns:
         (rows, columns) in the dtype of the computation.
@@ -30,7 +34,8 @@ def newton_schulz(tall: Tensor, *, steps: int = 5) -> Tensor:
     else:
         x = tall.to(torch.promote_types(tall.dtype, torch.float32))
     x = x / (torch.linalg.matrix_norm(x) + 1e-7)
+    product = pick(gram, backend, x.device)
     for _ in range(steps):
-        gram = x.mH @ x
-        x = torch.addmm(x, x, torch.addmm(gram, gram, gram, beta=B, alpha=C), beta=A)
+        g = product(x)
+        x = torch.addmm(x, x, product(g, g, alpha=C, beta=B), beta=A)
     return x
