@@ -73,9 +73,8 @@ def train(options: Options) -> int:
     import torch
     from accelerate.utils import gather_object
 
-    from lowrank_optim import step_in_backward
     from lowrank_optim.pretrain import checkpoint, report
-    from lowrank_optim.pretrain.build import build
+    from lowrank_optim.pretrain.build import build, start_in_backward
     from lowrank_optim.pretrain.data import load_data, read_ahead
     from lowrank_optim.pretrain.generate import sample
     from lowrank_optim.pretrain.launch import catch_signals, run_folder, start_accelerator
@@ -98,12 +97,10 @@ def train(options: Options) -> int:
 
     run, config, model, optimizer = build(options, device, world)
     schedule = build_schedule(optimizer, warmup=run.warmup_steps, total=run.max_steps)
-    with user_errors(TypeError):
+    with user_errors():
         pairs = parse_optimizer_args(run.restart_args, "restart")
         restarts = build_restarts(run.restarts, pairs, model, optimizer, first=run.warmup_steps, seed=run.seed)
-        in_backward = None
-        if run.per_layer:
-            in_backward = step_in_backward(optimizer, accumulate=run.accumulate, max_norm=run.grad_clip or None)
+        in_backward = start_in_backward(run, optimizer) if run.per_layer else None
     say(report.banner(run, config, model, world=world, device=report.device_name(device)))
     progress, position, fingerprint = checkpoint.Progress(), None, None
     if found:

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from lowrank_optim.nn import quantize_weights
 from lowrank_optim.optim.base import LowRankOptimizer
+from lowrank_optim.optim.in_backward import StepInBackward, step_in_backward
 from lowrank_optim.pretrain.config import Options, Resolved, UserError, user_errors
 from lowrank_optim.pretrain.llama import build_config, build_model
 from lowrank_optim.pretrain.optimizers import build_optimizer, parse_optimizer_args
@@ -57,3 +58,18 @@ def build(
             raise UserError(f"Invalid weights: 'int8' with {run.optimizer}, expected an optimizer of lowrank_optim")
     run.lr = float(optimizer.param_groups[0]["lr"])
     return run, config, model, optimizer
+
+
+def start_in_backward(run: Resolved, optimizer: Optimizer) -> StepInBackward:
+    """``--per-layer``: updates within the backward pass from now on.
+
+    Raises:
+        UserError: an optimizer of another package.
+    """
+    with user_errors(TypeError):
+        return step_in_backward(
+            optimizer,  # type: ignore[arg-type]
+            accumulate=run.accumulate,
+            max_norm=run.grad_clip or None,
+            sum_dtype=DTYPES[run.accumulate_dtype],
+        )

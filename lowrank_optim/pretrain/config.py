@@ -125,6 +125,12 @@ class Options:
         "run",
         "micro-batches an update; default 1 beside --batch-size, otherwise what the published total needs",
     )
+    accumulate_dtype: str = option(
+        "fp32",
+        "run",
+        "of low-rank sums over micro-batches (--per-layer); bf16 is rounded stochastically",
+        ("fp32", "bf16"),
+    )
     seed: int = option(0, "run", "of the weights and of the data order")
     eval_every: int | None = option(None, "evaluation", "updates between evaluations, 0 = first and last only")
     eval_batches: int | None = option(None, "evaluation", "validation micro-batches, 0 = the whole split")
