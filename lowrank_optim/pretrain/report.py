@@ -116,8 +116,11 @@ def predicted_bytes(config: LlamaConfig, options: Resolved, optimizer: str) -> d
         return dict(estimate(config, optimizer, {}, dtype).by_category)
     args = parse_optimizer_args(options.optimizer_args)
     layers = parse_optimizer_args(options.parameterization_args, "parameterization")
-    kept = {"weights": options.weights or "bf16", "per_layer": options.per_layer}
-    return dict(estimate(config, optimizer, args, dtype, options.parameterization, layers, **kept).by_category)
+    kept = estimate(
+        config, optimizer, args, dtype, options.parameterization, layers,
+        weights=options.weights or "bf16", per_layer=options.per_layer,
+    )  # fmt: skip
+    return dict(kept.by_category)
 
 
 def memory_in_use(device: torch.device) -> tuple[int, int]:
