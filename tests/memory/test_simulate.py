@@ -117,7 +117,7 @@ def allocated(job):
     held += sum(t.nbytes for batch in batches[:1] for t in [batch.ids])
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         for _ in range(3):
-            train_update(job, model, optimizer, batches)
+            train_update(job, model, optimizer, None, batches)
     events = sorted(
         (event.start_ns(), event.nbytes())
         for event in recorded.profiler.kineto_results.events()
