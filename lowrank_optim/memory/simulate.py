@@ -69,8 +69,15 @@ def _watch_updates(job: Job, model: nn.Module, optimizer: Optimizer, tracker: Tr
     for p in trained:
         p.register_post_accumulate_grad_hook(arrives)
     handle = hooks(job, optimizer)
+
+    def leaves(param: Tensor) -> None:
+        phases.close()
+        sums = handle._sums.get(param) if handle is not None else None
+        if sums is not None:
+            tracker.label([sums.low, sums.sketch], "gradients")
+
     for p in trained:
-        p.register_post_accumulate_grad_hook(lambda _: phases.close())
+        p.register_post_accumulate_grad_hook(leaves)
     step_param = getattr(optimizer, "step_param", None)
     if step_param is not None and not job.per_layer:
 
