@@ -128,14 +128,6 @@ def test_the_sheet_names_the_parameterization_and_its_index(capsys: pytest.Captu
     assert answer["index_bytes"] > 0
 
 
-def test_a_comparison_takes_the_parameterization(capsys: pytest.CaptureFixture[str]) -> None:
-    line = "estimate --model llama_9m --compare AdamW LOROAdamW --parameterization loro --parameterization-args rank=8"
-    assert main(line.split()) == 0
-    rows = capsys.readouterr().out.splitlines()
-    assert rows[0].startswith("llama_9m as loro(rank=8)")
-    assert [row.split("(")[0] for row in rows[3:5]] == ["AdamW", "LOROAdamW"]
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [
