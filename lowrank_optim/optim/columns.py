@@ -103,6 +103,19 @@ def select(scored: Tensor, rank: int, ell_norm: int) -> Tensor:
     return order[:rank].sort().values
 
 
+def pick_columns(coefficients: Tensor, indices: Tensor, group: Group) -> Tensor:
+    """Columns of the coefficients; non-finite throughout where the gradient is so anywhere.
+
+    A transform spreads a NaN over its row, so that the base sees it in the columns that were picked; without one it may
+    stand in another.
+    """
+    picked = coefficients.index_select(-1, indices)
+    if group["basis"] != "identity" or group["update_proj_gap"] == 1:
+        return picked
+    wide = torch.promote_types(coefficients.dtype, torch.float32)
+    return picked + (0 * coefficients.sum(dtype=wide)).to(picked.dtype)
+
+
 class Columns:
     """``rank`` columns D_I of an orthogonal basis D on the smaller side of a matrix: low = tall @ D_I."""
 
@@ -151,7 +164,7 @@ class Columns:
     def down(self, grad: Tensor, state: State, group: Group) -> Tensor:
         """(rows, rank)."""
         if group["basis"] == "identity":
-            return grad.index_select(-1, state["indices"])
+            return pick_columns(grad, state["indices"], group)
         return grad @ self._vectors(grad, state, group).mT
 
     def add_up_(self, target: Tensor, low: Tensor, state: State, group: Group, *, alpha: float | Tensor) -> None:
@@ -174,7 +187,7 @@ class Coefficients(Columns):
 
     def down(self, grad: Tensor, state: State, group: Group) -> Tensor:
         """(rows, rank), a gather."""
-        return grad.index_select(-1, state["indices"])
+        return pick_columns(grad, state["indices"], group)
 
 
 COEFFICIENTS = Coefficients()

@@ -10,7 +10,7 @@ from torch import Tensor
 from lowrank_optim.ops.int8_blocks import blocks, dequantize, quantize_
 from lowrank_optim.optim.base import IDENTITY, Group, LowRankOptimizer, State, Subspace, check_choice
 from lowrank_optim.optim.columns import COEFFICIENTS, Columns, add_coefficients_, coefficients
-from lowrank_optim.optim.moments import init_moment, load_moment, store_moment_
+from lowrank_optim.optim.moments import init_moment, load_moment, replace_moment_, unseen_finite
 from lowrank_optim.optim.rules import CorrectedAdam
 
 ERROR_FEEDBACKS = (None, "full", "int8")
@@ -70,13 +70,10 @@ class ErrorFeedback:
         subspace.add_up_(target, direction, state, group, alpha=alpha)
         if group["error_feedback"] is None:
             return
-        # A NaN that came between two refreshes on a device must not stay in the error for ever.
-        finite = grad.sum().isfinite()
+        finite = unseen_finite(grad)
         grad.index_fill_(-1, state["indices"], 0)
         if group["error_feedback"] == "full":
-            error = load_moment(state, "error", grad.dtype)
-            torch.where(finite, grad, error, out=error)
-            store_moment_(state, "error", error)
+            replace_moment_(state, "error", grad, where=finite)
         else:
             values = torch.view_as_real(grad) if grad.is_complex() else grad
             quantize_(state["error.codes"], state["error.scale"], values, where=finite)

@@ -75,3 +75,21 @@ def store_moment_(state: dict[str, Any], key: str, moment: Tensor) -> None:
         stored.copy_(round_to_bfloat16(moment.to(torch.float32), rounding_key(state, key)))
     else:
         stored.copy_(moment)
+
+
+def unseen_finite(tensor: Tensor) -> Tensor | None:
+    """Whether a gradient is finite, 0-d; None on the CPU, where the base has turned away those that are not.
+
+    Elsewhere a NaN comes unseen between two refreshes, and must not stay in a momentum or an error for ever.
+    """
+    if tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+        return None
+    return tensor.sum().isfinite()
+
+
+def replace_moment_(state: dict[str, Any], key: str, values: Tensor, *, where: Tensor | None) -> None:
+    """Overwrite a moment; a 0-d ``where`` that is False leaves it as it is."""
+    if where is not None:
+        moment = load_moment(state, key, values.dtype)
+        values = torch.where(where, values, moment, out=moment)
+    store_moment_(state, key, values)
