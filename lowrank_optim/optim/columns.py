@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from lowrank_optim.ops.dct import add_dct2_, add_dct3_, dct_matrix
+from lowrank_optim.ops.orthonormal import orthonormalize
 from lowrank_optim.optim.base import Group, Refresh, State, check_choice
 
 TRANSFORMS = {"dct2": add_dct2_, "dct3": add_dct3_}
@@ -26,23 +26,31 @@ FFT_FROM = {"cpu": 384}
 FFT_FROM_ELSEWHERE = 2048
 
 
-@functools.cache
+# A dict, because torch.compile reads one; it would trace through functools.cache and build a basis in every step.
+BUILT: dict[tuple[str, int, torch.dtype, torch.device], Tensor] = {}
+
+
 def basis_rows(basis: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An orthogonal basis (size, size), a basis vector a row; one for the whole process.
 
-    It is the same on every device and in every run, so that checkpoints need not hold it;
-    ``basis_rows.cache_clear()`` frees the memory.
+    It is the same on every device and in every run, so that checkpoints need not hold it; ``BUILT.clear()`` frees the
+    memory.
     """
+    key = (basis, size, dtype, device)
+    if key not in BUILT:
+        BUILT[key] = _exact_rows(basis, size).to(device=device, dtype=dtype)
+    return BUILT[key]
+
+
+def _exact_rows(basis: str, size: int) -> Tensor:
+    """The basis in fp64."""
     if basis == "random":
         generator = torch.Generator().manual_seed(size)
-        q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
         # With a positive diagonal the factorisation is unique: no LAPACK has signs of its own.
-        rows = (q * r.diagonal().sgn()).mT
-    elif basis == "identity":
-        rows = torch.eye(size, dtype=torch.float64)
-    else:
-        rows = dct_matrix(size) if basis == "dct2" else dct_matrix(size).mT
-    return rows.contiguous().to(device=device, dtype=dtype)
+        return orthonormalize(torch.randn(size, size, generator=generator, dtype=torch.float64)).mT.contiguous()
+    if basis == "identity":
+        return torch.eye(size, dtype=torch.float64)
+    return dct_matrix(size) if basis == "dct2" else dct_matrix(size).mT.contiguous()
 
 
 def uses_fft(group: Group, size: int, device: torch.device) -> bool:

@@ -95,7 +95,7 @@ class DCTAdamW(LowRankOptimizer):
         W = W - lr sqrt(1 - beta2^t) / (1 - beta1^t) N D_Iᵀ
 
     The state holds the ``rank`` column numbers instead of a basis. D is built once per size, dtype and device for the
-    whole process and is in no state dict; it takes n² values (``columns.basis_rows.cache_clear()`` frees them).
+    whole process and is in no state dict; it takes n² values (``columns.BUILT.clear()`` frees them).
     Parameters that are not compressed (vectors, tensors of more than two dimensions, sides not exceeding the rank,
     groups with ``rank=None``) follow the same formulas with D_I = 1.
 
