@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -106,6 +106,7 @@ def train(options: Options) -> int:
     import torch
     from accelerate.utils import gather_object
 
+    from lowrank_optim import step_in_backward
     from lowrank_optim.pretrain import checkpoint, report
     from lowrank_optim.pretrain.data import load_data, read_ahead
     from lowrank_optim.pretrain.generate import sample
@@ -114,7 +115,7 @@ def train(options: Options) -> int:
     from lowrank_optim.pretrain.optimizers import parse_optimizer_args
     from lowrank_optim.pretrain.parameterizations import build_restarts
     from lowrank_optim.pretrain.schedule import build_schedule
-    from lowrank_optim.pretrain.steps import clip_gradients_, evaluate, loss_sum
+    from lowrank_optim.pretrain.steps import LossSum, clip_gradients_, evaluate
 
     started = time.perf_counter()
     folder = run_folder(options)
@@ -129,9 +130,12 @@ def train(options: Options) -> int:
 
     run, config, model, optimizer = build(options, device, world)
     schedule = build_schedule(optimizer, warmup=run.warmup_steps, total=run.max_steps)
-    with user_errors():
+    with user_errors(TypeError):
         pairs = parse_optimizer_args(run.restart_args, "restart")
         restarts = build_restarts(run.restarts, pairs, model, optimizer, first=run.warmup_steps, seed=run.seed)
+        in_backward = None
+        if run.per_layer:
+            in_backward = step_in_backward(optimizer, accumulate=run.accumulate, max_norm=run.grad_clip or None)
     say(report.banner(run, config, model, world=world, device=report.device_name(device)))
     progress, position, fingerprint = checkpoint.Progress(), None, None
     if found:
@@ -143,7 +147,13 @@ def train(options: Options) -> int:
         if fingerprint != text.fingerprint:
             raise UserError(f"Cannot resume {found}: the data or the tokenizer is not what it was saved with")
         position = checkpoint.load_(
-            found, model=model, optimizer=optimizer, schedule=schedule, restarts=restarts, rank=rank
+            found,
+            model=model,
+            optimizer=optimizer,
+            schedule=schedule,
+            restarts=restarts,
+            in_backward=in_backward,
+            rank=rank,
         )
         say(f"resumed    {found} after {progress.step} updates")
         if progress.step >= run.max_steps:
@@ -158,9 +168,15 @@ def train(options: Options) -> int:
     if run.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # The optimizer and the schedule are not prepared: the wrapped schedule would step once a process.
-    network = accelerator.prepare_model(model)
+    network = accelerator.prepare_model(LossSum(model, chunked=run.chunked_loss))
     if run.compile:
         network = torch.compile(network)
+
+    def around(*, last: bool) -> AbstractContextManager[None]:
+        """What surrounds the backward pass of one micro-batch."""
+        if in_backward:
+            return in_backward.micro_batch(last)
+        return nullcontext() if last else accelerator.no_sync(network)
 
     def total(values: torch.Tensor) -> torch.Tensor:
         summed: torch.Tensor = accelerator.reduce(values.to(device), reduction="sum")
@@ -173,6 +189,7 @@ def train(options: Options) -> int:
             limit=-(-run.eval_batches // world),
             legacy=run.legacy_eval,
             device=device,
+            chunked=run.chunked_loss,
             reduce=total,
         )
         if not result.tokens:
@@ -195,6 +212,7 @@ def train(options: Options) -> int:
                 optimizer=optimizer,
                 schedule=schedule,
                 restarts=restarts,
+                in_backward=in_backward,
                 processes=processes,
                 options=run,
                 fingerprint=text.fingerprint,
@@ -221,16 +239,17 @@ def train(options: Options) -> int:
             tokens, stopping = total(counts).tolist()
             loss = torch.zeros((), device=device)
             for number, (batch, _) in enumerate(update, 1):
-                last = number == len(update)
-                with nullcontext() if last else accelerator.no_sync(network):
-                    part = loss_sum(network, batch.to(device)) / tokens
+                with around(last=number == len(update)):
+                    part = network(batch.to(device)) / tokens
                     # Gradients are averaged over the processes, the loss is a sum over them.
                     accelerator.backward(part * world)
                 loss += part.detach()
             loss_value = total(loss).item()
-            norm = clip_gradients_(model.parameters(), run.grad_clip).item()
+            norms = in_backward.grad_norm if in_backward else clip_gradients_(model.parameters(), run.grad_clip)
+            norm = norms.item()
             lr = float(optimizer.param_groups[0]["lr"]) * math.prod(restart.lr_factor for restart in restarts)
             if math.isfinite(loss_value) and math.isfinite(norm):
+                # Updates that the backward pass has made are not made again.
                 optimizer.step()
                 skipped = 0
                 sizes = sizes or report.measured_bytes(model, optimizer)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops import pick
+from lowrank_optim.ops.gram import gram
+
 # Of Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon): steep at zero, where small singular values start.
 A, B, C = 3.4445, -4.7750, 2.0315
 
@@ -14,7 +17,7 @@ A, B, C = 3.4445, -4.7750, 2.0315
 UNROLLED = 3
 
 
-def newton_schulz(tall: Tensor, *, steps: int = 5) -> Tensor:
+def newton_schulz(tall: Tensor, *, steps: int = 5, backend: str | None = None) -> Tensor:
     """U Vᴴ of the singular value decomposition U S Vᴴ, roughly: singular values come to lie in [0.68, 1.2].
 
         X = tall / ||tall||
@@ -27,6 +30,7 @@ def newton_schulz(tall: Tensor, *, steps: int = 5) -> Tensor:
         tall: (rows, columns), columns <= rows for the smaller Gram matrix; computed in bfloat16 on CUDA (complex and
             double excepted), in fp32 or wider elsewhere.
         steps: iterations.
+        backend: of the symmetric products G and b G + c G²; see :func:`lowrank_optim.ops.pick`.
 
     Returns:
         (rows, columns) in the dtype of the computation.
@@ -36,22 +40,22 @@ def newton_schulz(tall: Tensor, *, steps: int = 5) -> Tensor:
     else:
         x = tall.to(torch.promote_types(tall.dtype, torch.float32))
     x = x / (torch.linalg.matrix_norm(x) + 1e-7)
+    symmetric = pick(gram, backend, x.device)
     # In bfloat16 a Gram matrix is good for one step.
     unrolled = 1 if x.dtype == torch.bfloat16 else UNROLLED
     while steps > 0:
-        gram = x.mH @ x
-        product = factor = _factor(gram)
+        g = symmetric(x)
+        product = factor = _plus_identity_(symmetric(g, g, alpha=C, beta=B))
         for _ in range(min(steps, unrolled) - 1):
-            gram = factor @ gram @ factor
-            factor = _factor(gram)
+            g = factor @ g @ factor
+            factor = _plus_identity_(symmetric(g, g, alpha=C, beta=B))
             product = product @ factor
         x = x @ product
         steps -= unrolled
     return x
 
 
-def _factor(gram: Tensor) -> Tensor:
-    """a I + b G + c G²."""
-    factor = torch.addmm(gram, gram, gram, beta=B, alpha=C)
-    factor.diagonal().add_(A)
-    return factor
+def _plus_identity_(matrix: Tensor) -> Tensor:
+    """matrix += a I."""
+    matrix.diagonal().add_(A)
+    return matrix

@@ -23,8 +23,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lowrank_optim.nn.convert import factored_layers, merged_state_dict
 from lowrank_optim.nn.restarts import Restart
+from lowrank_optim.optim.in_backward import StepInBackward
 from lowrank_optim.pretrain.cache import write_folder
-from lowrank_optim.pretrain.config import Resolved, UserError
+from lowrank_optim.pretrain.config import Options, Resolved, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +36,7 @@ FACTORED = "factored.safetensors"
 FIXED = (
     *("dataset", "tokenizer", "seq_len", "pack", "model", "dtype", "optimizer", "optimizer_args", "lr"),
     *("weight_decay", "grad_clip", "batch_size", "accumulate", "seed"),
-    *("parameterization", "parameterization_args", "restarts", "restart_args"),
+    *("parameterization", "parameterization_args", "restarts", "restart_args", "per_layer", "weights"),
 )
 
 
@@ -57,6 +58,7 @@ def save(
     optimizer: Optimizer,
     schedule: LRScheduler,
     restarts: Sequence[Restart],
+    in_backward: StepInBackward | None,
     processes: list[dict[str, Any]],
     options: Resolved,
     fingerprint: str,
@@ -77,6 +79,7 @@ def save(
                 "optimizer": optimizer.state_dict(),
                 "schedule": schedule.state_dict(),
                 "restarts": [restart.state_dict() for restart in restarts],
+                "in_backward": in_backward.state_dict() if in_backward else None,
             },
             into / "optimizer.pt",
         )
@@ -161,7 +164,8 @@ def read_state(path: Path, options: Resolved, *, processes: int) -> tuple[Progre
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if state["format"] != FORMAT:
             raise UserError(f"Cannot resume {path}: its format is {state['format']!r}, expected {FORMAT}")
-        saved, now = state["options"], json.loads(json.dumps(asdict(options)))
+        # An older version may not have known an option.
+        saved, now = {**asdict(Options()), **state["options"]}, json.loads(json.dumps(asdict(options)))
         changed = {name: (saved[name], now[name]) for name in FIXED if saved[name] != now[name]}
         if state["processes"] != processes:
             changed["processes"] = (state["processes"], processes)
@@ -176,7 +180,7 @@ def read_state(path: Path, options: Resolved, *, processes: int) -> tuple[Progre
 
 def load_(
     path: Path, *, model: PreTrainedModel, optimizer: Optimizer, schedule: LRScheduler, restarts: Sequence[Restart],
-    rank: int,
+    in_backward: StepInBackward | None, rank: int,
 ) -> Any:  # fmt: skip
     """Load a checkpoint in place; returns the data position of process ``rank`` and restores its random states.
 
@@ -194,6 +198,8 @@ def load_(
         schedule.load_state_dict(saved["schedule"])
         for restart, state in zip(restarts, saved["restarts"], strict=True):
             restart.load_state_dict(state)
+        if in_backward:
+            in_backward.load_state_dict(saved["in_backward"])
     except Exception as error:
         raise UserError(f"Broken checkpoint: {path} ({' '.join(str(error).split())[:300]})") from error
     set_random_state(processes[rank]["random"])

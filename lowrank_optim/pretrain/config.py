@@ -64,6 +64,13 @@ class Options:
     dtype: str = option(
         "fp32", "model", "fp32, or bf16 for pure bf16 weights and gradients as published", ("fp32", "bf16")
     )
+    weights: str | None = option(
+        None,
+        "model",
+        "int8 for the attention and MLP matrices as codes with an fp32 scale for every 256 values, rounded "
+        "stochastically at an update (an optimizer of lowrank_optim only); default: as --dtype",
+        ("bf16", "int8"),
+    )
     parameterization: str | None = option(
         None,
         "model",
@@ -75,6 +82,9 @@ class Options:
         "its options as k=v pairs, e.g. rank=128 sparsity=0.03; what is not given takes the published value",
     )
     checkpointing: bool = option(False, "model", "recompute activations in the backward pass")
+    chunked_loss: bool = option(
+        True, "model", "compute head and loss 512 tokens at a time: about 5 %% slower at 60M, without all logits in memory"
+    )
     compile: bool = option(False, "model", "torch.compile the model")
     optimizer: str = option(
         "auto",
@@ -88,7 +98,18 @@ class Options:
     lr: float | None = option(None, "optimizer", "peak learning rate")
     weight_decay: float | None = option(None, "optimizer", "decoupled weight decay (published: 0)")
     warmup_steps: int | None = option(None, "optimizer", "updates of linear warm-up; default 10 %% of the run")
-    grad_clip: float | None = option(None, "optimizer", "largest gradient norm, 0 = no clipping")
+    grad_clip: float | None = option(
+        None,
+        "optimizer",
+        "largest gradient norm, 0 = no clipping; with --per-layer that of the update before or of the parameter "
+        "itself, whichever is larger, stands for it",
+    )
+    per_layer: bool = option(
+        False,
+        "optimizer",
+        "update each parameter within the backward pass and free its gradient at once; --accumulate then sums "
+        "low-rank gradients where the method allows (step_in_backward; an optimizer of lowrank_optim only)",
+    )
     restarts: str | None = option(
         None,
         "optimizer",

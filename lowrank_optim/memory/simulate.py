@@ -1,0 +1,89 @@
+"""The peak of a training job, from the real training step on tensors without data."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+
+from lowrank_optim.memory.job import Job, allocate_, train_update
+from lowrank_optim.memory.tracker import Peak, Tracker
+from lowrank_optim.pretrain.optimizers import accepted_arguments
+
+# With a gap of two, these are an update of each kind.
+UPDATES = ("first", "between refreshes", "refresh")
+
+
+def simulate(job: Job) -> Peak:
+    """The peak of the bytes alive over three updates, one with a first basis, one with a new one, one between them.
+
+    The training step is the real one, with its hooks, checkpoints and optimizer; no memory of the job's size is used.
+    What an operation of a device allocates and frees inside of itself is not seen.
+
+    Raises:
+        ValueError, RuntimeError: as the job's model and optimizer raise them.
+    """
+    job = replace(job, optimizer_args=_gap_of_two(job))
+    model = job.build_model("meta")
+    with _without_cached_tensors(), FakeTensorMode(allow_non_fake_inputs=True), Tracker() as tracker:
+        allocate_(model, "cpu")
+        tracker.label([*model.parameters(), *model.buffers()], "weights")
+        tracker.watch(model)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(lambda p: tracker.label([p.grad], "gradients"))
+        optimizer = job.build_optimizer(model)
+        _watch_steps(optimizer, model, tracker)
+        batches = job.batches(model.config.vocab_size, "cpu")
+        tracker.label([tensor for batch in batches for tensor in batch], "other")
+        for update in UPDATES:
+            tracker.part(update)
+            train_update(job, model, optimizer, batches, tracker.during)
+        return tracker.peak()
+
+
+def _gap_of_two(job: Job) -> Mapping[str, Any]:
+    given = dict(job.optimizer_args)
+    accepted = accepted_arguments(job.optimizer)
+    if "update_proj_gap" in accepted and given.get("update_proj_gap", 2) > 1:
+        given["update_proj_gap"] = 2
+    return given
+
+
+def _watch_steps(optimizer: Optimizer, model: nn.Module, tracker: Tracker) -> None:
+    """Book each parameter's update to its name."""
+    step_param = getattr(optimizer, "step_param", None)
+    if step_param is None:
+        return
+    names = {p: name for name, p in model.named_parameters()}
+
+    def tracked(param: Tensor, group: dict[str, Any]) -> None:
+        with tracker.during("update", names.get(param, "")):
+            step_param(param, group)
+
+    optimizer.step_param = tracked  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _without_cached_tensors() -> Iterator[None]:
+    """Keep tensors without data out of the caches of functions, and the cached ones out of the simulation."""
+    _clear_caches()
+    try:
+        yield
+    finally:
+        _clear_caches()
+
+
+def _clear_caches() -> None:
+    for name, module in list(sys.modules.items()):
+        if name.startswith("lowrank_optim."):
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
