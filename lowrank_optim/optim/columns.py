@@ -18,7 +18,7 @@ SIMILARITIES = ("auto", "matmul", "fft")
 ELL_NORMS = (1, 2)
 
 # The size from which similarity="auto" takes the FFT. Milliseconds of FFT and product on two cores of an EPYC (fp32,
-# torch 2.13 with MKL, square): 0.20 and 0.18 at 256, 0.28 and 0.34 at 320, 0.42 and 1.33 at 512; on one 0.22 and 0.34 at 256.
+# MKL, torch 2.13, square): 0.20 and 0.18 at 256, 0.28 and 0.34 at 320, 0.42 and 1.33 at 512; on one 0.22 and 0.34 at 256.
 FFT_FROM = {"cpu": 320}
 # Not measured: where 28 bytes an element at full bandwidth equal a bf16 product on tensor cores, by data sheets.
 FFT_FROM_ELSEWHERE = 2048
