@@ -298,9 +298,11 @@ def test_a_checkpoint_of_transformers_resumes_from_codes_and_exports_floats(tmp_
     assert all(torch.equal(exported[key], value) for key, value in merge(model).state_dict().items())
 
 
-@pytest.mark.parametrize(
-    "clone", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
-)
+def pickled(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, pickled])
 @pytest.mark.parametrize("model_first", [True, False])
 def test_copies_of_model_and_optimizer_continue_alike(clone: Any, model_first: bool) -> None:
     model = int8_block()
