@@ -57,3 +57,18 @@ def adam_direction(
             beta1, beta2, 1 - beta1, 1 - beta2, eps, BLOCK=BLOCK,
         )  # fmt: skip
     return direction
+
+
+def aot_cases():
+    signature = dict.fromkeys(("exp_avg_ptr", "exp_avg_sq_ptr", "direction_ptr"), "*fp32") | {"n": "i32"}
+    signature |= dict.fromkeys(("beta1", "beta2", "one_minus_beta1", "one_minus_beta2", "eps"), "fp32")
+    return [
+        (
+            f"adam_direction {dtype}",
+            adam_direction_kernel,
+            {"grad_ptr": f"*{dtype}", **signature, "BLOCK": "constexpr"},
+            {"BLOCK": BLOCK},
+            {},
+        )
+        for dtype in ("fp32", "bf16")
+    ]

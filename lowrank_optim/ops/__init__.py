@@ -19,7 +19,8 @@ BACKENDS = (None, "eager", "triton")
 @functools.cache
 def _triton_twin(name: str) -> Callable[..., object] | ImportError:
     try:
-        return cast("Callable[..., object]", getattr(importlib.import_module(f"lowrank_kernels.{name}"), name))
+        module = importlib.import_module(f"lowrank_kernels.{name.removesuffix('_')}")
+        return cast("Callable[..., object]", getattr(module, name))
     except ImportError as error:
         return error
 

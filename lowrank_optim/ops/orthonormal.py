@@ -6,6 +6,17 @@ import torch
 from torch import Tensor
 
 
+def orthonormalize(matrix: Tensor) -> Tensor:
+    """The Q of QR = A with a positive diagonal of R, which keeps the columns' direction: LAPACK leaves the signs open.
+
+    Args:
+        matrix: A, shape (rows, columns), rows >= columns, fp32 or wider.
+    """
+    basis, upper = torch.linalg.qr(matrix)
+    diagonal = upper.diagonal()
+    return basis * torch.where(diagonal == 0, torch.ones_like(diagonal), diagonal.sgn())
+
+
 def subspace_iteration(tall: Tensor, start: Tensor, *, iterations: int = 1) -> Tensor:
     """Turn ``start`` towards the dominant right-singular subspace of a matrix: Q <- qr(Aᴴ A Q).
 
@@ -24,10 +35,7 @@ def subspace_iteration(tall: Tensor, start: Tensor, *, iterations: int = 1) -> T
         sketch = tall @ basis
         # Both products scale with A: dividing keeps A'A from under- or overflowing at |A| ~ 1e-20 or 1e20.
         sketch = sketch / sketch.abs().amax().clamp_min(torch.finfo(sketch.dtype).tiny)
-        # qr's R may have either sign on its diagonal; turning it positive keeps the columns' direction.
-        basis, upper = torch.linalg.qr(tall.mH @ sketch)
-        diagonal = upper.diagonal()
-        basis = basis * torch.where(diagonal == 0, torch.ones_like(diagonal), diagonal.sgn())
+        basis = orthonormalize(tall.mH @ sketch)
     return basis
 
 

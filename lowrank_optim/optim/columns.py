@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowrank_optim.ops.dct import dct2, dct3, dct_matrix
 from lowrank_optim.optim.base import Group, Refresh, State, check_choice
+from lowrank_optim.optim.sketches import sketch_matrix
 
 TRANSFORMS = {"dct2": dct2, "dct3": dct3}
 BASES = (*TRANSFORMS, "identity", "random")
@@ -117,6 +118,20 @@ class Columns:
     def refresh(self, grad: Tensor, state: State, group: Group) -> Refresh:
         """Select the columns in which this gradient is largest."""
         return self._renew(coefficients(grad, group), state, group)
+
+    def sums(self, group: Group) -> bool:
+        """A product with few random rows keeps 2-norms of columns, not 1-norms."""
+        return bool(group["ell_norm"] == 2)
+
+    def sketch(self, grad: Tensor, state: State, group: Group) -> Tensor:
+        """Z G with a Gaussian Z of ``rank`` rows; |Z s|² of a column s is rank |s|² (1 ± sqrt(2 / rank))."""
+        return sketch_matrix(group["rank"], grad.shape[0], grad, state, group) @ grad
+
+    def refresh_from_sums(
+        self, low: Tensor, sketch: Tensor | None, state: State, group: Group, *, dtype: torch.dtype
+    ) -> Refresh:
+        """Select the columns in which the sum of the gradients is largest, as far as the sketch tells."""
+        return Refresh(renewed=False) if sketch is None else self._renew(coefficients(sketch, group), state, group)
 
     def _renew(self, scored: Tensor, state: State, group: Group) -> Refresh:
         indices = select(scored, group["rank"], group["ell_norm"])

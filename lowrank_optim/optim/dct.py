@@ -62,6 +62,10 @@ class ErrorFeedback:
         add_coefficients_(total, grad, group)
         return total
 
+    def reads_gradient(self, group: Group) -> bool:
+        """Only for its transform."""
+        return transforms(group)
+
     def apply_(
         self, target: Tensor, grad: Tensor, low: Tensor, direction: Tensor, subspace: Subspace,
         state: State, group: Group, *, alpha: float | Tensor,

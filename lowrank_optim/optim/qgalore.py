@@ -62,12 +62,11 @@ class LazyInt4(TopSingular):
             group_size=group["quant_group_size"],
         )  # fmt: skip
 
-    def refresh(self, grad: Tensor, state: State, group: Group) -> Refresh:
+    def replace_basis_(self, old: Tensor, basis: Tensor, state: State, group: Group) -> Refresh:
         """Renew the basis; lengthen ``gap`` where the last ``queue_size`` bases kept ``cos_threshold`` on average."""
-        old = self.basis(grad, state, group)
-        result = super().refresh(grad, state, group)
-        if result.renewed and int(state["step"]) > 0:
-            shared = (old.mH @ self.basis(grad, state, group)).abs().float()
+        result = super().replace_basis_(old, basis, state, group)
+        if int(state["step"]) > 0:
+            shared = (old.mH @ self.basis(old, state, group)).abs().float()
             state["overlaps"].copy_(torch.cat((state["overlaps"][1:], shared.square().sum().view(1) / group["rank"])))
             # A NaN, that is a queue that is not full, compares as False.
             if float(state["overlaps"].mean()) >= group["cos_threshold"]:

@@ -9,7 +9,7 @@ from lowrank_optim.ops import pick
 from lowrank_optim.ops.adam_direction import adam_direction
 from lowrank_optim.ops.fused_adam import fused_adam_, fused_adam_fits
 from lowrank_optim.optim.base import IDENTITY, Group, State, check_range
-from lowrank_optim.optim.moments import init_moment, load_moment, store_moment_
+from lowrank_optim.optim.moments import SLICE, init_moment, load_moment, slices, store_moment_
 
 MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
 
@@ -22,6 +22,8 @@ class Adam:
     in bfloat16, rounded to nearest, a second moment with beta2 = 0.999 never decays; the group's ``state_dtype``
     stores them in fewer bits.
     """
+
+    elementwise = True
 
     def validate(self, group: Group) -> None:
         """Raise ValueError on betas outside [0, 1) or a negative eps."""
@@ -40,6 +42,14 @@ class Adam:
 
     def direction(self, low: Tensor, state: State, group: Group) -> Tensor:
         """M / (sqrt(V) + eps), the moments being updated in place."""
+        if "exp_avg.codes" not in state or low.numel() <= SLICE:
+            return self._direction_of(low, state, group)
+        direction = torch.empty(low.shape, dtype=torch.promote_types(low.dtype, torch.float32), device=low.device)
+        for part, (some, out) in slices(state, low.contiguous(), direction):
+            out.copy_(self._direction_of(some, part, group))
+        return direction
+
+    def _direction_of(self, low: Tensor, state: State, group: Group) -> Tensor:
         moments = [load_moment(state, key, low.dtype) for key in MOMENT_KEYS]
         direction = self._direction(low, moments, state, group)
         for key, moment in zip(MOMENT_KEYS, moments):

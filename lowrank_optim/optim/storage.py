@@ -64,8 +64,13 @@ def check_storable(param: Tensor, weight_rounding: str) -> None:
 
 
 def init_storage(param: Tensor, state: dict[str, Any], weight_rounding: str) -> None:
-    """Allocate what is kept beside a parameter, on the meta device too."""
-    if weight_rounding == "compensated" and param.dtype == torch.bfloat16 and not is_int8(param):
+    """Allocate what is kept beside a parameter and is not there yet, on the meta device too."""
+    if (
+        weight_rounding == "compensated"
+        and param.dtype == torch.bfloat16
+        and not is_int8(param)
+        and "weight_correction" not in state
+    ):
         state["weight_correction"] = torch.zeros_like(param, dtype=torch.int8, memory_format=torch.contiguous_format)
 
 
@@ -87,17 +92,17 @@ def writable(param: Tensor, state: dict[str, Any], weight_rounding: str) -> Iter
     if weight_rounding == "nearest" or param.dtype != torch.bfloat16:
         yield param
         return
+    start = state.get("start", 0)
     # Rounding reinterprets bits by position, so the copy is contiguous even where the parameter is not.
     if weight_rounding == "stochastic":
         value = param.to(torch.float32, memory_format=torch.contiguous_format)
         yield value
-        param.copy_(round_to_bfloat16(value, rounding_key(state, "weight")))
+        param.copy_(round_to_bfloat16(value, rounding_key(state, "weight"), start))
         return
-    if "weight_correction" not in state:
-        # The option was switched on in the middle of a run.
-        init_storage(param, state, weight_rounding)
+    # Unless it is there: the option may have been switched on in the middle of a run.
+    init_storage(param, state, weight_rounding)
     value = join_24_bits(param.contiguous(), state["weight_correction"])
     yield value
-    rounded, correction = split_24_bits(value, rounding_key(state, "weight"))
+    rounded, correction = split_24_bits(value, rounding_key(state, "weight"), start)
     param.copy_(rounded)
     state["weight_correction"].copy_(correction)

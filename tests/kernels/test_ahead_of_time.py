@@ -1,50 +1,86 @@
-"""Kernels compile for real GPUs on a machine that has none."""
+"""Kernels compile for real GPUs on a machine that has none, without spills and within the chips' shared memory."""
 
 from __future__ import annotations
 
+import json
 import os
+import pkgutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
+import lowrank_kernels
 import pytest
+from lowrank_kernels.compile import SHARED_LIMIT, Usage, cases, markdown
 
-COMPILE = """
+# Every thread keeps 64 values through a loop, and may have 32 registers.
+SPILLING = """
 import triton
-from triton.backends.compiler import GPUTarget
-from lowrank_kernels.adam_direction import BLOCK, adam_direction_kernel
+import triton.language as tl
+import lowrank_kernels.compile as tool
 
-signature = {name: "*fp32" for name in ("grad_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "direction_ptr")}
-signature |= {"n": "i32", "BLOCK": "constexpr"}
-signature |= {name: "fp32" for name in ("beta1", "beta2", "one_minus_beta1", "one_minus_beta2", "eps")}
-# By position: triton 3.2 calls the third argument constants, later ones constexprs.
-source = triton.compiler.ASTSource(adam_direction_kernel, signature, {"BLOCK": BLOCK})
-compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-assert compiled.asm["cubin"][:4] == b"\\x7fELF", "no cubin"
-print("sm_90", len(compiled.asm["cubin"]))
+@triton.jit
+def greedy(x_ptr, n):
+    offsets = tl.arange(0, 2048)
+    x = tl.load(x_ptr + offsets)
+    for i in range(n):
+        x = x * x + tl.load(x_ptr + offsets + i)
+    tl.store(x_ptr + offsets, x)
+
+case = tool.Case("greedy", greedy, {"x_ptr": "*fp32", "n": "i32"}, {}, {"num_warps": 1, "maxnreg": 32})
+tool.cases = lambda: iter([case])
+tool.main(["--arch", "90"])
 """
 
 
-COMPILE_GAUSSIAN = """
-import triton
-from triton.backends.compiler import GPUTarget
-from lowrank_kernels.gaussian import BLOCK, gaussian_kernel
-
-for key in ("i32", "*i32"):
-    signature = {"out_ptr": "*bf16", "key": key, "size": "i32", "half": "i32"}
-    signature |= {"KEY_ON_DEVICE": "constexpr", "BLOCK": "constexpr"}
-    constants = {"KEY_ON_DEVICE": key == "*i32", "BLOCK": BLOCK}
-    source = triton.compiler.ASTSource(gaussian_kernel, signature, constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-    assert compiled.asm["cubin"][:4] == b"\\x7fELF", "no cubin"
-print("sm_90", len(compiled.asm["cubin"]))
-"""
-
-
-@pytest.mark.parametrize("code", [COMPILE, COMPILE_GAUSSIAN], ids=["adam_direction", "gaussian"])
-def test_kernels_compile_for_sm_90(code: str) -> None:
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     pytest.importorskip("triton")
+    # In a process of its own: here the kernels are decorated for the interpreter.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    "archs", [(90,), pytest.param(tuple(SHARED_LIMIT), marks=pytest.mark.slow)], ids=["sm_90", "all"]
+)
+def test_no_kernel_spills_or_takes_too_much_shared_memory(archs: tuple[int, ...], tmp_path: Path) -> None:
+    written = tmp_path / "aot.json"
+    result = run("-m", "lowrank_kernels.compile", "--arch", *map(str, archs), "--json", str(written))
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("sm_90")
+    rows = [Usage(**row) for row in json.loads(written.read_text())["kernels"]]
+    # Every module is among them, on every architecture, and what is printed is what is written.
+    modules = {info.name for info in pkgutil.iter_modules(lowrank_kernels.__path__)} - {"compile"}
+    assert {row.kernel.split()[0].strip(",") for row in rows} == modules
+    assert {row.arch for row in rows} == set(archs)
+    assert all(0 < row.registers <= 255 for row in rows)
+    assert result.stdout.strip() == markdown(rows)
+
+
+def test_a_spill_is_an_error(tmp_path: Path) -> None:
+    script = tmp_path / "spilling.py"
+    script.write_text(SPILLING)
+    result = run(str(script))
+    assert result.returncode == 1
+    assert "greedy on sm_90" in result.stderr and "local memory" in result.stderr
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+def test_more_shared_memory_than_a_block_can_have_is_an_error(arch: int) -> None:
+    fits = Usage("k", arch, 255, 0, SHARED_LIMIT[arch])
+    assert fits.complaint() is None
+    assert "shared memory" in str(fits._replace(shared=SHARED_LIMIT[arch] + 1).complaint())
+
+
+def test_a_module_without_cases_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nothing_here.py").write_text("")
+    monkeypatch.setattr(lowrank_kernels, "__path__", [str(tmp_path)])
+    with pytest.raises(TypeError, match="nothing_here has no aot_cases"):
+        list(cases())
+
+
+def test_a_line_a_kernel_and_a_column_an_architecture() -> None:
+    rows: list[Any] = [Usage("k", arch, 40 + arch, 0, 1536) for arch in (90, 80)]
+    assert "| k | 120 / 0 / 1.5 | 130 / 0 / 1.5 |" in markdown(rows).splitlines()
