@@ -66,7 +66,9 @@ def adam8bit_direction_kernel(
     exp_avg = tl.load(signed_map_ptr + code) * tl.load(exp_avg_scale_ptr + block, mask=used, other=0.0)
     code = tl.load(exp_avg_sq_ptr + offsets, mask=mask, other=0).to(tl.int32)
     exp_avg_sq = tl.load(unsigned_map_ptr + code) * tl.load(exp_avg_sq_scale_ptr + block, mask=used, other=0.0)
-    exp_avg, exp_avg_sq, direction = adam(grad, exp_avg, exp_avg_sq, beta1, beta2, one_minus_beta1, one_minus_beta2, eps)
+    exp_avg, exp_avg_sq, direction = adam(
+        grad, exp_avg, exp_avg_sq, beta1, beta2, one_minus_beta1, one_minus_beta2, eps
+    )
     tl.store(direction_ptr + offsets, direction, mask=mask)
     # A last block that is not full must not get its scale from what is past the end.
     code, scale = quantize(tl.where(mask, exp_avg, 0.0), signed_table_ptr, signed_bounds_ptr)
