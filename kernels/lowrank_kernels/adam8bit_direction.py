@@ -105,7 +105,7 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
     constants = {"EPS_ON_DEVICE": False, "BLOCK": BLOCK, "BLOCKS": BLOCKS}
     types = {"exp_avg_ptr": "*u8", "exp_avg_sq_ptr": "*u8", "n": "i32"}
     types |= {"signed_table_ptr": "*i32", "unsigned_table_ptr": "*i32"}
-    cases = []
+    cases: list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]] = []
     for grad in ("fp32", "bf16"):
         signature = {
             name: "constexpr" if name in constants else types.get(name, "*fp32" if name.endswith("_ptr") else "fp32")

@@ -109,7 +109,7 @@ def adam_direction(
 
 def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
     """Full-rank parameters, and low-rank gradients with their norms: label, kernel, signature, constants, options."""
-    cases = []
+    cases: list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]] = []
     for grad, moment, measured in (("fp32", "fp32", 0), ("bf16", "fp32", 0), ("bf16", "bf16", 0), ("fp32", "fp32", 1)):
         constants: dict[str, object] = {"EPS_ON_DEVICE": False, "KEYS_ON_DEVICE": False, "ROWS": BLOCK, "COLUMNS": 1}
         constants |= {"ROWS": BLOCK // 256, "COLUMNS": 256} if measured else {"norms_ptr": None, "columns": 1}

@@ -77,9 +77,10 @@ class Adam:
                 stored = [state[f"{key}.{part}"] for key in MOMENT_KEYS for part in ("codes", "scale")]
                 by_blocks = pick(adam8bit_direction, group["backend"], low.device)
                 return by_blocks(low, *stored, beta1=beta1, beta2=beta2, eps=eps, norms=norms)
-            moments = [state[key] for key in MOMENT_KEYS]
+            first, second = MOMENT_KEYS
+            moments = [state[first], state[second]]
             rounded = moments[0].dtype == torch.bfloat16
-            keys = tuple(rounding_key(state, key) for key in MOMENT_KEYS) if rounded else None
+            keys = (rounding_key(state, first), rounding_key(state, second)) if rounded else None
             start = state.get("start", 0)
             return operation(low, *moments, beta1=beta1, beta2=beta2, eps=eps, keys=keys, start=start, norms=norms)
         moments = [load_moment(state, key, low.dtype) for key in MOMENT_KEYS]
