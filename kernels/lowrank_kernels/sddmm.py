@@ -11,8 +11,11 @@ from lowrank_kernels._support import load_entries, tile_entries, unpacked
 from lowrank_optim.ops.sddmm import sddmm as eager
 
 BLOCK_M, BLOCK_N, BLOCK_T = 64, 128, 32
-# As in sltrain_weight, but 16 spill registers of the fp32 kernel.
+# As in sltrain_weight.
 ENTRIES = 8
+
+if not hasattr(tl, "gather"):
+    raise ImportError(f"sddmm takes triton 3.3 or newer, found {triton.__version__}")
 
 
 @triton.jit
