@@ -40,7 +40,7 @@ from torch.optim import Optimizer
 from lowrank_optim.ops import BACKENDS
 from lowrank_optim.optim.groups import as_groups
 from lowrank_optim.optim.moments import STATE_DTYPES, slices
-from lowrank_optim.optim.storage import WEIGHT_ROUNDINGS, check_storable, init_storage, writable
+from lowrank_optim.optim.storage import WEIGHT_ROUNDINGS, check_storable, init_storage, is_int8, writable
 
 State: TypeAlias = dict[str, Any]
 Group: TypeAlias = dict[str, Any]
@@ -480,7 +480,8 @@ class LowRankOptimizer(Optimizer):
             self._warn_once("skipped an update because of a non-finite gradient")
             return
         state["step"] += 1
-        if compressed or not getattr(self.rule_of(subspace), "elementwise", False):
+        # A slice of an int8 weight would not know where its values are.
+        if compressed or is_int8(param) or not getattr(self.rule_of(subspace), "elementwise", False):
             low = torch.where(finite, low, 0) if unseen else low
             grad = low.new_empty(0) if grad is None else grad
             with writable(param, state, group["weight_rounding"]) as weight:
