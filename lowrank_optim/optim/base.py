@@ -500,14 +500,10 @@ class LowRankOptimizer(Optimizer):
             self._warn_once("skipped an update because of a non-finite gradient")
             return
         state["step"] += 1
-<<<<<<< HEAD
-        # A slice of an int8 weight would not know where its values are.
-=======
         if compressed and fuses(param, subspace, self.rule_of(subspace), lift, group):
             low = torch.where(finite, low, 0) if unseen else low
             fused_update_(self, param, grad, low, subspace, lift, state, group, row_norms=row_norms)
             return
->>>>>>> e_int8
         if compressed or is_int8(param) or not getattr(self.rule_of(subspace), "elementwise", False):
             low = torch.where(finite, low, 0) if unseen else low
             grad = low.new_empty(0) if grad is None else grad
