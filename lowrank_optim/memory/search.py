@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lowrank_optim.memory.job import DTYPES, Job
-from lowrank_optim.memory.plan import build_network, init_state_, tensor_bytes
+from lowrank_optim.memory.plan import WEIGHTS, build_network, init_state_, tensor_bytes
 from lowrank_optim.memory.simulate import simulate
 from lowrank_optim.memory.tracker import Peak
 from lowrank_optim.optim.sums import can_sum
@@ -30,6 +30,9 @@ BALANCE = 160
 TIE = 0.02
 # Simulations that a search makes at most.
 SIMULATIONS = 6
+# Updates between two refreshes, where the method has a choice.
+GAP = 200
+EVERY_UPDATE = ("Trion", "LDAdamW")
 STATES = ("float32", "bfloat16", "int8")
 
 COST_MODEL = f"""Cost of an update of N tokens, in FLOPs; W: matrices, H: head, r: rank, a byte of traffic counts {BALANCE}:
@@ -50,7 +53,7 @@ class Profile:
     optimizer: int
     gradients: int
     largest_gradient: int
-    # Bytes of the fp32 sums of low-rank gradients over micro-batches, and of the gradients that are summed whole.
+    # Bytes of the bf16 sums of low-rank gradients over micro-batches, and of the gradients that are summed whole.
     sums: int
     whole: int
 
@@ -141,19 +144,32 @@ def _plans(model: str, tokens: int, seq_len: int, optimizers: Sequence[str]) -> 
     config = build_config(model)
     sequences = tokens // seq_len
     micro_batches = [2**i for i in range(sequences.bit_length()) if sequences % 2**i == 0]
+    weight_bytes = {weights: _weight_bytes(config, weights) for weights in WEIGHTS}
     for name in optimizers:
         own, accepted = name in low_rank_names(), accepted_arguments(name)
         ranks = [config.hidden_size // part for part in (4, 8, 16)] if own and name != "APOLLOMini" else [None]
         states = STATES if "state_dtype" in accepted else (None,)
-        for rank, state, weights in product(ranks, states, ("bf16", "int8") if own else ("bf16",)):
+        for rank, state in product(ranks, states):
             args = {key: value for key, value in (("rank", rank), ("state_dtype", state)) if value is not None}
-            job = Job(model, name, args, weights=weights, seq_len=seq_len)
-            profile = _profile(config, job)
-            for size, per_layer, checkpointing in product(micro_batches, (False, True) if own else (False,), (False, True)):
-                this = replace(
-                    job, batch_size=size, accumulate=sequences // size, per_layer=per_layer, checkpointing=checkpointing
-                )
-                yield Plan(this, _cost(config, this, profile), _bytes(config, this, profile))
+            if name == "DCTAdamW":
+                # Its default, a selection at every update, needs the whole gradient.
+                args["update_proj_gap"] = GAP
+            profile = _profile(config, Job(model, name, args))
+            for weights, size, per_layer, checkpointing in product(
+                WEIGHTS if own else ("bf16",), micro_batches, (False, True) if own else (False,), (False, True)
+            ):
+                job = Job(
+                    model, name, args, weights=weights, batch_size=size, seq_len=seq_len, accumulate=sequences // size,
+                    accumulate_dtype="bf16", per_layer=per_layer, checkpointing=checkpointing,
+                )  # fmt: skip
+                this = replace(profile, weights=weight_bytes[weights])
+                yield Plan(job, _cost(config, job, this), _bytes(config, job, this))
+
+
+def _weight_bytes(config: Any, weights: str) -> int:
+    return tensor_bytes(
+        build_network(config, "meta", torch.bfloat16, weights=weights)[0], torch.optim.SGD([torch.empty(0)])
+    )["weights"]
 
 
 def _profile(config: Any, job: Job) -> Profile:
@@ -167,7 +183,7 @@ def _profile(config: Any, job: Job) -> Profile:
 def _profile_of(config: Any, job: Job, layers: int) -> Profile:
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers
-    network, _ = build_network(config, "meta", DTYPES[job.dtype], weights=job.weights)
+    network, _ = build_network(config, "meta", DTYPES[job.dtype])
     optimizer: Any = build_optimizer(job.optimizer, network, args=job.optimizer_args)
     for p in network.parameters():
         p.grad = torch.empty_like(p, memory_format=torch.contiguous_format)
@@ -177,7 +193,7 @@ def _profile_of(config: Any, job: Job, layers: int) -> Profile:
     for group in optimizer.param_groups:
         for p in group["params"]:
             if job.optimizer in low_rank_names() and can_sum(optimizer, p, group):
-                sums += 4 * max(p.shape) * group["rank"]
+                sums += 2 * max(p.shape) * group["rank"]
             else:
                 whole += p.grad.nbytes
     return Profile(
@@ -204,9 +220,8 @@ def _bytes(config: Any, job: Job, profile: Profile) -> int:
         gradients = profile.largest_gradient
     else:
         gradients = profile.sums + profile.whole
-    # Of the loss, two chunks of fp32 logits at a time, before any layer's gradients are there; in an update the
-    # activations of most layers are gone.
-    return int(profile.weights + profile.optimizer + gradients + activations)
+    # An update takes about as much for itself as the largest gradient, a matrix of 4 bytes an element or two of 2.
+    return int(profile.weights + profile.optimizer + gradients + activations + profile.largest_gradient)
 
 
 def _cost(config: Any, job: Job, profile: Profile) -> float:
@@ -219,20 +234,11 @@ def _cost(config: Any, job: Job, profile: Profile) -> float:
     if job.checkpointing:
         flops += tokens * (2.0 * matrices + attention / 3)
     if job.optimizer in low_rank_names():
-        rank, gap = job.optimizer_args.get("rank", 1), _gap(job.optimizer)
+        rank = job.optimizer_args.get("rank", 1)
         downs = job.accumulate if job.per_layer and profile.sums else 1
-        refresh = 5 * math.log2(hidden) if job.optimizer in ("DCTAdamW", "Trion") else 6 * rank
-        flops += matrices * (2.0 * rank * (downs + 1) + refresh / gap)
+        refresh = 5 * math.log2(hidden) if job.optimizer in ("DCTAdamW", "Trion") else 6.0 * rank
+        flops += matrices * (2.0 * rank * (downs + 1) + refresh / (1 if job.optimizer in EVERY_UPDATE else GAP))
     passes = 3 if job.checkpointing else 2
     traffic = job.accumulate * passes * (matrices * (5 if job.weights == "int8" else 2) + 2 * head)
     traffic += job.accumulate * 2 * profile.gradients + 2 * (profile.weights + profile.optimizer)
     return flops + BALANCE * traffic
-
-
-def _gap(optimizer: str) -> int:
-    import inspect
-
-    import lowrank_optim
-
-    parameter = inspect.signature(getattr(lowrank_optim, optimizer)).parameters.get("update_proj_gap")
-    return parameter.default if parameter is not None else 1

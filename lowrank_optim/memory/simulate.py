@@ -33,7 +33,12 @@ def simulate(job: Job) -> Peak:
     """
     job = replace(job, optimizer_args=_gap_of_two(job))
     model = job.build_model("meta")
-    with _without_cached_tensors(), _as_if_with_data(), FakeTensorMode(allow_non_fake_inputs=True), Tracker() as tracker:
+    with (
+        _without_cached_tensors(),
+        _as_if_with_data(),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        Tracker() as tracker,
+    ):
         allocate_(model, "cpu")
         tracker.label([*model.parameters(), *model.buffers()], "weights")
         tracker.watch(model)
@@ -50,7 +55,8 @@ def simulate(job: Job) -> Peak:
 def _gap_of_two(job: Job) -> Mapping[str, Any]:
     given = dict(job.optimizer_args)
     accepted = accepted_arguments(job.optimizer)
-    if "update_proj_gap" in accepted and given.get("update_proj_gap", 2) > 1:
+    # Staggered refreshes come a few at a time: a gap of two would make them come in halves.
+    if "update_proj_gap" in accepted and given.get("update_proj_gap", 2) > 1 and not given.get("stagger"):
         given["update_proj_gap"] = 2
     return given
 
