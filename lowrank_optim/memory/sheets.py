@@ -82,8 +82,8 @@ def measured(job: Job, expected: Estimate, peak: Peak, runs: Sequence[Measured])
     for resumed in runs[1:]:
         same = (resumed.losses[-1], resumed.weight_sum) == (first.losses[-1], first.weight_sum)
         lines.append(
-            f"Resumed: loss {resumed.losses[-1]:.6f}, peak {resumed.peak_bytes / 1e9:.3f} GB; loss and sum of all weights "
-            f"after this update are {'the same to the last bit' if same else 'NOT THE SAME'} as without a break."
+            f"Resumed: loss {resumed.losses[-1]:.6f}, peak {resumed.peak_bytes / 1e9:.3f} GB; loss and sum of all "
+            f"weights after this update are {'the same to the last bit' if same else 'NOT THE SAME'} as without a break."
         )
     return "\n".join([*lines, "", f"{UNITS}."])
 
