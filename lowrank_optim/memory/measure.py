@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -124,11 +125,9 @@ class _Meter:
             return
         gc.collect()
         _trim()
-        try:
-            # Sets the largest resident memory to the present one.
+        # Sets the largest resident memory to the present one.
+        with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass
         self.before = self._resident("VmRSS")
 
     def peak(self) -> int:
@@ -155,10 +154,9 @@ def _warm_up(job: Job) -> None:
 
 
 def _trim() -> None:
-    try:
+    # glibc's alone.
+    with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):
-        pass
 
 
 def _save(folder: Path, model: nn.Module, optimizer: Optimizer) -> int:

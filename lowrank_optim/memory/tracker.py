@@ -62,8 +62,8 @@ class Peak:
 class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records every storage that an operation makes, and its end; to be entered inside of a ``FakeTensorMode``.
 
-    A storage is what :meth:`label` said it is. Else it is "activations" if it was made in forward or backward, and if it
-    was made in an update, "optimizer" where it outlives the run and "other" where it does not. Values that the host
+    A storage is what :meth:`label` said it is. Else it is "activations" if it was made in forward or backward, and if
+    it was made in an update, "optimizer" where it outlives the run and "other" where it does not. Values that the host
     reads (``item()``, ``if tensor``) are 1, and masks hold everywhere, so that the code goes on.
     """
 
