@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.chunks import chunks, column_norms
 from lowrank_optim.ops.dct import add_dct2_, add_dct3_, dct_matrix
 from lowrank_optim.ops.orthonormal import orthonormalize
 from lowrank_optim.optim.base import Group, Refresh, State, check_choice
@@ -16,9 +15,6 @@ TRANSFORMS = {"dct2": add_dct2_, "dct3": add_dct3_}
 BASES = (*TRANSFORMS, "identity", "random")
 SIMILARITIES = ("auto", "matmul", "fft")
 ELL_NORMS = (1, 2)
-
-# Values of a matrix that are transformed at a time: twice as fast as 2^15 on two cores.
-CHUNK = 2**17
 
 # The size from which similarity="auto" takes the FFT. Milliseconds of FFT and product on two cores of an EPYC (fp32,
 # MKL, torch 2.13, square): 0.20 and 0.18 at 256, 0.28 and 0.34 at 320, 0.42 and 1.33 at 512; on one 0.22 and 0.34 at 256.
@@ -61,17 +57,6 @@ def uses_fft(group: Group, size: int, device: torch.device) -> bool:
     return bool(group["similarity"] == "fft")
 
 
-def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of several matrices, some at a time, so that nothing made of them is of a matrix's size.
-
-    On the CPU so few that it stays in the cache; elsewhere every part is a launch.
-    """
-    rows, columns = tensors[0].shape
-    cached = CHUNK // columns if tensors[0].device.type == "cpu" else rows // 8
-    some = max(1, min(cached, -(-rows // 2)))
-    yield from zip(*(tensor.split(some) for tensor in tensors))
-
-
 def add_coefficients_(out: Tensor, tall: Tensor, group: Group) -> None:
     """out += the coefficients of every row of ``tall`` (rows, d) in the basis, without a temporary of that size."""
     size = tall.shape[1]
@@ -101,12 +86,8 @@ def select(scored: Tensor, rank: int, ell_norm: int) -> Tensor:
     """The ``rank`` columns of greatest 1- or 2-norm, ascending; of equals the first.
 
     The 2-norm keeps the most energy: what is left of a matrix is at most 1 - rank / d of it.
-    ``torch.linalg.vector_norm`` along columns takes 9 times as long as a square and a sum on a CPU.
     """
-    scores = torch.zeros(scored.shape[1], dtype=scored.dtype.to_real(), device=scored.device)
-    for (part,) in chunks(scored):
-        magnitude = part.abs() if ell_norm == 1 or part.is_complex() else part
-        scores += (magnitude if ell_norm == 1 else magnitude.square()).sum(0)
+    scores = column_norms(scored, ell_norm)
     # topk leaves the order of equals to the device.
     order = scores.sort(descending=True, stable=True).indices
     return order[:rank].sort().values
