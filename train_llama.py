@@ -19,7 +19,6 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import islice
-from typing import Any
 
 # Before torch starts its threads: where other programs want the cores too, threads that wait by spinning make an
 # update 3 times slower (measured on 2 cores); alone it makes no difference.
@@ -27,7 +26,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from lowrank_optim.pretrain.config import (
     Options,
-    Resolved,
     UserError,
     parse_options,
     user_errors,
@@ -54,41 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-def build(options: Options, device: Any, processes: int) -> tuple[Resolved, Any, Any, Any]:
-    """Options with the published values, LlamaConfig, model, and optimizer; ``device`` may be "meta"."""
-    import torch
-
-    from lowrank_optim.pretrain.llama import build_config, build_model
-    from lowrank_optim.pretrain.optimizers import build_optimizer, parse_optimizer_args
-    from lowrank_optim.pretrain.parameterizations import parameterize_, plan_parameterization
-    from lowrank_optim.pretrain.recipes import resolve
-    from lowrank_optim.pretrain.report import DTYPES
-
-    with user_errors(ImportError):
-        config = build_config(options.model)
-        run = resolve(options, hidden_size=config.hidden_size, processes=processes)
-        if run.seq_len > config.max_position_embeddings:
-            raise UserError(
-                f"Invalid seq_len: {run.seq_len}, expected at most {config.max_position_embeddings} for {run.model}"
-            )
-        layers = None
-        if run.parameterization:
-            pairs = parse_optimizer_args(run.parameterization_args, "parameterization")
-            layers = plan_parameterization(run.parameterization, pairs)
-            config.hidden_act = layers.hidden_act or config.hidden_act
-        torch.manual_seed(run.seed)
-        model = build_model(config, device=device, dtype=DTYPES[run.dtype])
-        if layers:
-            parameterize_(model, layers, seed=run.seed)
-        args = parse_optimizer_args(run.optimizer_args)
-        optimizer = build_optimizer(run.optimizer, model, lr=run.lr, weight_decay=run.weight_decay, args=args)
-    run.lr = float(optimizer.param_groups[0]["lr"])
-    return run, config, model, optimizer
-
-
 def plan(options: Options) -> int:
     """``--dry-run``: what would be trained and how, without data, memory or files."""
     from lowrank_optim.pretrain import report
+    from lowrank_optim.pretrain.build import build
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     run, config, model, optimizer = build(options, "meta", world)
@@ -106,8 +73,8 @@ def train(options: Options) -> int:
     import torch
     from accelerate.utils import gather_object
 
-    from lowrank_optim import step_in_backward
     from lowrank_optim.pretrain import checkpoint, report
+    from lowrank_optim.pretrain.build import build, start_in_backward
     from lowrank_optim.pretrain.data import load_data, read_ahead
     from lowrank_optim.pretrain.generate import sample
     from lowrank_optim.pretrain.launch import catch_signals, run_folder, start_accelerator
@@ -130,12 +97,10 @@ def train(options: Options) -> int:
 
     run, config, model, optimizer = build(options, device, world)
     schedule = build_schedule(optimizer, warmup=run.warmup_steps, total=run.max_steps)
-    with user_errors(TypeError):
+    with user_errors():
         pairs = parse_optimizer_args(run.restart_args, "restart")
         restarts = build_restarts(run.restarts, pairs, model, optimizer, first=run.warmup_steps, seed=run.seed)
-        in_backward = None
-        if run.per_layer:
-            in_backward = step_in_backward(optimizer, accumulate=run.accumulate, max_norm=run.grad_clip or None)
+        in_backward = start_in_backward(run, optimizer) if run.per_layer else None
     say(report.banner(run, config, model, world=world, device=report.device_name(device)))
     progress, position, fingerprint = checkpoint.Progress(), None, None
     if found:

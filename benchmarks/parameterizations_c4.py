@@ -49,11 +49,12 @@ class Contestant(NamedTuple):
 def contestants(rank: int) -> dict[str, Contestant]:
     """All of them by name; SLTrain's and LoRA's alpha are a quarter of the rank, as published for 60M."""
     low, gap = {"rank": rank}, {"update_proj_gap": PERIOD}
+    kaiming = {**low, "alpha": rank / 4, "init": "kaiming"}
     restarts = {"every": PERIOD, "ramp": 5}
     return {
         BASELINES[0]: Contestant("lowrank", low),
-        BASELINES[1]: Contestant("lowrank", {**low, "alpha": rank / 4, "init": "kaiming"}),
-        "low rank, restarts": Contestant("lowrank", low, restarts="refactorize", restart_args=restarts),
+        BASELINES[1]: Contestant("lowrank", kaiming),
+        "low rank, restarts": Contestant("lowrank", kaiming, restarts="refactorize", restart_args=restarts),
         "sltrain": Contestant("sltrain", {**low, "sparsity": 0.03, "alpha": rank / 4}),
         "lost": Contestant("lost", low),
         "cola": Contestant("cola", low),

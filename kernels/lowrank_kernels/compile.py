@@ -59,13 +59,13 @@ class Usage(NamedTuple):
 
 
 def cases() -> Iterator[Case]:
-    """The cases of all modules of the package but this one.
+    """The cases of all modules of the package but this one and private ones, which hold parts of kernels.
 
     Raises:
         TypeError: a module without ``aot_cases``.
     """
     for info in pkgutil.iter_modules(lowrank_kernels.__path__):
-        if info.name == "compile":
+        if info.name == "compile" or info.name.startswith("_"):
             continue
         module = importlib.import_module(f"lowrank_kernels.{info.name}")
         if not hasattr(module, "aot_cases"):

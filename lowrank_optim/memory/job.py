@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_optim.memory.plan import Estimate, build_network, estimate
+from lowrank_optim.nn import Int8Linear
+from lowrank_optim.optim.in_backward import StepInBackward, step_in_backward
 from lowrank_optim.pretrain.data import Batch
 from lowrank_optim.pretrain.optimizers import build_optimizer
 from lowrank_optim.pretrain.steps import clip_gradients_, loss_sum
@@ -76,7 +78,7 @@ class Job:
             self.parameterization, self.parameterization_args, weights=self.weights, per_layer=self.per_layer,
         )  # fmt: skip
 
-    def build_model(self, device: str) -> nn.Module:
+    def build_model(self, device: str) -> Any:
         """The model with freshly drawn weights, or without values on ``device="meta"``."""
         dtype = DTYPES[self.dtype]
         model, _ = build_network(
@@ -86,12 +88,13 @@ class Job:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return model.train()
 
-    def materialize(self, device: str) -> nn.Module:
+    def materialize(self, device: str) -> Any:
         """The model with random weights, made tensor by tensor, so that no second one is ever in memory."""
         if self.parameterization is not None:
             return self.build_model(device)
         model = self.build_model("meta")
-        allocate_(model, device, random_)
+        allocate_(model, device)
+        randomize_(model)
         # Its buffers are no weights: they are computed from the configuration.
         model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
         return model
@@ -105,12 +108,8 @@ class Job:
         return [Batch(ids, ids) for ids in tokens]
 
 
-def allocate_(model: nn.Module, device: str, init: Callable[[Tensor], Any] = lambda _: None) -> None:
-    """Give a model on the meta device tensors on another one, tensor by tensor; shared ones stay shared.
-
-    Args:
-        init: sets the values of a new tensor in place; without it they are undefined.
-    """
+def allocate_(model: nn.Module, device: str) -> None:
+    """Give a model on the meta device tensors on another one, of undefined values; shared ones stay shared."""
     made: dict[Tensor, Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -118,22 +117,36 @@ def allocate_(model: nn.Module, device: str, init: Callable[[Tensor], Any] = lam
                 if tensor is None:
                     continue
                 if tensor not in made:
-                    made[tensor] = torch.empty_like(tensor, device=device)
-                    init(made[tensor])
-                    if isinstance(tensor, nn.Parameter):
-                        made[tensor] = nn.Parameter(made[tensor], tensor.requires_grad)
+                    # The parameter of an int8 weight has strides of zero: it has one element.
+                    new = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
+                    made[tensor] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+                    made[tensor].__dict__.update(tensor.__dict__)
                 tensors[name] = made[tensor]
 
 
-def random_(tensor: Tensor) -> None:
-    """Values as a fresh model has them: N(0, 0.02²) in matrices, one in vectors."""
-    tensor.fill_(1) if tensor.ndim < 2 else tensor.normal_(std=0.02)
+@torch.no_grad()
+def randomize_(model: nn.Module) -> None:
+    """Fresh weights, a matrix at a time: N(0, 0.02²), and one in vectors."""
+    for module in model.modules():
+        if isinstance(module, Int8Linear):
+            module.from_weight_(torch.empty_like(module.weight, memory_format=torch.contiguous_format).normal_(std=0.02))
+            continue
+        for p in module.parameters(recurse=False):
+            p.fill_(1) if p.ndim < 2 else p.normal_(std=0.02)
 
 
-@contextmanager
-def updating(job: Job, optimizer: Optimizer) -> Iterator[None]:
-    """Register the hooks of a job that updates in backward; a job without them needs none."""
-    yield
+def hooks(job: Job, optimizer: Optimizer) -> StepInBackward | None:
+    """What updates in backward, where the job does.
+
+    Raises:
+        ValueError: an optimizer that cannot update one parameter at a time.
+    """
+    if not job.per_layer:
+        return None
+    try:
+        return step_in_backward(optimizer, accumulate=job.accumulate, max_norm=GRAD_CLIP)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ValueError(str(error)) from error
 
 
 Phase = Callable[[str], AbstractContextManager[None]]
@@ -143,6 +156,7 @@ def train_update(
     job: Job,
     model: nn.Module,
     optimizer: Optimizer,
+    handle: StepInBackward | None,
     batches: Sequence[Batch],
     phase: Phase = lambda _: nullcontext(),
 ) -> float:
@@ -150,15 +164,16 @@ def train_update(
     tokens = job.accumulate * job.batch_size * (job.seq_len - 1)
     total = 0.0
     for batch in batches:
-        with phase("forward"):
-            loss = loss_sum(model, batch) / tokens
-        with phase("backward"):
-            loss.backward()
-        total += loss.item()
-        del loss
-    if not job.per_layer:
-        with phase("update"):
+        with handle.micro_batch() if handle else nullcontext():
+            with phase("forward"):
+                loss = loss_sum(model, batch, chunked=True) / tokens
+            with phase("backward"):
+                loss.backward()
+            total += loss.item()
+            del loss
+    with phase("update"):
+        if handle is None:
             clip_gradients_(model.parameters(), GRAD_CLIP)
             optimizer.step()
-            optimizer.zero_grad()
+        optimizer.zero_grad()
     return total

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lowrank_optim.memory.job import Job, train_update, updating
+from lowrank_optim.memory.job import Job, hooks, train_update
 from lowrank_optim.memory.plan import CATEGORIES, tensor_bytes
 
 # glibc returns what is freed only where a block has its own mapping; otherwise its heap would be measured.
@@ -92,16 +92,17 @@ def run(job: Job, *, updates: int, device: str, save: str | None = None, load: s
     if load is not None:
         _load_(Path(load), model, optimizer)
         _say(f"resumed from {load} after {updates} updates")
+    handle = hooks(job, optimizer)
     losses, seconds = [], []
-    with updating(job, optimizer):
-        for number in range(updates if load else 0, updates + bool(save or load)):
-            torch.manual_seed(number)
-            start = time.perf_counter()
-            losses.append(train_update(job, model, optimizer, job.batches(model.config.vocab_size, device)))
-            seconds.append(time.perf_counter() - start)
-            _say(f"update {number + 1}: loss {losses[-1]:.6f}, {seconds[-1]:.1f} s, peak {meter.peak() / 1e9:.3f} GB")
-            if save is not None and number + 1 == updates:
-                _say(f"saved {_save(Path(save), model, optimizer) / 1e9:.3f} GB to {save}")
+    for number in range(updates if load else 0, updates + bool(save or load)):
+        torch.manual_seed(number)
+        start = time.perf_counter()
+        batches = job.batches(model.config.vocab_size, device)
+        losses.append(train_update(job, model, optimizer, handle, batches))
+        seconds.append(time.perf_counter() - start)
+        _say(f"update {number + 1}: loss {losses[-1]:.6f}, {seconds[-1]:.1f} s, peak {meter.peak() / 1e9:.3f} GB")
+        if save is not None and number + 1 == updates:
+            _say(f"saved {_save(Path(save), model, optimizer) / 1e9:.3f} GB to {save}")
     sizes = tensor_bytes(model, optimizer)
     peak = meter.peak()
     by_category = dict.fromkeys(CATEGORIES, 0)
@@ -145,11 +146,12 @@ class _Meter:
 
 def _warm_up(job: Job) -> None:
     """One update of a small model, after which the code of the libraries is in memory."""
-    small = replace(job, model="llama_9m", seq_len=16, batch_size=1, accumulate=1)
+    args = {key: min(value, 32) if key == "rank" else value for key, value in job.optimizer_args.items()}
+    small = replace(job, model="llama_9m", optimizer_args=args, seq_len=16, batch_size=1)
     model = small.materialize("cpu")
     optimizer = small.build_optimizer(model)
-    with updating(small, optimizer):
-        train_update(small, model, optimizer, small.batches(model.config.vocab_size, "cpu"))
+    batches = small.batches(model.config.vocab_size, "cpu")
+    train_update(small, model, optimizer, hooks(small, optimizer), batches)
 
 
 def _trim() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
-from lowrank_optim.memory.job import Job, allocate_, train_update
+from lowrank_optim.memory.job import Job, allocate_, hooks, train_update
 from lowrank_optim.memory.tracker import Peak, Tracker
+from lowrank_optim.optim import columns
+from lowrank_optim.optim.in_backward import StepInBackward
 from lowrank_optim.pretrain.optimizers import accepted_arguments
 
 # With a gap of two, these are an update of each kind.
@@ -36,16 +38,13 @@ def simulate(job: Job) -> Peak:
         allocate_(model, "cpu")
         tracker.label([*model.parameters(), *model.buffers()], "weights")
         tracker.watch(model)
-        for p in model.parameters():
-            if p.requires_grad:
-                p.register_post_accumulate_grad_hook(lambda p: tracker.label([p.grad], "gradients"))
         optimizer = job.build_optimizer(model)
-        _watch_steps(optimizer, model, tracker)
+        handle = _watch_updates(job, model, optimizer, tracker)
         batches = job.batches(model.config.vocab_size, "cpu")
         tracker.label([tensor for batch in batches for tensor in batch], "other")
         for update in UPDATES:
             tracker.part(update)
-            train_update(job, model, optimizer, batches, tracker.during)
+            train_update(job, model, optimizer, handle, batches, tracker.during)
         return tracker.peak()
 
 
@@ -57,18 +56,38 @@ def _gap_of_two(job: Job) -> Mapping[str, Any]:
     return given
 
 
-def _watch_steps(optimizer: Optimizer, model: nn.Module, tracker: Tracker) -> None:
-    """Book each parameter's update to its name."""
-    step_param = getattr(optimizer, "step_param", None)
-    if step_param is None:
-        return
+def _watch_updates(job: Job, model: nn.Module, optimizer: Optimizer, tracker: Tracker) -> StepInBackward | None:
+    """Register the job's hooks, and book gradients as such and updates to the name of their parameter."""
     names = {p: name for name, p in model.named_parameters()}
+    trained = [p for p in names if p.requires_grad]
+    phases = ExitStack()
 
-    def tracked(param: Tensor, group: dict[str, Any]) -> None:
-        with tracker.during("update", names.get(param, "")):
-            step_param(param, group)
+    def arrives(param: Tensor) -> None:
+        tracker.label([param.grad], "gradients")
+        if job.per_layer:
+            phases.enter_context(tracker.during("update", names[param]))
 
-    optimizer.step_param = tracked  # type: ignore[attr-defined]
+    for p in trained:
+        p.register_post_accumulate_grad_hook(arrives)
+    handle = hooks(job, optimizer)
+
+    def leaves(param: Tensor) -> None:
+        phases.close()
+        sums = handle._sums.get(param) if handle is not None else None
+        if sums is not None:
+            tracker.label([sums.low, sums.sketch], "gradients")
+
+    for p in trained:
+        p.register_post_accumulate_grad_hook(leaves)
+    step_param = getattr(optimizer, "step_param", None)
+    if step_param is not None and not job.per_layer:
+
+        def tracked(param: Tensor, group: dict[str, Any]) -> None:
+            with tracker.during("update", names[param]):
+                step_param(param, group)
+
+        optimizer.step_param = tracked  # type: ignore[attr-defined]
+    return handle
 
 
 @contextmanager
@@ -82,6 +101,7 @@ def _without_cached_tensors() -> Iterator[None]:
 
 
 def _clear_caches() -> None:
+    columns.BUILT.clear()
     for name, module in list(sys.modules.items()):
         if name.startswith("lowrank_optim."):
             for value in vars(module).values():

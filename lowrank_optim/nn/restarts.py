@@ -187,13 +187,14 @@ class MomentumReset(Restart):
         ValueError: an option out of range, or scope="factors" for a model without them.
     """
 
+    optimizer: Optimizer
+
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, *, every: int = 200, first: int = 0, ramp: int = 10,
         scope: str = "all",
     ) -> None:  # fmt: skip
         super().__init__(optimizer, every=every, first=first, ramp=ramp)
         check_choice("scope", scope, SCOPES)
-        self.optimizer = optimizer
         if scope == "factors":
             layers = _layers_with_factors(model).values()
             self.parameters: list[Tensor] = [p for layer in layers for p in factors(layer)]
@@ -226,6 +227,8 @@ class MergeAndRestart(Restart):
     its second moment makes an update of size 1/eps.
     """
 
+    optimizer: Optimizer
+
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, *, every: int = 1000, first: int = 0, ramp: int = 100,
         prune: float = 1.0, by: str = "random", seed: int = 0,
@@ -238,7 +241,7 @@ class MergeAndRestart(Restart):
         if not layers:
             raise ValueError(f"Invalid model: {type(model).__name__} holds no ReLoRALinear to restart")
         self.layers = {positions[layer]: layer for layer in layers}
-        self.optimizer, self.prune, self.by, self.seed = optimizer, prune, by, seed
+        self.prune, self.by, self.seed = prune, by, seed
 
     def restart_(self) -> None:
         for position, layer in self.layers.items():

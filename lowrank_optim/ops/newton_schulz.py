@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,6 @@ from lowrank_optim.ops.gram import gram
 
 # Of Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon): steep at zero, where small singular values start.
 A, B, C = 3.4445, -4.7750, 2.0315
-
 
 # How many steps go by in Gram matrices. Each enlarges the rounding of their small eigenvalues by up to A² = 12: in fp32
 # three are as close to fp64 as the plain iteration, five 15 times as far.
@@ -40,22 +41,23 @@ def newton_schulz(tall: Tensor, *, steps: int = 5, backend: str | None = None) -
     else:
         x = tall.to(torch.promote_types(tall.dtype, torch.float32))
     x = x / (torch.linalg.matrix_norm(x) + 1e-7)
-    symmetric = pick(gram, backend, x.device)
     # In bfloat16 a Gram matrix is good for one step.
     unrolled = 1 if x.dtype == torch.bfloat16 else UNROLLED
+    symmetric = pick(gram, backend, x.device)
     while steps > 0:
         g = symmetric(x)
-        product = factor = _plus_identity_(symmetric(g, g, alpha=C, beta=B))
+        product = factor = _factor(g, symmetric)
         for _ in range(min(steps, unrolled) - 1):
             g = factor @ g @ factor
-            factor = _plus_identity_(symmetric(g, g, alpha=C, beta=B))
+            factor = _factor(g, symmetric)
             product = product @ factor
         x = x @ product
         steps -= unrolled
     return x
 
 
-def _plus_identity_(matrix: Tensor) -> Tensor:
-    """matrix += a I."""
-    matrix.diagonal().add_(A)
-    return matrix
+def _factor(g: Tensor, symmetric: Callable[..., Tensor]) -> Tensor:
+    """a I + b G + c G²."""
+    factor = symmetric(g, g, alpha=C, beta=B)
+    factor.diagonal().add_(A)
+    return factor

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowrank_optim.ops.chunks import chunks, column_norms
+from lowrank_optim.ops import pick
+from lowrank_optim.ops.chunks import chunks
 from lowrank_optim.ops.dct import add_dct2_, add_dct3_, dct_matrix
+from lowrank_optim.ops.dct_select import dct_select
 from lowrank_optim.ops.orthonormal import orthonormalize
 from lowrank_optim.optim.base import Group, Refresh, State, check_choice
 from lowrank_optim.optim.sketches import sketch_matrix
@@ -17,7 +19,8 @@ SIMILARITIES = ("auto", "matmul", "fft")
 ELL_NORMS = (1, 2)
 
 # The size from which similarity="auto" takes the FFT. Milliseconds of FFT and product on two cores of an EPYC (fp32,
-# MKL, torch 2.13, square): 0.20 and 0.18 at 256, 0.28 and 0.34 at 320, 0.42 and 1.33 at 512; on one 0.22 and 0.34 at 256.
+# MKL, torch 2.13, square): 0.20 and 0.18 at 256, 0.28 and 0.34 at 320, 0.42 and 1.33 at 512; on one, 0.22 and 0.34 at
+# 256.
 FFT_FROM = {"cpu": 320}
 # Not measured: where 28 bytes an element at full bandwidth equal a bf16 product on tensor cores, by data sheets.
 FFT_FROM_ELSEWHERE = 2048
@@ -82,17 +85,6 @@ def coefficients(tall: Tensor, group: Group) -> Tensor:
     return out
 
 
-def select(scored: Tensor, rank: int, ell_norm: int) -> Tensor:
-    """The ``rank`` columns of greatest 1- or 2-norm, ascending; of equals the first.
-
-    The 2-norm keeps the most energy: what is left of a matrix is at most 1 - rank / d of it.
-    """
-    scores = column_norms(scored, ell_norm)
-    # topk leaves the order of equals to the device.
-    order = scores.sort(descending=True, stable=True).indices
-    return order[:rank].sort().values
-
-
 def pick_columns(coefficients: Tensor, indices: Tensor, group: Group) -> Tensor:
     """Columns of the coefficients; non-finite throughout where the gradient is so anywhere.
 
@@ -151,7 +143,8 @@ class Columns:
         return Refresh(renewed=False) if sketch is None else self._renew(coefficients(sketch, group), state, group)
 
     def _renew(self, scored: Tensor, state: State, group: Group) -> Refresh:
-        indices = select(scored, group["rank"], group["ell_norm"])
+        select = pick(dct_select, group.get("backend"), scored.device)
+        indices = select(scored, group["rank"], ell_norm=group["ell_norm"])
         overlap = None
         if group.get("rotate", False):
             # Dᵀ D = 1: where a column was before, or -1 for a new one, says all that a product would.

@@ -8,6 +8,7 @@ activations between the factors leave nothing to merge.
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import shutil
@@ -21,7 +22,8 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lowrank_optim.nn.convert import factored_layers, merged_state_dict
+from lowrank_optim.nn.base import FactoredLinear
+from lowrank_optim.nn.convert import factored_layers
 from lowrank_optim.nn.restarts import Restart
 from lowrank_optim.optim.in_backward import StepInBackward
 from lowrank_optim.pretrain.cache import write_folder
@@ -37,6 +39,7 @@ FIXED = (
     *("dataset", "tokenizer", "seq_len", "pack", "model", "dtype", "optimizer", "optimizer_args", "lr"),
     *("weight_decay", "grad_clip", "batch_size", "accumulate", "seed"),
     *("parameterization", "parameterization_args", "restarts", "restart_args", "per_layer", "weights"),
+    "accumulate_dtype",
 )
 
 
@@ -109,20 +112,39 @@ def save(
 def _save_model(model: PreTrainedModel, into: Path) -> None:
     from safetensors.torch import save_model
 
-    # One file whatever the size, because resuming loads it in place.
-    whole = {"max_shard_size": "1000TB"}
-    layers = factored_layers(model).values()
+    layers = factored_layers(model)
     if not layers:
-        model.save_pretrained(into, **whole)
+        # One file whatever the size, because resuming loads it in place.
+        model.save_pretrained(into, max_shard_size="1000TB")
         return
     save_model(model, str(into / FACTORED))
-    if any(layer.nonlinear for layer in layers):
-        model.config.save_pretrained(into)
-        return
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(into)
+    if not any(layer.nonlinear for layer in layers.values()):
+        _export(model, layers, into)
+
+
+def _export(model: PreTrainedModel, layers: Mapping[str, FactoredLinear], into: Path) -> None:
+    """Write the merged weights, of which one file of 2 GB at a time is in memory."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
     with torch.device("meta"):
-        dense = type(model)(model.config)
-    dense.load_state_dict(merged_state_dict(model), assign=True)
-    dense.save_pretrained(into, **whole)
+        dense = type(model)(model.config).to(model.dtype)
+    # Tied weights are one parameter.
+    split = split_torch_state_dict_into_shards(dict(dense.named_parameters()), max_shard_size="2GB")
+    state = model.state_dict()
+
+    def merged(name: str) -> torch.Tensor:
+        layer = layers.get(name.removesuffix(".weight"))
+        return (state[name] if layer is None else layer.dense_weight()).cpu().contiguous()
+
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: merged(name) for name in names}, str(into / file), metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (into / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -191,8 +213,9 @@ def load_(
 
     try:
         weights = FACTORED if factored_layers(model) else "model.safetensors"
-        load_model(model, path / weights, device=str(model.device))
-        saved = torch.load(path / "optimizer.pt", map_location=model.device, weights_only=True)
+        # Mapped files, copied tensor by tensor: a card without room for two of everything can resume.
+        load_model(model, path / weights, device="cpu")
+        saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
         processes = torch.load(path / "processes.pt", map_location="cpu", weights_only=True)
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])

@@ -26,7 +26,7 @@ def loss_sum(model: Any, batch: Batch, *, chunked: bool = False) -> Tensor:
 
 
 class LossSum(nn.Module):
-    """:func:`loss_sum` as the module that DistributedDataParallel and ``torch.compile`` wrap, head and loss included."""
+    """:func:`loss_sum` as a module, for DistributedDataParallel and ``torch.compile`` to wrap, head included."""
 
     def __init__(self, model: nn.Module, *, chunked: bool) -> None:
         super().__init__()

@@ -51,8 +51,8 @@ def test_no_kernel_spills_or_takes_too_much_shared_memory(archs: tuple[int, ...]
     result = run("-m", "lowrank_kernels.compile", "--arch", *map(str, archs), "--json", str(written))
     assert result.returncode == 0, result.stderr
     rows = [Usage(**row) for row in json.loads(written.read_text())["kernels"]]
-    # Every module is among them, on every architecture, and what is printed is what is written.
-    modules = {info.name for info in pkgutil.iter_modules(lowrank_kernels.__path__)} - {"compile"}
+    # Every module is among them, but for parts of kernels, on every architecture; what is printed is what is written.
+    modules = {info.name for info in pkgutil.iter_modules(lowrank_kernels.__path__)} - {"compile", "rounding", "tiles"}
     assert {row.kernel.split()[0].strip(",") for row in rows} == modules
     assert {row.arch for row in rows} == set(archs)
     assert all(0 < row.registers <= 255 for row in rows)
