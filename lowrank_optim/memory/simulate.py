@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lowrank_optim.memory.job import Job, allocate_, hooks, train_update
 from lowrank_optim.memory.tracker import Peak, Tracker
+from lowrank_optim.ops import dct
 from lowrank_optim.optim import columns
 from lowrank_optim.optim.in_backward import StepInBackward
 from lowrank_optim.pretrain.optimizers import accepted_arguments
@@ -102,6 +103,7 @@ def _without_cached_tensors() -> Iterator[None]:
 
 def _clear_caches() -> None:
     columns.BUILT.clear()
+    dct.PLANS.clear()
     for name, module in list(sys.modules.items()):
         if name.startswith("lowrank_optim."):
             for value in vars(module).values():
