@@ -16,7 +16,7 @@ def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     rows, columns = tensors[0].shape
     cached = CHUNK // columns if tensors[0].device.type == "cpu" else rows // 8
     some = max(1, min(cached, -(-rows // 2)))
-    yield from zip(*(tensor.split(some) for tensor in tensors))
+    yield from zip(*(torch.split(tensor, some) for tensor in tensors))
 
 
 def column_norms(matrix: Tensor, order: int) -> Tensor:
@@ -26,7 +26,8 @@ def column_norms(matrix: Tensor, order: int) -> Tensor:
     """
     wide = torch.promote_types(matrix.dtype, torch.float32)
     norms = torch.zeros(matrix.shape[1], dtype=wide.to_real(), device=matrix.device)
-    for (part,) in chunks(matrix):
-        magnitude = part.abs() if order == 1 or part.is_complex() else part.to(wide)
+    for (some,) in chunks(matrix):
+        part = some.to(wide)
+        magnitude = part.abs() if order == 1 or part.is_complex() else part
         norms += (magnitude if order == 1 else magnitude.square()).sum(0)
     return norms
