@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops import pick
+from lowrank_optim.ops.chunks import chunks
 from lowrank_optim.ops.dct import add_dct2_, add_dct3_, dct_matrix
-from lowrank_optim.ops.dct_select import chunks, dct_select
+from lowrank_optim.ops.dct_select import dct_select
 from lowrank_optim.ops.orthonormal import orthonormalize
 from lowrank_optim.optim.base import Group, Refresh, State, check_choice
 from lowrank_optim.optim.sketches import sketch_matrix
@@ -18,7 +19,8 @@ SIMILARITIES = ("auto", "matmul", "fft")
 ELL_NORMS = (1, 2)
 
 # The size from which similarity="auto" takes the FFT. Milliseconds of FFT and product on two cores of an EPYC (fp32,
-# MKL, torch 2.13, square): 0.20 and 0.18 at 256, 0.28 and 0.34 at 320, 0.42 and 1.33 at 512; on one 0.22 and 0.34 at 256.
+# MKL, torch 2.13, square): 0.20 and 0.18 at 256, 0.28 and 0.34 at 320, 0.42 and 1.33 at 512; on one, 0.22 and 0.34 at
+# 256.
 FFT_FROM = {"cpu": 320}
 # Not measured: where 28 bytes an element at full bandwidth equal a bf16 product on tensor cores, by data sheets.
 FFT_FROM_ELSEWHERE = 2048
