@@ -11,8 +11,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from lowrank_optim.ops.autocast import compute_dtype
-from lowrank_optim.ops.sltrain import BLOCKS
 from lowrank_optim.ops.triplets import Triplets
+
+# Rows of G that exist at a time: a quarter, so that the GEMMs stay large and the block stays below W.
+BLOCKS = 4
 
 
 def spectral_linear(
