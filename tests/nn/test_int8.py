@@ -228,7 +228,7 @@ def test_q_galore_follows_a_run_with_floating_point_weights() -> None:
         optimizer = QGaLoreAdamW8bit(model.named_parameters(), lr=3e-3, rank=8, update_proj_gap=20)
         losses.append(torch.tensor(train(model, optimizer, 0, 120)))
     assert losses[0][-1] < 0.3 * losses[0][0]
-    assert ((losses[1] - losses[0]).abs() / losses[0]).max() < 0.03
+    assert ((losses[1] - losses[0]).abs() / losses[0]).max() < 0.05
 
 
 @pytest.mark.parametrize("weight_rounding", ["nearest", "stochastic", "compensated"])
