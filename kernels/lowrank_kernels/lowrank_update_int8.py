@@ -213,7 +213,6 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
         (torch.bfloat16, "*bf16", False),
         (torch.bfloat16, "*bf16", True),
         (None, "*bf16", True),
-        (torch.float32, "*fp32", False),
         (torch.float32, "*fp32", True),
     ]:
         options = launch_options(dtype, 256, scaled=scaled)
