@@ -19,7 +19,7 @@ def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     rows, columns = tensors[0].shape
     cached = CHUNK // columns if tensors[0].device.type == "cpu" else rows // 8
     some = max(1, min(cached, -(-rows // 2)))
-    yield from zip(*(tensor.split(some) for tensor in tensors))
+    yield from zip(*(torch.split(tensor, some) for tensor in tensors))
 
 
 def dct_select(scored: Tensor, rank: int, *, ell_norm: int) -> Tensor:
