@@ -17,9 +17,8 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from itertools import islice
-from typing import Any
 
 # Before torch starts its threads: where other programs want the cores too, threads that wait by spinning make an
 # update 3 times slower (measured on 2 cores); alone it makes no difference.
@@ -27,7 +26,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from lowrank_optim.pretrain.config import (
     Options,
-    Resolved,
     UserError,
     parse_options,
     user_errors,
@@ -54,41 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-def build(options: Options, device: Any, processes: int) -> tuple[Resolved, Any, Any, Any]:
-    """Options with the published values, LlamaConfig, model, and optimizer; ``device`` may be "meta"."""
-    import torch
-
-    from lowrank_optim.pretrain.llama import build_config, build_model
-    from lowrank_optim.pretrain.optimizers import build_optimizer, parse_optimizer_args
-    from lowrank_optim.pretrain.parameterizations import parameterize_, plan_parameterization
-    from lowrank_optim.pretrain.recipes import resolve
-    from lowrank_optim.pretrain.report import DTYPES
-
-    with user_errors(ImportError):
-        config = build_config(options.model)
-        run = resolve(options, hidden_size=config.hidden_size, processes=processes)
-        if run.seq_len > config.max_position_embeddings:
-            raise UserError(
-                f"Invalid seq_len: {run.seq_len}, expected at most {config.max_position_embeddings} for {run.model}"
-            )
-        layers = None
-        if run.parameterization:
-            pairs = parse_optimizer_args(run.parameterization_args, "parameterization")
-            layers = plan_parameterization(run.parameterization, pairs)
-            config.hidden_act = layers.hidden_act or config.hidden_act
-        torch.manual_seed(run.seed)
-        model = build_model(config, device=device, dtype=DTYPES[run.dtype])
-        if layers:
-            parameterize_(model, layers, seed=run.seed)
-        args = parse_optimizer_args(run.optimizer_args)
-        optimizer = build_optimizer(run.optimizer, model, lr=run.lr, weight_decay=run.weight_decay, args=args)
-    run.lr = float(optimizer.param_groups[0]["lr"])
-    return run, config, model, optimizer
-
-
 def plan(options: Options) -> int:
     """``--dry-run``: what would be trained and how, without data, memory or files."""
     from lowrank_optim.pretrain import report
+    from lowrank_optim.pretrain.build import build
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     run, config, model, optimizer = build(options, "meta", world)
@@ -107,6 +74,7 @@ def train(options: Options) -> int:
     from accelerate.utils import gather_object
 
     from lowrank_optim.pretrain import checkpoint, report
+    from lowrank_optim.pretrain.build import build, start_in_backward
     from lowrank_optim.pretrain.data import load_data, read_ahead
     from lowrank_optim.pretrain.generate import sample
     from lowrank_optim.pretrain.launch import catch_signals, run_folder, start_accelerator
@@ -114,7 +82,7 @@ def train(options: Options) -> int:
     from lowrank_optim.pretrain.optimizers import parse_optimizer_args
     from lowrank_optim.pretrain.parameterizations import build_restarts
     from lowrank_optim.pretrain.schedule import build_schedule
-    from lowrank_optim.pretrain.steps import clip_gradients_, evaluate, loss_sum
+    from lowrank_optim.pretrain.steps import LossSum, clip_gradients_, evaluate
 
     started = time.perf_counter()
     folder = run_folder(options)
@@ -132,6 +100,7 @@ def train(options: Options) -> int:
     with user_errors():
         pairs = parse_optimizer_args(run.restart_args, "restart")
         restarts = build_restarts(run.restarts, pairs, model, optimizer, first=run.warmup_steps, seed=run.seed)
+        in_backward = start_in_backward(run, optimizer) if run.per_layer else None
     say(report.banner(run, config, model, world=world, device=report.device_name(device)))
     progress, position, fingerprint = checkpoint.Progress(), None, None
     if found:
@@ -143,7 +112,13 @@ def train(options: Options) -> int:
         if fingerprint != text.fingerprint:
             raise UserError(f"Cannot resume {found}: the data or the tokenizer is not what it was saved with")
         position = checkpoint.load_(
-            found, model=model, optimizer=optimizer, schedule=schedule, restarts=restarts, rank=rank
+            found,
+            model=model,
+            optimizer=optimizer,
+            schedule=schedule,
+            restarts=restarts,
+            in_backward=in_backward,
+            rank=rank,
         )
         say(f"resumed    {found} after {progress.step} updates")
         if progress.step >= run.max_steps:
@@ -158,9 +133,19 @@ def train(options: Options) -> int:
     if run.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # The optimizer and the schedule are not prepared: the wrapped schedule would step once a process.
-    network = accelerator.prepare_model(model)
+    network = accelerator.prepare_model(LossSum(model, chunked=run.chunked_loss))
     if run.compile:
         network = torch.compile(network)
+
+    def around(*, last: bool) -> AbstractContextManager[object]:
+        """What surrounds the backward pass of one micro-batch."""
+        if in_backward:
+            stack = ExitStack()
+            for restart in restarts:
+                stack.enter_context(restart.ramped())
+            stack.enter_context(in_backward.micro_batch(last))
+            return stack
+        return nullcontext() if last else accelerator.no_sync(network)
 
     def total(values: torch.Tensor) -> torch.Tensor:
         summed: torch.Tensor = accelerator.reduce(values.to(device), reduction="sum")
@@ -173,6 +158,7 @@ def train(options: Options) -> int:
             limit=-(-run.eval_batches // world),
             legacy=run.legacy_eval,
             device=device,
+            chunked=run.chunked_loss,
             reduce=total,
         )
         if not result.tokens:
@@ -195,6 +181,7 @@ def train(options: Options) -> int:
                 optimizer=optimizer,
                 schedule=schedule,
                 restarts=restarts,
+                in_backward=in_backward,
                 processes=processes,
                 options=run,
                 fingerprint=text.fingerprint,
@@ -221,16 +208,17 @@ def train(options: Options) -> int:
             tokens, stopping = total(counts).tolist()
             loss = torch.zeros((), device=device)
             for number, (batch, _) in enumerate(update, 1):
-                last = number == len(update)
-                with nullcontext() if last else accelerator.no_sync(network):
-                    part = loss_sum(network, batch.to(device)) / tokens
+                with around(last=number == len(update)):
+                    part = network(batch.to(device)) / tokens
                     # Gradients are averaged over the processes, the loss is a sum over them.
                     accelerator.backward(part * world)
                 loss += part.detach()
             loss_value = total(loss).item()
-            norm = clip_gradients_(model.parameters(), run.grad_clip).item()
+            norms = in_backward.grad_norm if in_backward else clip_gradients_(model.parameters(), run.grad_clip)
+            norm = norms.item()
             lr = float(optimizer.param_groups[0]["lr"]) * math.prod(restart.lr_factor for restart in restarts)
             if math.isfinite(loss_value) and math.isfinite(norm):
+                # Updates that the backward pass has made are not made again.
                 optimizer.step()
                 skipped = 0
                 sizes = sizes or report.measured_bytes(model, optimizer)

@@ -8,6 +8,7 @@ from lowrank_optim.optim.frugal import FRUGALAdamW
 from lowrank_optim.optim.galore import GaLoreAdamW
 from lowrank_optim.optim.galore_8bit import GaLoreAdamW8bit
 from lowrank_optim.optim.groups import low_rank_groups
+from lowrank_optim.optim.in_backward import step_in_backward
 from lowrank_optim.optim.ldadam import LDAdamW
 from lowrank_optim.optim.loro import LOROAdamW, factor_groups
 from lowrank_optim.optim.qgalore import QGaLoreAdamW8bit
@@ -31,5 +32,6 @@ __all__ = [
     "factor_groups",
     "low_rank_groups",
     "spectral_groups",
+    "step_in_backward",
 ]
 __version__ = "0.1.0"

@@ -7,17 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_kernels.rounding import random_bits
+
 BLOCK = 1024
 
 
 @triton.jit
 def uniform(position, key):
-    # The hash of lowrank_optim.ops.rounding.random_bits, in unsigned words; 31 bits and half a step, in (0, 1].
-    bits = position.to(tl.uint32) * 0x9E3779B9
-    bits = bits ^ key.to(tl.uint32)
-    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
-    bits = (bits ^ (bits >> 15)) * 0x846CA68B
-    bits = bits ^ (bits >> 16)
+    # 31 bits and half a step, in (0, 1].
+    bits = random_bits(position, key)
     return ((bits & 0x7FFFFFFF).to(tl.float32) + 0.5) * (1.0 / 2147483648.0)
 
 

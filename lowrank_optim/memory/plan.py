@@ -23,6 +23,7 @@ from lowrank_optim.pretrain.parameterizations import parameterize_, plan_paramet
 if TYPE_CHECKING:
     from transformers import LlamaConfig
 
+WEIGHTS = ("bf16", "int8")
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "other")
 
 
@@ -81,6 +82,9 @@ def estimate(
     dtype: torch.dtype = torch.bfloat16,
     parameterization: str | None = None,
     parameterization_args: Mapping[str, Any] | None = None,
+    *,
+    weights: str = "bf16",
+    per_layer: bool = False,
 ) -> Estimate:
     """Exact bytes of weights, gradients and optimizer state, without allocating any of them.
 
@@ -91,18 +95,14 @@ def estimate(
         dtype: of weights and gradients.
         parameterization: "sltrain", "lowrank", ..., None for dense matrices.
         parameterization_args: its options; what is not given takes the value published for the model's size.
+        weights: "int8" for attention and MLP matrices in 8 bits, "bf16" for all of them in ``dtype``.
+        per_layer: updates in backward, where the largest gradient is the only one.
 
     Raises:
         ValueError: unknown model, optimizer, parameterization or argument, or a value out of range.
         RuntimeError: a package that the model or the optimizer needs is not installed.
     """
-    config = build_config(model) if isinstance(model, str) else model
-    network = build_model(config, device="meta", dtype=dtype)
-    layers: dict[str, Any] = {}
-    if parameterization is not None:
-        size = model if isinstance(model, str) else ""
-        layers = {**published(parameterization, size, config.hidden_size).args, **(parameterization_args or {})}
-        parameterize_(network, plan_parameterization(parameterization, layers))
+    network, layers = build_network(model, "meta", dtype, parameterization, parameterization_args, weights)
     built = build_optimizer(optimizer, network, args=optimizer_args)
     for p in network.parameters():
         p.grad = torch.empty_like(p) if p.requires_grad else None
@@ -111,9 +111,11 @@ def estimate(
     by_category = dict.fromkeys(CATEGORIES, 0)
     by_category["weights"] = sizes["weights"]
     by_category["gradients"] = sizes["gradients"]
+    if per_layer:
+        by_category["gradients"] = max(_storage_bytes([p.grad], set()) for p in network.parameters())
     by_category["optimizer"] = sum(sizes["optimizer"].values())
     return Estimate(
-        model=model if isinstance(model, str) else config.model_type,
+        model=model if isinstance(model, str) else network.config.model_type,
         optimizer=optimizer,
         optimizer_args=dict(optimizer_args or {}),
         dtype=str(dtype).removeprefix("torch."),
@@ -125,6 +127,33 @@ def estimate(
         parameterization_args=layers,
         index_bytes=_storage_bytes((t for t in network.state_dict().values() if not t.is_floating_point()), set()),
     )
+
+
+def build_network(
+    model: str | LlamaConfig,
+    device: str,
+    dtype: torch.dtype,
+    parameterization: str | None = None,
+    parameterization_args: Mapping[str, Any] | None = None,
+    weights: str = "bf16",
+) -> tuple[Any, dict[str, Any]]:
+    """The model of :func:`estimate`, and the options of its parameterization."""
+    if weights not in WEIGHTS:
+        raise ValueError(f"Invalid weights: {weights!r}, expected one of {', '.join(WEIGHTS)}")
+    config = build_config(model) if isinstance(model, str) else model
+    network = build_model(config, device=device, dtype=dtype)
+    layers: dict[str, Any] = {}
+    if parameterization is not None:
+        if weights == "int8":
+            raise ValueError(f"Invalid weights: 'int8', expected 'bf16' with the parameterization {parameterization}")
+        size = model if isinstance(model, str) else ""
+        layers = {**published(parameterization, size, config.hidden_size).args, **(parameterization_args or {})}
+        parameterize_(network, plan_parameterization(parameterization, layers))
+    if weights == "int8":
+        from lowrank_optim.nn import quantize_weights
+
+        quantize_weights(network)
+    return network, layers
 
 
 def tensor_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> TensorBytes:

@@ -1,7 +1,9 @@
-"""Linear layers whose weight is held in parts: factors, sparse values, singular triplets."""
+"""Linear layers whose weight is held in parts: factors, sparse values, singular triplets, codes and scales."""
 
 from lowrank_optim.nn.base import FactoredLinear, Parameterization
 from lowrank_optim.nn.convert import convert, merge, merged_state_dict, reset_parameters
+from lowrank_optim.nn.hyperbolic import LorentzLinear
+from lowrank_optim.nn.int8 import Int8Linear, quantize_weights
 from lowrank_optim.nn.lost import LOST, LOSTLinear
 from lowrank_optim.nn.lowrank import (
     LORO,
@@ -25,9 +27,11 @@ __all__ = [
     "CoLA",
     "CoLALinear",
     "FactoredLinear",
+    "Int8Linear",
     "LOSTLinear",
     "LoRA",
     "LoRALinear",
+    "LorentzLinear",
     "LowRank",
     "LowRankLinear",
     "MergeAndRestart",
@@ -42,5 +46,6 @@ __all__ = [
     "convert",
     "merge",
     "merged_state_dict",
+    "quantize_weights",
     "reset_parameters",
 ]

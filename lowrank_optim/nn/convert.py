@@ -42,13 +42,13 @@ def convert(
             fit a layer, or a weight shared with a module that stays.
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
-    chosen = _select(model, targets)
-    _check_shared(model, chosen)
+    chosen = select_linears(model, targets)
+    check_shared(model, chosen)
     positions = layer_positions(model)
     made: dict[tuple[int, int], FactoredLinear] = {}
     # Build all before touching the model: an error leaves it as it was.
     for name, linear in chosen.items():
-        if _identity(linear) in made:
+        if sharing_key(linear) in made:
             continue
         if from_weight and linear.weight.is_meta:
             raise ValueError(f"Invalid from_weight: True, but the weight of {name!r} is on the meta device")
@@ -67,9 +67,9 @@ def convert(
             with torch.no_grad():
                 layer.from_weight_(linear.weight)
         layer.bias = linear.bias
-        made[_identity(linear)] = layer.train(linear.training)
+        made[sharing_key(linear)] = layer.train(linear.training)
     for name, linear in chosen.items():
-        model.set_submodule(name, made[_identity(linear)])
+        model.set_submodule(name, made[sharing_key(linear)])
     return list(chosen)
 
 
@@ -161,16 +161,18 @@ def layer_positions(model: nn.Module) -> dict[nn.Module, int]:
     for module in model.modules():
         if isinstance(module, (nn.Linear, FactoredLinear)):
             # Tied linears become one layer, so they count once.
-            key = _identity(module) if isinstance(module, nn.Linear) else (id(module), 0)
+            key = sharing_key(module) if isinstance(module, nn.Linear) else (id(module), 0)
             positions[module] = order.setdefault(key, len(order))
     return positions
 
 
-def _identity(linear: nn.Linear) -> tuple[int, int]:
+def sharing_key(linear: nn.Linear) -> tuple[int, int]:
+    """Equal for linears that share weight and bias."""
     return id(linear.weight), id(linear.bias)
 
 
-def _select(model: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
+def select_linears(model: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
+    """The ``nn.Linear`` modules that :func:`convert` would replace, by name."""
     hits = dict.fromkeys(targets, 0)
     chosen: dict[str, nn.Linear] = {}
     candidates: list[str] = []
@@ -195,14 +197,15 @@ def _select(model: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
     return chosen
 
 
-def _check_shared(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
-    owners = {id(linear.weight): (name, _identity(linear)) for name, linear in chosen.items()}
+def check_shared(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
+    """Raise ValueError where a chosen linear shares its weight with a module that stays."""
+    owners = {id(linear.weight): (name, sharing_key(linear)) for name, linear in chosen.items()}
     for name, module in _named_modules(model):
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if id(parameter) not in owners:
                 continue
             owner, identity = owners[id(parameter)]
-            same = name in chosen and _identity(chosen[name]) == identity
+            same = name in chosen and sharing_key(chosen[name]) == identity
             if not same:
                 raise ValueError(
                     f"Invalid targets: {owner!r} shares its weight with {name}.{key}, which would stay dense or has "

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def random_bits(like: Tensor, key: int | Tensor) -> Tensor:
+def random_bits(like: Tensor, key: int | Tensor, start: int = 0) -> Tensor:
     """32 random bits for every element of ``like``, as int32, a function of ``key`` and the element's position alone.
 
     A counter-based hash instead of a generator: the same on every device, on every rank and after a resume, usable
@@ -16,8 +16,10 @@ def random_bits(like: Tensor, key: int | Tensor) -> Tensor:
     Args:
         like: gives shape and device.
         key: an int or a 0-d int32 tensor.
+        start: position of the first element, where ``like`` is a slice of a flat tensor.
     """
-    bits = torch.arange(like.numel(), dtype=torch.int32, device=like.device).mul_(-0x61C88647)
+    bits = torch.arange(like.numel(), dtype=torch.int32, device=like.device)
+    bits.add_(_wrap(start)).mul_(-0x61C88647)
     bits.bitwise_xor_(key if isinstance(key, Tensor) else _wrap(key))
     for shift, factor in ((16, 0x7FEB352D), (15, -0x7B935975), (16, None)):
         # int32 shifts repeat the sign; the mask makes a logical shift of it.
@@ -40,20 +42,20 @@ def _wrap(value: int) -> int:
     return (value + 2**31) % 2**32 - 2**31
 
 
-def round_to_bfloat16(values: Tensor, key: int | Tensor) -> Tensor:
+def round_to_bfloat16(values: Tensor, key: int | Tensor, start: int = 0) -> Tensor:
     """``values`` (fp32) in bfloat16, rounded stochastically; the mean over keys is the value itself."""
-    noise = random_bits(values, key).bitwise_and_(0xFFFF)
+    noise = random_bits(values, key, start).bitwise_and_(0xFFFF)
     # Signs and magnitudes lie apart in a float, so this adds to the magnitude, whatever the sign.
     return ((values.view(torch.int32) + noise) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
-def split_24_bits(values: Tensor, key: int | Tensor) -> tuple[Tensor, Tensor]:
+def split_24_bits(values: Tensor, key: int | Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
     """``values`` (fp32) as the nearest bfloat16 and an int8 correction, 24 bits together.
 
     The correction counts units of the lowest of the 24 bits (8 exponent, 15 fraction bits); the 8 bits below are
     rounded stochastically. The idea of FlashOptim (arXiv 2602.23349); :func:`join_24_bits` is the inverse.
     """
-    noise = random_bits(values, key).bitwise_and_(0xFF)
+    noise = random_bits(values, key, start).bitwise_and_(0xFF)
     word = (values.view(torch.int32) + noise) >> 8
     high = (word + 128) >> 8
     return high.to(torch.int16).view(torch.bfloat16), (word - (high << 8)).to(torch.int8)

@@ -20,6 +20,7 @@ State of a parameter: plain tensors and ints under flat names.
     weight_correction  int8, what the bfloat16 weight lacks of 24 bits (``weight_rounding="compensated"``)
     update_norm     norm of the last update, 0-d, for the growth limiter (Fira, APOLLO)
     reset_step      the step after which the moments last were zero (FRUGAL)
+    pending         (rows, rank) orthonormal, of a refresh in two phases that the next update ends (in_backward.py)
     exp_avg_sq_row, exp_avg_sq_col   its means over the columns and over the rows (Adafactor)
 """
 
@@ -30,16 +31,17 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import Any, NamedTuple, Protocol, TypeAlias, overload
+from typing import Any, NamedTuple, Protocol, TypeAlias, overload, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lowrank_optim.ops import BACKENDS
+from lowrank_optim.optim.fused import Norms, Terms, fused_update_, fuses, measured_down
 from lowrank_optim.optim.groups import as_groups
-from lowrank_optim.optim.moments import STATE_DTYPES
-from lowrank_optim.optim.storage import WEIGHT_ROUNDINGS, check_storable, init_storage, writable
+from lowrank_optim.optim.moments import STATE_DTYPES, slices
+from lowrank_optim.optim.storage import WEIGHT_ROUNDINGS, check_storable, init_storage, is_int8, writable
 
 State: TypeAlias = dict[str, Any]
 Group: TypeAlias = dict[str, Any]
@@ -64,7 +66,10 @@ class Refresh(NamedTuple):
 
 
 class Subspace(Protocol):
-    """Where the gradient lives. Stateless: hyper-parameters are in the group, memory is in the state."""
+    """Where the gradient lives. Stateless: hyper-parameters are in the group, memory is in the state.
+
+    One whose refresh can do with sums over micro-batches is a :class:`SummedSubspace` as well.
+    """
 
     def validate(self, group: Group) -> None:
         """Raise ValueError on hyper-parameters out of range."""
@@ -88,11 +93,31 @@ class Subspace(Protocol):
         """target += alpha * up(low), without an intermediate of target's size where possible."""
 
 
+@runtime_checkable
+class SummedSubspace(Protocol):
+    """A subspace that is renewed from sums over micro-batches, each linear in the gradient, at the end of an update."""
+
+    def sums(self, group: Group) -> bool:
+        """Whether it does so with these hyper-parameters."""
+
+    def sketch(self, grad: Tensor, state: State, group: Group) -> Tensor | None:
+        """What a refresh sums beside ``down(grad)``; None where that suffices."""
+
+    def refresh_from_sums(
+        self, low: Tensor, sketch: Tensor | None, state: State, group: Group, *, dtype: torch.dtype
+    ) -> Refresh:
+        """Renew the basis in place, or begin to, from the sums of ``down`` and of ``sketch``, finite and not zero.
+
+        ``dtype`` is that of the gradients, for what is kept.
+        """
+
+
 class Rule(Protocol):
     """Turns a gradient into a direction. Knows no learning rate, no decay and no parameter.
 
     A rule may also have ``update_(target, grad, state, group, *, alpha)``, which does target += alpha * direction(grad)
-    in one pass; parameters that are not compressed then take it instead of ``direction``.
+    in one pass; parameters that are not compressed then take it instead of ``direction``. One that looks at every
+    element alone says ``elementwise = True``; large parameters that are not compressed are then updated in slices.
     """
 
     def validate(self, group: Group) -> None:
@@ -112,7 +137,12 @@ class Rule(Protocol):
 
 
 class Lift(Protocol):
-    """Turns a direction into an update of the whole weight."""
+    """Turns a direction into an update of the whole weight.
+
+    One whose update consists of :class:`Terms` returns them from ``terms(low, direction, basis, norms, state, group, *,
+    alpha)``, and says with ``measures`` whether it takes :class:`Norms` or None; see ``fused.py``.
+    A lift that never looks at the gradient has ``reads_gradient(group)``, which then is False; others need not have it.
+    """
 
     def validate(self, group: Group) -> None:
         """Raise ValueError on hyper-parameters out of range."""
@@ -161,6 +191,8 @@ class Identity:
 class Plain:
     """Lift the direction and scale it: W += alpha * scale * up(N)."""
 
+    measures = False
+
     def __init__(self, scale_key: str | None = "scale") -> None:
         self.scale_key = scale_key
 
@@ -174,12 +206,22 @@ class Plain:
     def before(self, grad: Tensor, state: State, group: Group) -> Tensor:
         return grad
 
+    def reads_gradient(self, group: Group) -> bool:
+        return False
+
     def apply_(
         self, target: Tensor, grad: Tensor, low: Tensor, direction: Tensor, subspace: Subspace,
         state: State, group: Group, *, alpha: float | Tensor,
     ) -> None:  # fmt: skip
         scale = 1.0 if self.scale_key is None else group[self.scale_key]
         subspace.add_up_(target, direction, state, group, alpha=alpha * scale)
+
+    def terms(
+        self, low: Tensor, direction: Tensor, basis: Tensor, norms: Norms | None, state: State, group: Group,
+        *, alpha: float | Tensor,
+    ) -> Terms:  # fmt: skip
+        scale = 1.0 if self.scale_key is None else group[self.scale_key]
+        return Terms(direction, alpha * scale)
 
 
 IDENTITY = Identity()
@@ -425,30 +467,62 @@ class LowRankOptimizer(Optimizer):
         subspace = self.subspace_of(param, group)
         grad = subspace.orient(grad, state)
         compressed = subspace is not IDENTITY
-        lift = self.lift if compressed else UNSCALED
-        grad = lift.before(grad, state, group)
+        grad = self.lift.before(grad, state, group) if compressed else grad
         if compressed and refresh_due(state, group) and not self._refresh(subspace, grad, state, group):
             return
-        low = subspace.down(grad, state, group)
-        # NaN and infinity both survive summation; this reads a rank-sized tensor, not the gradient.
-        finite = low.sum(dtype=torch.promote_types(low.dtype, torch.float32)).isfinite()
-        if low.device.type != "cpu" or torch.compiler.is_compiling():
-            low = torch.where(finite, low, 0)
-        elif not finite:
+        measures = getattr(self.lift, "measures", False)
+        if compressed and measures and fuses(param, subspace, self.rule_of(subspace), self.lift, group):
+            low, rows = measured_down(grad, subspace, state, group)
+            self.step_low(param, low, group, grad=grad, row_norms=rows)
+        else:
+            self.step_low(param, subspace.down(grad, state, group), group, grad=grad)
+
+    @torch.no_grad()
+    def step_low(
+        self, param: Tensor, low: Tensor, group: Group, *, grad: Tensor | None = None, row_norms: Tensor | None = None
+    ) -> None:
+        """Update one parameter, whose state exists, from its low-rank gradient.
+
+        Args:
+            low: as ``subspace.down`` returns it.
+            grad: what ``low`` is the image of; None where no lift reads it.
+            row_norms: its norms by row, where they are known.
+        """
+        state: State = self.state[param]
+        subspace = self.subspace_of(param, group)
+        compressed = subspace is not IDENTITY
+        lift = self.lift if compressed else UNSCALED
+        # NaN and infinity both survive summation; this reads a rank-sized tensor, not the gradient. Only float16 sums
+        # need more range, for which the CPU makes a copy.
+        finite = low.sum(dtype=torch.float32 if low.dtype == torch.float16 else None).isfinite()
+        unseen = low.device.type != "cpu" or torch.compiler.is_compiling()
+        if not unseen and not finite:
             self._warn_once("skipped an update because of a non-finite gradient")
             return
         state["step"] += 1
-        with writable(param, state, group["weight_rounding"]) as weight:
-            self.update_(subspace.orient(weight, state), grad, low, subspace, lift, state, group)
+        if compressed and fuses(param, subspace, self.rule_of(subspace), lift, group):
+            low = torch.where(finite, low, 0) if unseen else low
+            fused_update_(self, param, grad, low, subspace, lift, state, group, row_norms=row_norms)
+            return
+        # A slice of an int8 weight would not know where its values are.
+        if compressed or is_int8(param) or not getattr(self.rule_of(subspace), "elementwise", False):
+            low = torch.where(finite, low, 0) if unseen else low
+            grad = low.new_empty(0) if grad is None else grad
+            with writable(param, state, group["weight_rounding"]) as weight:
+                self.update_(subspace.orient(weight, state), grad, low, subspace, lift, state, group)
+            return
+        init_storage(param, state, group["weight_rounding"])
+        for part, (values, slope) in slices(state, subspace.orient(param, state), low):
+            masked = torch.where(finite, slope, 0) if unseen else slope
+            with writable(values, part, group["weight_rounding"]) as weight:
+                self.update_(weight, masked, masked, subspace, lift, part, group)
 
     def update_(
         self, target: Tensor, grad: Tensor, low: Tensor, subspace: Subspace, lift: Lift, state: State, group: Group
     ) -> None:
         """Direction, lift and decay of one parameter; ``state["step"]`` counts this update already."""
         rule = self.rule_of(subspace)
-        alpha = group["lr"] * rule.correction(state["step"], group)
-        # Every direction is odd in the gradient, so ascent is descent with the sign turned.
-        alpha = alpha if group["maximize"] else -alpha
+        alpha = self.step_size(rule, state, group)
         decays = group["weight_decay"] != 0
         if decays and self.decay_first:
             target.mul_(1 - group["lr"] * group["weight_decay"])
@@ -460,6 +534,13 @@ class LowRankOptimizer(Optimizer):
             lift.apply_(target, grad, low, direction, subspace, state, group, alpha=alpha)
         if decays and not self.decay_first:
             target.mul_(1 - group["lr"] * group["weight_decay"])
+
+    def step_size(self, rule: Rule, state: State, group: Group) -> float | Tensor:
+        """What multiplies the lifted direction, bias correction and sign included."""
+        size = group["lr"] * rule.correction(state["step"], group)
+        # Every direction is odd in the gradient, so ascent is descent with the sign turned.
+        signed: float | Tensor = size if group["maximize"] else -size
+        return signed
 
     def _refresh(self, subspace: Subspace, grad: Tensor, state: State, group: Group) -> bool:
         """Renew the basis; False where there is no usable basis, so that the update must be skipped."""

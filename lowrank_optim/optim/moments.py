@@ -6,6 +6,7 @@ back to :func:`store_moment_`. With ``state_dtype="float32"`` that is the stored
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ UNSIGNED = frozenset({"exp_avg_sq"})
 
 # Tensors of one parameter that are rounded in the same step must not share their random bits.
 SALTS = {"weight": 0, "exp_avg": 1, "exp_avg_sq": 2, "momentum": 3, "error": 4}
+
+# Values that are computed on at a time where they are stored in fewer bits: some ten fp32 temporaries of 8 MB each.
+SLICE = 2**21
 
 
 def rounding_key(state: dict[str, Any], role: str) -> int | Tensor:
@@ -72,6 +76,50 @@ def store_moment_(state: dict[str, Any], key: str, moment: Tensor) -> None:
     if stored is None:
         quantize_(state[f"{key}.codes"], state[f"{key}.scale"], moment, signed=key not in UNSIGNED)
     elif stored.dtype == torch.bfloat16:
-        stored.copy_(round_to_bfloat16(moment.to(torch.float32), rounding_key(state, key)))
+        start = state.get("start", 0)
+        stored.copy_(round_to_bfloat16(moment.to(torch.float32), rounding_key(state, key), start))
     else:
         stored.copy_(moment)
+
+
+def unseen_finite(tensor: Tensor) -> Tensor | None:
+    """Whether a gradient is finite, 0-d; None on the CPU, where the base has turned away those that are not.
+
+    Elsewhere a NaN comes unseen between two refreshes, and must not stay in a momentum or an error for ever.
+    """
+    if tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+        return None
+    return tensor.sum().isfinite()
+
+
+def replace_moment_(state: dict[str, Any], key: str, values: Tensor, *, where: Tensor | None) -> None:
+    """Overwrite a moment; a 0-d ``where`` that is False leaves it as it is."""
+    if where is not None:
+        moment = load_moment(state, key, values.dtype)
+        values = torch.where(where, values, moment, out=moment)
+    store_moment_(state, key, values)
+
+
+def slices(state: dict[str, Any], *tensors: Tensor) -> Iterator[tuple[dict[str, Any], tuple[Tensor, ...]]]:
+    """Tensors and the state of their elements in flat slices; all at once where they are small or not contiguous.
+
+    What is computed element by element becomes the same bits, in memory for one slice: a slice begins with a block of
+    the 8-bit format, and its state knows by ``start`` where it stands in the counter of the random bits.
+
+    Args:
+        state: of one parameter.
+        tensors: of one shape, that of the moments.
+    """
+    numel = tensors[0].numel()
+    if numel <= SLICE or not all(t.shape == tensors[0].shape and t.is_contiguous() for t in tensors):
+        yield state, tensors
+        return
+    for start in range(0, numel, SLICE):
+        stop = min(start + SLICE, numel)
+        part = {**state, "start": start}
+        for key, value in state.items():
+            if key.endswith(".scale"):
+                part[key] = value[start // BLOCK : -(-stop // BLOCK)]
+            elif isinstance(value, Tensor) and value.numel() == numel and value.is_contiguous():
+                part[key] = value.view(-1)[start:stop]
+        yield part, tuple(t.view(-1)[start:stop] for t in tensors)

@@ -62,12 +62,11 @@ class LazyInt4(TopSingular):
             group_size=group["quant_group_size"],
         )  # fmt: skip
 
-    def refresh(self, grad: Tensor, state: State, group: Group) -> Refresh:
+    def replace_basis_(self, old: Tensor, basis: Tensor, state: State, group: Group) -> Refresh:
         """Renew the basis; lengthen ``gap`` where the last ``queue_size`` bases kept ``cos_threshold`` on average."""
-        old = self.basis(grad, state, group)
-        result = super().refresh(grad, state, group)
-        if result.renewed and int(state["step"]) > 0:
-            shared = (old.mH @ self.basis(grad, state, group)).abs().float()
+        result = super().replace_basis_(old, basis, state, group)
+        if int(state["step"]) > 0:
+            shared = (old.mH @ self.basis(old, state, group)).abs().float()
             state["overlaps"].copy_(torch.cat((state["overlaps"][1:], shared.square().sum().view(1) / group["rank"])))
             # A NaN, that is a queue that is not full, compares as False.
             if float(state["overlaps"].mean()) >= group["cos_threshold"]:
@@ -88,7 +87,8 @@ class QGaLoreAdamW8bit(GaLore):
         if mean of the last queue_size c >= cos_threshold:
             gap = int(gap gamma_proj)      # refreshes follow the steps 1, 1 + gap, 1 + 2 gap, ...
 
-    Tensors of more dimensions, and ``proj_type="full"``, keep GaLore's bases and a constant gap.
+    Tensors of more dimensions, and ``proj_type="full"``, keep GaLore's bases and a constant gap. The weights become
+    int8 by :func:`lowrank_optim.nn.quantize_weights`, before the optimizer is made.
 
     Args:
         params, lr, betas, rank, scale, proj_type, refresh, moments, stagger: as in :class:`GaLoreAdamW`, and so are
@@ -109,8 +109,9 @@ class QGaLoreAdamW8bit(GaLore):
 
     Deviations: the published code compares the first singular vectors only, with their arbitrary sign, and stores a
     byte a value of P; its zero points are cut off in groups of one sign. ``refresh="randomized"`` instead of the SVD;
-    not "power", whose start from the old P makes any two bases overlap. The weights stay in floating point. eps, decay
-    and small moments are as in ``GaLoreAdamW8bit``.
+    not "power", whose start from the old P makes any two bases overlap. int8 weights are symmetric, in groups along a
+    row, and updated in fp32: bfloat16, as published, realises 4 % of an update of 0.003 steps. eps, decay and small
+    moments are as in ``GaLoreAdamW8bit``.
     """
 
     subspace = LazyInt4()

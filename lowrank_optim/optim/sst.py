@@ -83,6 +83,9 @@ def _layers(named: list[tuple[str, Tensor]]) -> dict[str, Triplets]:
 class RampedAdam(Adam):
     """Adam whose step size rises from 0.1 % to all of it over the updates after a layer's moments were zeroed."""
 
+    # Vectors are normalised after their update, which takes all of them.
+    elementwise = False
+
     def correction(self, step: int | Tensor, group: Group) -> float | Tensor:
         """The bias correction, times 0.001 + 0.999 (t - 1) / (warmup - 1) in the first updates of a layer's part."""
         factor = super().correction(step, group)

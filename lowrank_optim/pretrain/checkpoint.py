@@ -8,6 +8,7 @@ activations between the factors leave nothing to merge.
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import shutil
@@ -21,10 +22,12 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lowrank_optim.nn.convert import factored_layers, merged_state_dict
+from lowrank_optim.nn.base import FactoredLinear
+from lowrank_optim.nn.convert import factored_layers
 from lowrank_optim.nn.restarts import Restart
+from lowrank_optim.optim.in_backward import StepInBackward
 from lowrank_optim.pretrain.cache import write_folder
-from lowrank_optim.pretrain.config import Resolved, UserError
+from lowrank_optim.pretrain.config import Options, Resolved, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +38,8 @@ FACTORED = "factored.safetensors"
 FIXED = (
     *("dataset", "tokenizer", "seq_len", "pack", "model", "dtype", "optimizer", "optimizer_args", "lr"),
     *("weight_decay", "grad_clip", "batch_size", "accumulate", "seed"),
-    *("parameterization", "parameterization_args", "restarts", "restart_args"),
+    *("parameterization", "parameterization_args", "restarts", "restart_args", "per_layer", "weights"),
+    "accumulate_dtype",
 )
 
 
@@ -57,6 +61,7 @@ def save(
     optimizer: Optimizer,
     schedule: LRScheduler,
     restarts: Sequence[Restart],
+    in_backward: StepInBackward | None,
     processes: list[dict[str, Any]],
     options: Resolved,
     fingerprint: str,
@@ -77,6 +82,7 @@ def save(
                 "optimizer": optimizer.state_dict(),
                 "schedule": schedule.state_dict(),
                 "restarts": [restart.state_dict() for restart in restarts],
+                "in_backward": in_backward.state_dict() if in_backward else None,
             },
             into / "optimizer.pt",
         )
@@ -106,20 +112,39 @@ def save(
 def _save_model(model: PreTrainedModel, into: Path) -> None:
     from safetensors.torch import save_model
 
-    # One file whatever the size, because resuming loads it in place.
-    whole = {"max_shard_size": "1000TB"}
-    layers = factored_layers(model).values()
+    layers = factored_layers(model)
     if not layers:
-        model.save_pretrained(into, **whole)
+        # One file whatever the size, because resuming loads it in place.
+        model.save_pretrained(into, max_shard_size="1000TB")
         return
     save_model(model, str(into / FACTORED))
-    if any(layer.nonlinear for layer in layers):
-        model.config.save_pretrained(into)
-        return
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(into)
+    if not any(layer.nonlinear for layer in layers.values()):
+        _export(model, layers, into)
+
+
+def _export(model: PreTrainedModel, layers: Mapping[str, FactoredLinear], into: Path) -> None:
+    """Write the merged weights, of which one file of 2 GB at a time is in memory."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
     with torch.device("meta"):
-        dense = type(model)(model.config)
-    dense.load_state_dict(merged_state_dict(model), assign=True)
-    dense.save_pretrained(into, **whole)
+        dense = type(model)(model.config).to(model.dtype)
+    # Tied weights are one parameter.
+    split = split_torch_state_dict_into_shards(dict(dense.named_parameters()), max_shard_size="2GB")
+    state = model.state_dict()
+
+    def merged(name: str) -> torch.Tensor:
+        layer = layers.get(name.removesuffix(".weight"))
+        return (state[name] if layer is None else layer.dense_weight()).cpu().contiguous()
+
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: merged(name) for name in names}, str(into / file), metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (into / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -161,7 +186,8 @@ def read_state(path: Path, options: Resolved, *, processes: int) -> tuple[Progre
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if state["format"] != FORMAT:
             raise UserError(f"Cannot resume {path}: its format is {state['format']!r}, expected {FORMAT}")
-        saved, now = state["options"], json.loads(json.dumps(asdict(options)))
+        # An older version may not have known an option.
+        saved, now = {**asdict(Options()), **state["options"]}, json.loads(json.dumps(asdict(options)))
         changed = {name: (saved[name], now[name]) for name in FIXED if saved[name] != now[name]}
         if state["processes"] != processes:
             changed["processes"] = (state["processes"], processes)
@@ -176,7 +202,7 @@ def read_state(path: Path, options: Resolved, *, processes: int) -> tuple[Progre
 
 def load_(
     path: Path, *, model: PreTrainedModel, optimizer: Optimizer, schedule: LRScheduler, restarts: Sequence[Restart],
-    rank: int,
+    in_backward: StepInBackward | None, rank: int,
 ) -> Any:  # fmt: skip
     """Load a checkpoint in place; returns the data position of process ``rank`` and restores its random states.
 
@@ -187,13 +213,16 @@ def load_(
 
     try:
         weights = FACTORED if factored_layers(model) else "model.safetensors"
-        load_model(model, path / weights, device=str(model.device))
-        saved = torch.load(path / "optimizer.pt", map_location=model.device, weights_only=True)
+        # Mapped files, copied tensor by tensor: a card without room for two of everything can resume.
+        load_model(model, path / weights, device="cpu")
+        saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
         processes = torch.load(path / "processes.pt", map_location="cpu", weights_only=True)
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         for restart, state in zip(restarts, saved["restarts"], strict=True):
             restart.load_state_dict(state)
+        if in_backward:
+            in_backward.load_state_dict(saved["in_backward"])
     except Exception as error:
         raise UserError(f"Broken checkpoint: {path} ({' '.join(str(error).split())[:300]})") from error
     set_random_state(processes[rank]["random"])

@@ -64,6 +64,13 @@ class Options:
     dtype: str = option(
         "fp32", "model", "fp32, or bf16 for pure bf16 weights and gradients as published", ("fp32", "bf16")
     )
+    weights: str | None = option(
+        None,
+        "model",
+        "int8 for the attention and MLP matrices as codes with an fp32 scale for every 256 values, rounded "
+        "stochastically at an update (an optimizer of lowrank_optim only); default: as --dtype",
+        ("bf16", "int8"),
+    )
     parameterization: str | None = option(
         None,
         "model",
@@ -75,6 +82,9 @@ class Options:
         "its options as k=v pairs, e.g. rank=128 sparsity=0.03; what is not given takes the published value",
     )
     checkpointing: bool = option(False, "model", "recompute activations in the backward pass")
+    chunked_loss: bool = option(
+        True, "model", "head and loss of 512 tokens at a time, never all logits; up to 8 %% slower at 60M, less above"
+    )
     compile: bool = option(False, "model", "torch.compile the model")
     optimizer: str = option(
         "auto",
@@ -88,7 +98,18 @@ class Options:
     lr: float | None = option(None, "optimizer", "peak learning rate")
     weight_decay: float | None = option(None, "optimizer", "decoupled weight decay (published: 0)")
     warmup_steps: int | None = option(None, "optimizer", "updates of linear warm-up; default 10 %% of the run")
-    grad_clip: float | None = option(None, "optimizer", "largest gradient norm, 0 = no clipping")
+    grad_clip: float | None = option(
+        None,
+        "optimizer",
+        "largest gradient norm, 0 = no clipping; with --per-layer that of the update before or of the parameter "
+        "itself, whichever is larger, stands for it",
+    )
+    per_layer: bool = option(
+        False,
+        "optimizer",
+        "update each parameter within the backward pass and free its gradient at once; --accumulate then sums "
+        "low-rank gradients where the method allows (step_in_backward; an optimizer of lowrank_optim only)",
+    )
     restarts: str | None = option(
         None,
         "optimizer",
@@ -103,6 +124,12 @@ class Options:
         None,
         "run",
         "micro-batches an update; default 1 beside --batch-size, otherwise what the published total needs",
+    )
+    accumulate_dtype: str = option(
+        "fp32",
+        "run",
+        "of low-rank sums over micro-batches (--per-layer); bf16 is rounded stochastically",
+        ("fp32", "bf16"),
     )
     seed: int = option(0, "run", "of the weights and of the data order")
     eval_every: int | None = option(None, "evaluation", "updates between evaluations, 0 = first and last only")

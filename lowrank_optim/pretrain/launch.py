@@ -51,12 +51,18 @@ def start_accelerator(options: Options, folder: Path) -> Accelerator:
         os.environ.setdefault("WANDB_MODE", "offline")
     # Pure bf16 or fp32 as --dtype says, whatever the machine's Accelerate configuration.
     # Buffers are constants, the indices of sparse layers among them: nothing to send before every forward pass.
-    wrapper = DistributedDataParallelKwargs(broadcast_buffers=False)
+    # Gradients are views of what is sent, not copies beside it: half the memory.
+    wrapper = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(
         mixed_precision="no", log_with=tracker, project_dir=str(folder), kwargs_handlers=[wrapper]
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise UserError(f"{accelerator.distributed_type} shards parameters; this script runs one copy a process")
+    if options.per_layer and accelerator.num_processes > 1:
+        raise UserError(
+            f"Invalid per_layer: True in {accelerator.num_processes} processes, where an update would come before the "
+            "mean of their gradients; leave --per-layer out or start one process"
+        )
     if tracker:
         scalars = {k: v for k, v in vars(options).items() if isinstance(v, (int, float, str))}
         accelerator.init_trackers("lowrank-optim", config=scalars)

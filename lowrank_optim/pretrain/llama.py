@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel
@@ -104,14 +105,31 @@ def build_model(
 ) -> PreTrainedModel:
     """A freshly initialised ``LlamaForCausalLM``; on ``device="meta"`` it takes no memory.
 
+    The weights are those of an fp32 model cast to ``dtype``, without room for an fp32 model; rotary frequencies stay
+    fp32, as ``from_pretrained`` has them.
+
     Raises:
         ValueError: a configuration from which transformers cannot build the model.
     """
     from transformers import LlamaForCausalLM
 
+    before = torch.get_default_dtype()
     try:
-        with torch.device(device):
-            model = LlamaForCausalLM(config)
+        torch.set_default_dtype(dtype)
+        with torch.device(device), _NormalInFloat32():  # type: ignore[no-untyped-call]
+            model: PreTrainedModel = LlamaForCausalLM(config)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"Invalid model configuration: {type(error).__name__}: {error}") from error
-    return model.to(dtype)
+    finally:
+        torch.set_default_dtype(before)
+    return model
+
+
+class _NormalInFloat32(TorchFunctionMode):
+    """Lets ``normal_`` fill bfloat16 tensors with rounded fp32 numbers; its own have 256 values for each uniform."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.normal_ and args[0].dtype == torch.bfloat16:
+            values = torch.empty_like(args[0], dtype=torch.float32)
+            return args[0].copy_(func(values, *args[1:], **(kwargs or {})))
+        return func(*args, **(kwargs or {}))

@@ -65,6 +65,7 @@ def banner(options: Resolved, config: LlamaConfig, model: nn.Module, *, world: i
     shape = f"hidden {config.hidden_size}, {config.num_hidden_layers} layers, vocabulary {config.vocab_size:,}"
     shown = {k: v for k, v in asdict(options).items() if v not in (None, False, []) and k != "dry_run"}
     layers = " ".join([options.parameterization or "dense", *options.parameterization_args])
+    layers += " with int8 weights" * (options.weights == "int8")
     restarts = " ".join([f", restarts {options.restarts}", *options.restart_args] * (options.restarts != "none"))
     shown["optimizer_args"] = " ".join(options.optimizer_args) or "its defaults"
     return "\n".join(
@@ -115,7 +116,11 @@ def predicted_bytes(config: LlamaConfig, options: Resolved, optimizer: str) -> d
         return dict(estimate(config, optimizer, {}, dtype).by_category)
     args = parse_optimizer_args(options.optimizer_args)
     layers = parse_optimizer_args(options.parameterization_args, "parameterization")
-    return dict(estimate(config, optimizer, args, dtype, options.parameterization, layers).by_category)
+    kept = estimate(
+        config, optimizer, args, dtype, options.parameterization, layers,
+        weights=options.weights or "bf16", per_layer=options.per_layer,
+    )  # fmt: skip
+    return dict(kept.by_category)
 
 
 def memory_in_use(device: torch.device) -> tuple[int, int]:

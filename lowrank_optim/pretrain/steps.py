@@ -5,22 +5,35 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lowrank_optim.ops.linear_cross_entropy import linear_cross_entropy
 from lowrank_optim.pretrain.data import IGNORED, Batch
 
 
-def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
-    """Sum of the next-token losses of one micro-batch, a scalar in fp32."""
+def loss_sum(model: Any, batch: Batch, *, chunked: bool = False) -> Tensor:
+    """Sum of the next-token losses of one micro-batch, a scalar in fp32; ``chunked``: never with all logits at once."""
+    targets = batch.labels[:, 1:].flatten()
+    if chunked:
+        hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state[:, :-1]
+        return linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, targets, ignore_index=IGNORED)
     logits = model(input_ids=batch.ids, use_cache=False).logits[:, :-1]
-    targets = batch.labels[:, 1:]
-    return functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    return functional.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
+
+
+class LossSum(nn.Module):
+    """:func:`loss_sum` as a module, for DistributedDataParallel and ``torch.compile`` to wrap, head included."""
+
+    def __init__(self, model: nn.Module, *, chunked: bool) -> None:
+        super().__init__()
+        self.model, self.chunked = model, chunked
+
+    def forward(self, batch: Batch) -> Tensor:
+        return loss_sum(self.model, batch, chunked=self.chunked)
 
 
 def clip_gradients_(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
@@ -50,6 +63,7 @@ def evaluate(
     limit: int,
     legacy: bool,
     device: torch.device,
+    chunked: bool = False,
     reduce: Callable[[Tensor], Tensor] = lambda total: total,
 ) -> Evaluation:
     """Mean next-token loss of at most ``limit`` micro-batches (0 = all) of this process, and of all through ``reduce``.
@@ -63,7 +77,7 @@ def evaluate(
     total = torch.zeros(4, dtype=torch.float64, device="cpu")
     with torch.no_grad():
         for batch in itertools.islice(batches, limit or None):
-            loss, tokens = loss_sum(model, batch.to(device)).item(), batch.targets
+            loss, tokens = loss_sum(model, batch.to(device), chunked=chunked).item(), batch.targets
             if tokens:
                 total += torch.tensor([loss, tokens, loss / tokens, 1], dtype=torch.float64)
     model.train(was_training)

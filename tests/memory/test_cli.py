@@ -40,26 +40,6 @@ def test_sheet_shows_both_units_and_what_is_missing(capsys):
     assert "GB = 10^9 bytes, GiB = 2^30 bytes." in lines
 
 
-def test_compare_names_share_the_arguments_that_they_have(capsys):
-    answer = run_json(
-        capsys,
-        *("estimate", "--model", "llama_9m", "--compare", "GaLoreAdamW", "AdamW", "SGD"),
-        *("--optimizer-args", "rank=16", "momentum=0.9"),
-    )
-    names_and_args = [(row["optimizer"], row["optimizer_args"]) for row in answer["estimates"]]
-    assert names_and_args == [("GaLoreAdamW", {"rank": 16}), ("AdamW", {}), ("SGD", {"momentum": 0.9})]
-    sizes = [row["by_category"]["optimizer"] for row in answer["estimates"]]
-    # GaLore's fp32 moments of the embeddings outweigh AdamW's bf16 ones in so small a model.
-    assert sizes[0] > sizes[1] > sizes[2] == 2 * 8_995_968
-
-
-def test_compare_without_names_takes_all_low_rank_optimizers_and_adamw(capsys):
-    assert main(["estimate", "--model", "llama_60m", "--compare", "--optimizer-args", "rank=128"]) == 0
-    table = capsys.readouterr().out
-    assert "AdamW()" in table
-    assert "GaLoreAdamW(rank=128)" in table
-
-
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
@@ -70,11 +50,12 @@ def test_compare_without_names_takes_all_low_rank_optimizers_and_adamw(capsys):
         ([*GALORE, "scale=-1"], "Invalid scale: -1"),
         ([*GALORE, "betas=0.9"], "betas"),
         ([*GALORE, "--dtype", "int3"], "invalid choice: 'int3'"),
-        ([*GALORE, "--compare"], "not allowed with argument"),
+        ([*GALORE, "--batch-size", "0"], "expected a positive int"),
+        ([*GALORE, "--weights", "int4"], "invalid choice: 'int4'"),
         ([*GALORE, "--bogus"], "--bogus"),
         (["estimate", "--model", "llama_9m"], "--optimizer"),
-        (["estimate", "--model", "llama_9m", "--compare", "AdamW", "--optimizer-args", "rank=1"], "'rank'"),
-        (["estimate", "--model", "llama_9m", "--compare", "--optimizer-args", "rnk=1"], "did you mean rank?"),
+        (["compare", "--model", "llama_9m", "--optimizer", "AdamW", "--optimizer-args", "rank=1"], "'rank'"),
+        (["compare", "--model", "llama_9m", "--optimizer-args", "rnk=1"], "did you mean rank?"),
         (["weigh"], "'weigh'"),
         ([], "COMMAND"),
     ],

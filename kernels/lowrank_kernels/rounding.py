@@ -1,0 +1,57 @@
+"""What ``lowrank_optim.ops.rounding`` does, for the kernels that round."""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def random_bits(position, key):
+    """32 bits as uint32 of a counter and a key, an int32 each."""
+    bits = position.to(tl.uint32) * 0x9E3779B9
+    bits = bits ^ key.to(tl.uint32)
+    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
+    bits = (bits ^ (bits >> 15)) * 0x846CA68B
+    return bits ^ (bits >> 16)
+
+
+@triton.jit
+def round_to_nearest(values, dtype: tl.constexpr):
+    """fp32 in any floating dtype, the even one in the middle."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        # It cuts off, where hardware rounds.
+        word = values.to(tl.int32, bitcast=True)
+        return ((word + 0x7FFF + ((word >> 16) & 1)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return values.to(dtype)
+
+
+@triton.jit
+def round_to_bfloat16(values, bits):
+    """fp32 in bfloat16, up with the probability of the part that is cut off."""
+    word = values.to(tl.int32, bitcast=True) + (bits & 0xFFFF).to(tl.int32)
+    return (word >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def split_24_bits(values, bits):
+    """fp32 as the nearest bfloat16 and an int8 correction, the eight bits below rounded stochastically."""
+    word = (values.to(tl.int32, bitcast=True) + (bits & 0xFF).to(tl.int32)) >> 8
+    high = (word + 128) >> 8
+    return high.to(tl.int16).to(tl.bfloat16, bitcast=True), (word - (high << 8)).to(tl.int8)
+
+
+@triton.jit
+def join_24_bits(high, correction):
+    """fp32 from a bfloat16 and an int8."""
+    word = (high.to(tl.int16, bitcast=True).to(tl.int32) << 8) + correction.to(tl.int32)
+    return (word << 8).to(tl.float32, bitcast=True)
+
+
+def aot_cases() -> list[object]:
+    """None: these are parts of kernels."""
+    return []

@@ -1,0 +1,56 @@
+"""What the kernels with a matrix product share: the size of their tiles and the order in which they are computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from lowrank_kernels.rounding import INTERPRETED
+
+
+def tile_options(dtype: torch.dtype, rank: int | None = None) -> dict[str, Any]:
+    """Tiles, warps and stages for operands of ``dtype``, and the precision of their product.
+
+    128 x 128 outputs reuse an operand 128 times. Three stages of 64 two-byte or 32 four-byte steps are 96 KB, which
+    sm_89 (99 KB) has just room for. Without tensor cores (fp32, unless torch allows TF32) the accumulator and both
+    operands stand in registers, which 64 x 64 outputs leave room for.
+
+    Args:
+        rank: length of the sum where it is short, so that the steps are no longer than it.
+    """
+    if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+        options = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "PRECISION": "ieee", "num_warps": 8, "num_stages": 3}
+    else:
+        step = 32 if dtype == torch.float32 else 64
+        options = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": step, "PRECISION": "tf32", "num_warps": 8}
+        options["num_stages"] = 3
+    if rank is not None:
+        options["BLOCK_K"] = min(options["BLOCK_K"], max(16, triton.next_power_of_2(rank)))
+    return options
+
+
+@triton.jit
+def grouped_tile(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The tile (row, column) of a program: eight rows of tiles at a time, so that operands are met again in L2."""
+    tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
+    program, group = tl.program_id(0), 8 * tiles_n
+    first = program // group * 8
+    height = tl.minimum(tiles_m - first, 8)
+    return first + program % group % height, program % group // height
+
+
+@triton.jit
+def add_product(a, b, total, PRECISION: tl.constexpr):
+    """total + a b, summed in fp32."""
+    if INTERPRETED:
+        # Which multiplies the bits of bfloat16 as if they were integers.
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+def aot_cases() -> list[object]:
+    """None: these are parts of kernels."""
+    return []

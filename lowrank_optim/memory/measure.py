@@ -1,0 +1,181 @@
+"""The peak of a training job that really runs: a process of its own, the same training step, the device's own figures.
+
+``python -m lowrank_optim.memory.measure`` is that process: it takes a job as JSON and answers with JSON.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lowrank_optim.memory.job import Job, hooks, train_update
+from lowrank_optim.memory.plan import CATEGORIES, tensor_bytes
+
+# glibc returns what is freed only where a block has its own mapping; otherwise its heap would be measured.
+_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "MALLOC_TOP_PAD_": "0"}
+_MODEL, _OPTIMIZER = "model.pt", "optimizer.pt"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run took.
+
+    Attributes:
+        peak_bytes: largest bytes allocated on a GPU; on the CPU, largest resident memory, less that of the libraries.
+        by_category: bytes of the tensors of model and optimizer after the last update; the rest of the peak, which
+            cannot be told apart from outside, is under "other".
+        losses: of the updates.
+        seconds: of the updates.
+        weight_sum: sum of all weights after the last update, to compare two runs.
+        device: its name.
+    """
+
+    peak_bytes: int
+    by_category: dict[str, int]
+    losses: list[float]
+    seconds: list[float]
+    weight_sum: float
+    device: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(job: Job, *, updates: int = 3, device: str = "cpu", checkpoint: str | None = None) -> list[Measured]:
+    """Run ``updates`` updates of random weights on random tokens in a process of its own.
+
+    Args:
+        job: what is trained.
+        updates: number of updates, >= 1.
+        device: "cpu" or "cuda".
+        checkpoint: a folder for a checkpoint after these updates. The run then makes one update more, and a second
+            process, whose figures are the second of the result, makes the same update from the checkpoint.
+
+    Raises:
+        RuntimeError: the process failed; its own message is on stderr.
+    """
+    tasks: list[dict[str, Any]] = [{"job": job.as_dict(), "updates": updates, "device": device, "save": checkpoint}]
+    if checkpoint is not None:
+        tasks.append({**tasks[0], "save": None, "load": checkpoint})
+    return [_in_a_process(task) for task in tasks]
+
+
+def _in_a_process(task: Mapping[str, Any]) -> Measured:
+    command = [sys.executable, "-m", "lowrank_optim.memory.measure", json.dumps(task)]
+    done = subprocess.run(command, env={**os.environ, **_ENVIRONMENT}, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"The measured run ended with status {done.returncode}")
+    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def run(job: Job, *, updates: int, device: str, save: str | None = None, load: str | None = None) -> Measured:
+    """The run itself, in this process; see :func:`measure`."""
+    if device == "cpu":
+        _warm_up(job)
+    meter = _Meter(device)
+    model = job.materialize(device)
+    optimizer = job.build_optimizer(model)
+    if load is not None:
+        _load_(Path(load), model, optimizer)
+        _say(f"resumed from {load} after {updates} updates")
+    handle = hooks(job, optimizer)
+    losses, seconds = [], []
+    for number in range(updates if load else 0, updates + bool(save or load)):
+        torch.manual_seed(number)
+        start = time.perf_counter()
+        batches = job.batches(model.config.vocab_size, device)
+        losses.append(train_update(job, model, optimizer, handle, batches))
+        seconds.append(time.perf_counter() - start)
+        _say(f"update {number + 1}: loss {losses[-1]:.6f}, {seconds[-1]:.1f} s, peak {meter.peak() / 1e9:.3f} GB")
+        if save is not None and number + 1 == updates:
+            _say(f"saved {_save(Path(save), model, optimizer) / 1e9:.3f} GB to {save}")
+    sizes = tensor_bytes(model, optimizer)
+    peak = meter.peak()
+    by_category = dict.fromkeys(CATEGORIES, 0)
+    by_category["weights"], by_category["optimizer"] = sizes["weights"], sum(sizes["optimizer"].values())
+    by_category["other"] = peak - sum(by_category.values())
+    total = sum(tensor.sum(dtype=torch.float64).item() for tensor in model.state_dict().values())
+    return Measured(peak, by_category, losses, seconds, total, meter.name)
+
+
+class _Meter:
+    """The largest memory of the device since now."""
+
+    def __init__(self, device: str) -> None:
+        self.on_gpu = device != "cpu"
+        self.name = torch.cuda.get_device_name(device) if self.on_gpu else "cpu"
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+            return
+        gc.collect()
+        _trim()
+        # Sets the largest resident memory to the present one.
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+        self.before = self._resident("VmRSS")
+
+    def peak(self) -> int:
+        return (torch.cuda.max_memory_allocated() if self.on_gpu else self._resident("VmHWM")) - self.before
+
+    @staticmethod
+    def _resident(key: str) -> int:
+        try:
+            lines = Path("/proc/self/status").read_text().splitlines()
+        except OSError:
+            # No Linux: the largest of the whole life of the process.
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+
+
+def _warm_up(job: Job) -> None:
+    """One update of a small model, after which the code of the libraries is in memory."""
+    args = {key: min(value, 32) if key == "rank" else value for key, value in job.optimizer_args.items()}
+    small = replace(job, model="llama_9m", optimizer_args=args, seq_len=16, batch_size=1)
+    model = small.materialize("cpu")
+    optimizer = small.build_optimizer(model)
+    batches = small.batches(model.config.vocab_size, "cpu")
+    train_update(small, model, optimizer, hooks(small, optimizer), batches)
+
+
+def _trim() -> None:
+    # glibc's alone.
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _save(folder: Path, model: nn.Module, optimizer: Optimizer) -> int:
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), folder / _MODEL)
+    torch.save(optimizer.state_dict(), folder / _OPTIMIZER)
+    return sum((folder / name).stat().st_size for name in (_MODEL, _OPTIMIZER))
+
+
+def _load_(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    # Mapped files: a tensor is read when it is copied, so the checkpoint is never in memory beside the model.
+    model.load_state_dict(torch.load(folder / _MODEL, mmap=True, weights_only=True))
+    optimizer.load_state_dict(torch.load(folder / _OPTIMIZER, mmap=True, weights_only=True))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    task = json.loads(sys.argv[1])
+    print(json.dumps(run(Job(**task.pop("job")), **task).as_dict()))

@@ -1,0 +1,133 @@
+"""The peak of a training job, from the real training step on tensors without data."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+
+from lowrank_optim.memory.job import Job, allocate_, hooks, train_update
+from lowrank_optim.memory.tracker import Peak, Tracker
+from lowrank_optim.ops import dct
+from lowrank_optim.optim import columns
+from lowrank_optim.optim.in_backward import StepInBackward
+from lowrank_optim.pretrain.optimizers import accepted_arguments
+
+# With a gap of two, these are an update of each kind.
+UPDATES = ("first", "between refreshes", "refresh")
+
+
+def simulate(job: Job) -> Peak:
+    """The peak of the bytes alive over three updates, one with a first basis, one with a new one, one between them.
+
+    The training step is the real one, with its hooks, checkpoints and optimizer; no memory of the job's size is used.
+    What an operation of a device allocates and frees inside of itself is not seen.
+
+    Raises:
+        ValueError, RuntimeError: as the job's model and optimizer raise them.
+    """
+    job = replace(job, optimizer_args=_gap_of_two(job))
+    model = job.build_model("meta")
+    with (
+        _without_cached_tensors(),
+        _as_if_with_data(),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        Tracker() as tracker,
+    ):
+        allocate_(model, "cpu")
+        tracker.label([*model.parameters(), *model.buffers()], "weights")
+        tracker.watch(model)
+        optimizer = job.build_optimizer(model)
+        handle = _watch_updates(job, model, optimizer, tracker)
+        batches = job.batches(model.config.vocab_size, "cpu")
+        tracker.label([tensor for batch in batches for tensor in batch], "other")
+        for update in UPDATES:
+            tracker.part(update)
+            train_update(job, model, optimizer, handle, batches, tracker.during)
+        return tracker.peak()
+
+
+def _gap_of_two(job: Job) -> Mapping[str, Any]:
+    given = dict(job.optimizer_args)
+    accepted = accepted_arguments(job.optimizer)
+    # Staggered refreshes come a few at a time: a gap of two would make them come in halves.
+    if "update_proj_gap" in accepted and given.get("update_proj_gap", 2) > 1 and not given.get("stagger"):
+        given["update_proj_gap"] = 2
+    return given
+
+
+def _watch_updates(job: Job, model: nn.Module, optimizer: Optimizer, tracker: Tracker) -> StepInBackward | None:
+    """Register the job's hooks, and book gradients as such and updates to the name of their parameter."""
+    names = {p: name for name, p in model.named_parameters()}
+    trained = [p for p in names if p.requires_grad]
+    phases = ExitStack()
+
+    def arrives(param: Tensor) -> None:
+        tracker.label([param.grad], "gradients")
+        if job.per_layer:
+            phases.enter_context(tracker.during("update", names[param]))
+
+    for p in trained:
+        p.register_post_accumulate_grad_hook(arrives)
+    handle = hooks(job, optimizer)
+
+    def leaves(param: Tensor) -> None:
+        phases.close()
+        sums = handle._sums.get(param) if handle is not None else None
+        if sums is not None:
+            tracker.label([sums.low, sums.sketch], "gradients")
+
+    for p in trained:
+        p.register_post_accumulate_grad_hook(leaves)
+    step_param = getattr(optimizer, "step_param", None)
+    if step_param is not None and not job.per_layer:
+
+        def tracked(param: Tensor, group: dict[str, Any]) -> None:
+            with tracker.during("update", names[param]):
+                step_param(param, group)
+
+        optimizer.step_param = tracked  # type: ignore[attr-defined]
+    return handle
+
+
+@contextmanager
+def _without_cached_tensors() -> Iterator[None]:
+    """Keep tensors without data out of the caches of functions, and the cached ones out of the simulation."""
+    _clear_caches()
+    try:
+        yield
+    finally:
+        _clear_caches()
+
+
+@contextmanager
+def _as_if_with_data() -> Iterator[None]:
+    """Keep transformers from taking tensors without data for a trace, for which it builds masks that a run has not."""
+    from transformers.utils import import_utils
+
+    # Older versions have no such check.
+    check = getattr(import_utils, "is_fake_tensor", None)
+    if check is None:
+        yield
+        return
+    import_utils.is_fake_tensor = lambda _: False
+    try:
+        yield
+    finally:
+        import_utils.is_fake_tensor = check
+
+
+def _clear_caches() -> None:
+    columns.BUILT.clear()
+    dct.PLANS.clear()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("lowrank_optim."):
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()

@@ -1,0 +1,184 @@
+"""Which storages are alive while code runs under fake tensors, and which of them make up the peak."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lowrank_optim.memory.plan import CATEGORIES
+
+_aten = torch.ops.aten
+
+
+class Block:
+    """One storage: its bytes, the phase and the layer that made it, and what it turned out to be."""
+
+    def __init__(self, size: int, phase: str, layer: str) -> None:
+        self.size, self.phase, self.layer = size, phase, layer
+        self.label, self.alive = "", True
+
+    @property
+    def category(self) -> str:
+        if self.label:
+            return self.label
+        if self.phase != "update":
+            return "activations"
+        return "optimizer" if self.alive else "other"
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most bytes that were alive together, and what they were.
+
+    Attributes:
+        peak_bytes: their sum.
+        by_category: bytes under each of ``CATEGORIES``.
+        by_layer: bytes by the module at work when they were made, largest first; weights and optimizer state left out.
+        update: name of the part of the run, see :meth:`Tracker.part`.
+        phase: ``forward``, ``backward`` or ``update``.
+        layer: the module at work.
+    """
+
+    peak_bytes: int
+    by_category: dict[str, int]
+    by_layer: dict[str, int]
+    update: str
+    phase: str
+    layer: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records every storage that an operation makes, and its end; to be entered inside of a ``FakeTensorMode``.
+
+    A storage is what :meth:`label` said it is. Else it is "activations" if it was made in forward or backward, and if
+    it was made in an update, "optimizer" where it outlives the run and "other" where it does not. Values that the host
+    reads (``item()``, ``if tensor``) are 1, and masks hold everywhere, so that the code goes on.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.phase = "forward"
+        self._layers: list[str] = []
+        self._layer_of_backward = "loss"
+        self._blocks: dict[int, Block] = {}
+        # Changes of what is alive: the block, +1 or -1, and who was at work.
+        self._events: list[tuple[Block, int, str, str]] = []
+        self._parts: list[tuple[int, str]] = [(0, "build")]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _aten._local_scalar_dense.default:
+            return 1.0 if args[0].dtype.is_floating_point else 1
+        if func is _aten.nonzero.default:
+            return torch.stack(_everywhere(args[0]), dim=1)
+        if func in (_aten.index.Tensor, _aten.index_put_.default):
+            args = (args[0], _without_masks(args[1]), *args[2:])
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._block(leaf)
+        return result
+
+    def label(self, tensors: Iterable[Tensor | None], category: str) -> None:
+        """Say what tensors are, for the whole life of their storages."""
+        for tensor in tensors:
+            if tensor is not None:
+                self._block(tensor).label = category
+
+    @contextmanager
+    def during(self, phase: str, layer: str = "") -> Iterator[None]:
+        """Book what happens inside to a phase, and to a layer where it is named."""
+        before, self.phase = self.phase, phase
+        if phase == "backward":
+            self._layer_of_backward = "loss"
+        if layer:
+            self._layers.append(layer)
+        try:
+            yield
+        finally:
+            self.phase = before
+            if layer:
+                self._layers.pop()
+
+    def part(self, name: str) -> None:
+        """Name the part of the run that begins."""
+        self._parts.append((len(self._events), name))
+
+    def watch(self, model: nn.Module) -> None:
+        """Book operations to the module whose forward or backward pass they belong to."""
+        for name, module in model.named_modules():
+            if name:
+                module.register_forward_pre_hook(lambda *_, name=name: self._layers.append(name))
+                module.register_forward_hook(lambda _, __, out, name=name: self._leave(name, out), always_call=True)
+
+    def peak(self) -> Peak:
+        """The peak of everything that was recorded."""
+        total = highest = at = 0
+        for i, (block, sign, *_) in enumerate(self._events):
+            total += sign * block.size
+            if total > highest:
+                highest, at = total, i
+        alive: dict[Block, None] = {}
+        for block, sign, *_ in self._events[: at + 1]:
+            if sign > 0:
+                alive[block] = None
+            else:
+                del alive[block]
+        by_category, by_layer = Counter(dict.fromkeys(CATEGORIES, 0)), Counter[str]()
+        for block in alive:
+            by_category[block.category] += block.size
+            if block.category not in ("weights", "optimizer"):
+                by_layer[block.layer] += block.size
+        phase, layer = self._events[at][2:]
+        part = [name for start, name in self._parts if start <= at][-1]
+        return Peak(highest, dict(by_category), dict(by_layer.most_common()), part, phase, layer)
+
+    def _at_work(self) -> str:
+        return self._layers[-1] if self._layers else self._layer_of_backward
+
+    def _leave(self, name: str, output: Any) -> None:
+        # Recomputation ends in the middle of a layer, by an exception.
+        while self._layers.pop() != name:
+            pass
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                # Called when the gradient of the output is there, that is before the backward pass of this module.
+                leaf.register_hook(lambda _: setattr(self, "_layer_of_backward", name))
+
+    def _block(self, tensor: Tensor) -> Block:
+        storage = tensor.untyped_storage()
+        block = self._blocks.get(id(storage))
+        if block is None:
+            block = Block(storage.nbytes(), self.phase, self._at_work())
+            self._blocks[id(storage)] = block
+            self._events.append((block, 1, self.phase, block.layer))
+            weakref.finalize(storage, self._end, id(storage), block)
+        return block
+
+    def _end(self, key: int, block: Block) -> None:
+        block.alive = False
+        del self._blocks[key]
+        self._events.append((block, -1, self.phase, self._at_work()))
+
+
+def _everywhere(mask: Tensor) -> list[Tensor]:
+    """Where a mask holds that holds everywhere: as many index tensors as it has dimensions."""
+    return [mask.new_empty(mask.numel(), dtype=torch.int64) for _ in range(mask.ndim)]
+
+
+def _without_masks(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
+    plain: list[Tensor | None] = []
+    for index in indices:
+        plain += _everywhere(index) if index is not None and index.dtype == torch.bool else [index]
+    return plain

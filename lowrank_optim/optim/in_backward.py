@@ -1,0 +1,287 @@
+"""Updates inside of the backward pass: a gradient lives until it is used, and micro-batches are summed at low rank."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lowrank_optim.optim.base import Group, LowRankOptimizer, check_choice, check_positive_int, check_range
+from lowrank_optim.optim.sums import SUM_DTYPES, Sums, can_sum
+
+CLIPS = ("previous", "layer")
+
+_attached: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+
+def step_in_backward(
+    optimizer: LowRankOptimizer,
+    *,
+    accumulate: int = 1,
+    max_norm: float | None = None,
+    clip_by: str = "previous",
+    two_phase: bool | None = None,
+    sum_dtype: torch.dtype = torch.float32,
+) -> StepInBackward:
+    """Let the backward pass update every parameter as soon as its gradient is there, and free the gradient at once.
+
+    One hook a parameter calls ``optimizer.step_param``, so that state, schedule and checkpoint are those of the
+    ordinary loop, and so is the result, bit for bit, with ``accumulate=1`` and without clipping::
+
+        handle = step_in_backward(optimizer, accumulate=4)
+        for batches in loader:                          # four micro-batches
+            for batch in batches:
+                with handle.micro_batch():              # with accumulate=1 a bare backward() will do
+                    (model(**batch).loss / 4).backward()
+            scheduler.step()                            # once an update; optimizer.step() finds nothing to do
+            log(handle.grad_norm)
+
+    With ``accumulate > 1`` the sum R = Σ G_i P (rows, rank) is kept instead of the gradient. A refresh is linear too:
+    at the update where it is due Q = qr(R), at the next one P = qr(Σ G_iᴴ Q), which the updates after that use. With an
+    unchanging gradient that is the subspace iteration of ``refresh="power"``. ``refresh="randomized"`` takes a
+    Gaussian matrix in place of P. :class:`DCTAdamW` selects by Σ Z G_i with a Gaussian Z of rank rows, after the update
+    where a refresh is due. Only the first basis comes from the first micro-batch alone.
+
+    The whole gradient is summed in ``p.grad``, and freed in the last micro-batch's backward pass, for full-rank
+    parameters and where an update reads it: Fira, APOLLO, FRUGAL, Trion, LDAdam, error feedback, tensors and
+    ``proj_type="full"``, ``refresh="svd"``, DCTAdamW with ``update_proj_gap=1`` or ``ell_norm=1``.
+
+    Args:
+        optimizer: any of this package; its parameters as they are now. Frozen ones get no hook.
+        accumulate: micro-batches an update. Divide their losses: gradients are added.
+        max_norm: clip gradients to this norm, or None. The norm of all gradients is not known before the last of them,
+            when the first is gone, therefore:
+        clip_by: "previous" scales every gradient by max_norm / max(norm of all at the update before, its own norm)
+            where that is below 1; "layer" by max_norm / its own norm.
+        two_phase: refresh as above; None: where ``accumulate > 1``. True with 1 is what a run with
+            ``accumulate > 1`` must agree with.
+        sum_dtype: of R, ``torch.float32`` or ``torch.bfloat16`` (stochastically rounded).
+
+    Returns:
+        A handle: ``micro_batch()``, ``grad_norm``, ``state_dict()``, ``remove()``.
+
+    Raises:
+        TypeError: an optimizer of another package.
+        ValueError: an argument out of range, or an optimizer that is attached already.
+        RuntimeError: in the backward pass, when micro-batches are miscounted; from ``optimizer.step`` and
+            ``optimizer.state_dict`` between the micro-batches of an update.
+
+    Not supported: DistributedDataParallel (hooks see a process' own gradient), loss scaling, and checkpointing with
+    ``use_reentrant=True``.
+    """
+    return StepInBackward(optimizer, accumulate, max_norm, clip_by, accumulate != 1 if two_phase is None else two_phase,
+                          sum_dtype)  # fmt: skip
+
+
+class StepInBackward:
+    """What :func:`step_in_backward` returns."""
+
+    def __init__(
+        self,
+        optimizer: LowRankOptimizer,
+        accumulate: int,
+        max_norm: float | None,
+        clip_by: str,
+        two_phase: bool,
+        sum_dtype: torch.dtype,
+    ) -> None:
+        if not isinstance(optimizer, LowRankOptimizer):
+            raise TypeError(
+                f"Invalid optimizer: {type(optimizer).__module__}.{type(optimizer).__name__} cannot update one "
+                "parameter at a time, expected an optimizer of lowrank_optim (with rank=None GaLoreAdamW is AdamW)"
+            )
+        if optimizer in _attached:
+            raise ValueError("Invalid optimizer: it steps in the backward pass already; remove() that handle first")
+        check_positive_int("accumulate", accumulate)
+        if max_norm is not None:
+            check_range("max_norm", max_norm, low=0.0)
+        if clip_by == "global":
+            raise ValueError(
+                "Invalid clip_by: 'global', expected 'previous' or 'layer'; the norm of all gradients is known only "
+                "after the first ones are used and freed"
+            )
+        check_choice("clip_by", clip_by, CLIPS)
+        check_choice("sum_dtype", sum_dtype, SUM_DTYPES)
+        self.optimizer, self.accumulate = optimizer, accumulate
+        self.max_norm, self.clip_by = max_norm, clip_by
+        self.two_phase, self.sum_dtype = two_phase, sum_dtype
+        self._grad_norm: Tensor | None = None
+        # Of the last update whose norm was finite.
+        self._clip_norm: Tensor | None = None
+        self._done = 0
+        self._task: int | None = None
+        self._inside = False
+        self._seen: set[Tensor] = set()
+        self._norms: list[Tensor] = []
+        self._sums: dict[Tensor, Sums] = {}
+        self._index = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self._handles: list[Any] = [
+            p.register_post_accumulate_grad_hook(self._on_gradient) for p in self._index if p.requires_grad
+        ]
+        for register, action in (
+            (optimizer.register_step_pre_hook, "step"),
+            (optimizer.register_state_dict_pre_hook, "save"),
+        ):
+            self._handles.append(register(partial(self._check_complete, action)))
+        _attached.add(optimizer)
+
+    def remove(self) -> None:
+        """Return to the ordinary loop; what an unfinished update has summed is dropped."""
+        self.abandon()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        _attached.discard(self.optimizer)
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of all gradients of the last update before clipping, 0-d; None before the first.
+
+        Exact, but for matrices that are summed at low rank: there it is that of R, which is not above.
+        """
+        self._end_implicit()
+        return self._grad_norm
+
+    def state_dict(self) -> dict[str, Tensor | None]:
+        """What ``clip_by="previous"`` remembers; all else is in the optimizer's own."""
+        self._end_implicit()
+        return {"clip_norm": self._clip_norm}
+
+    def load_state_dict(self, state: dict[str, Tensor | None]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self._clip_norm = state["clip_norm"]
+
+    @contextmanager
+    def micro_batch(self, last: bool | None = None) -> Iterator[None]:
+        """Around the one backward pass of a micro-batch.
+
+        An error inside abandons the whole update.
+
+        Args:
+            last: whether it completes the update; checked against the handle's own count where given.
+
+        Raises:
+            RuntimeError: ``last`` disagrees with the count, or nested.
+        """
+        if self._inside:
+            raise RuntimeError("micro_batch() inside of another")
+        self._end_implicit()
+        completes = self._done + 1 == self.accumulate
+        if last is not None and last != completes:
+            raise RuntimeError(
+                f"micro-batch {self._done + 1} of {self.accumulate} is {'' if completes else 'not '}the last one of "
+                f"this update, got last={last}"
+            )
+        self._inside = True
+        try:
+            yield
+            self._done += 1
+            self._seen.clear()
+            if completes:
+                # Those that had a gradient in earlier micro-batches only.
+                for p in self._index:
+                    self._step(p, self.optimizer.param_groups[self._index[p]])
+                self._end()
+        except BaseException:
+            self.abandon()
+            raise
+        finally:
+            self._inside = False
+
+    def abandon(self) -> None:
+        """Drop what an unfinished update has summed; the next micro-batch is the first of a new one."""
+        if self._done or self._inside:
+            for p in self._index:
+                p.grad = None
+        self._sums.clear()
+        self._norms.clear()
+        self._seen.clear()
+        self._done, self._task = 0, None
+
+    def _check_complete(self, action: str, *_: Any) -> None:
+        if self._done:
+            raise RuntimeError(
+                f"Cannot {action} after {self._done} of {self.accumulate} micro-batches: sums of gradients are in no "
+                "state; finish the update, or abandon() it"
+            )
+
+    @torch.no_grad()
+    def _on_gradient(self, param: Tensor) -> None:
+        if not self._inside:
+            self._begin_implicit()
+        if param in self._seen:
+            raise RuntimeError(
+                f"A parameter of shape {tuple(param.shape)} got two gradients within one micro-batch: make one "
+                "backward pass in each micro_batch(), and checkpoint with use_reentrant=False"
+            )
+        self._seen.add(param)
+        group = self.optimizer.param_groups[self._index[param]]
+        if self.two_phase and can_sum(self.optimizer, param, group):
+            if param not in self._sums:
+                self._sums[param] = Sums(self.optimizer, param, group, self.sum_dtype)
+            self._sums[param].add()
+        if self._done + 1 == self.accumulate:
+            self._step(param, group)
+
+    def _begin_implicit(self) -> None:
+        """A backward pass without micro_batch() is an update; its number tells it from the one before."""
+        if self.accumulate != 1:
+            raise RuntimeError(
+                f"accumulate={self.accumulate} needs every backward pass inside of `with handle.micro_batch():`"
+            )
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._end_implicit()
+            self._task = task
+
+    def _end_implicit(self) -> None:
+        if self._task is not None and not self._inside:
+            self._end()
+
+    def _end(self) -> None:
+        """Take the norm of an update that is complete."""
+        if self._norms:
+            device = self._norms[0].device
+            self._grad_norm = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in self._norms]))
+            before = self._grad_norm if self._clip_norm is None else self._clip_norm.to(device)
+            self._clip_norm = torch.where(self._grad_norm.isfinite(), self._grad_norm, before)
+        self.abandon()
+
+    @torch.no_grad()
+    def _step(self, param: Tensor, group: Group) -> None:
+        """Make the update of one parameter and free its gradient, or its sums."""
+        sums = self._sums.pop(param, None)
+        if sums is not None:
+            sums.step(self._clip_)
+        elif param.grad is not None:
+            if param.grad.layout is torch.strided:
+                self._clip_(param.grad)
+            self.optimizer.step_param(param, group)
+            param.grad = None
+
+    def _clip_(self, grad: Tensor) -> None:
+        """Count the norm of one gradient and clip it."""
+        values = torch.view_as_real(grad) if grad.is_complex() else grad
+        norm = vector_norm(values)
+        self._norms.append(norm)
+        if self.max_norm is None:
+            return
+        seen = norm
+        if self.clip_by == "previous" and self._clip_norm is not None:
+            seen = torch.maximum(norm, self._clip_norm.to(norm.device))
+        factor = (self.max_norm / seen).clamp(max=1.0)
+        values.mul_(torch.where(norm.isfinite() & (seen > 0), factor, 1.0))
+
+
+def vector_norm(tensor: Tensor) -> Tensor:
+    """The 2-norm of all elements in fp32 or wider, 0-d, an eighth at a time: a CPU converts a copy."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    if tensor.ndim == 0 or tensor.dtype == wide:
+        return torch.linalg.vector_norm(tensor, dtype=wide)
+    return torch.stack([torch.linalg.vector_norm(part, dtype=wide) for part in tensor.chunk(8)]).norm()

@@ -1,0 +1,67 @@
+import csv
+import json
+import re
+import sys
+
+import pytest
+
+from lowrank_optim.memory.cli import main
+from lowrank_optim.pretrain.optimizers import low_rank_names
+from lowrank_optim.pretrain.parameterizations import PARAMETERIZATIONS
+
+LINE = "compare --model llama_9m llama_20m --optimizer GaLoreAdamW AdamW SGD --optimizer-args rank=16 momentum=0.9"
+
+
+def run_json(capsys, line):
+    assert main([*line.split(), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)["rows"]
+
+
+def test_an_argument_goes_to_every_optimizer_that_has_it(capsys):
+    rows = run_json(capsys, LINE)
+    methods = ["GaLoreAdamW(rank=16)", "AdamW()", "SGD(momentum=0.9)"]
+    assert [(row["model"], row["method"]) for row in rows] == [
+        (model, method) for model in ("llama_9m", "llama_20m") for method in methods
+    ]
+    sizes = [row["by_category"]["optimizer"] for row in rows[:3]]
+    # GaLore's fp32 moments of the embeddings outweigh AdamW's bf16 ones in so small a model.
+    assert sizes[0] > sizes[1] > sizes[2] == 2 * 8_995_968
+
+
+def test_without_names_all_methods_are_there_with_the_published_rank(capsys):
+    rows = run_json(capsys, "compare --model llama_60m")
+    methods = [row["method"] for row in rows]
+    for name in low_rank_names():
+        assert f"{name}(rank=128)" in methods or name == "APOLLOMini"
+    assert "APOLLOMini()" in methods and "AdamW()" in methods
+    for layers in PARAMETERIZATIONS:
+        assert any(method.endswith(f", {layers}") for method in methods)
+    for row in rows:
+        assert row["total_bytes"] == sum(row["by_category"].values()) > row["by_category"]["weights"] > 0
+
+
+def test_a_parameterization_alone_selects_its_rows(capsys):
+    (row,) = run_json(capsys, "compare --model llama_9m --parameterization sst")
+    assert row["method"] == "SSTAdamW(), sst"
+
+
+def test_files(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    paths = {kind: tmp_path / f"memory.{kind}" for kind in ("csv", "png", "html")}
+    assert main([*LINE.split(), *(word for kind, path in paths.items() for word in (f"--{kind}", str(path)))]) == 0
+    printed = capsys.readouterr().out
+    rows = list(csv.DictReader(paths["csv"].open()))
+    assert len(rows) == 6
+    for row in rows:
+        assert f"{int(row['total']) / 1e9:.3f}" in printed
+    assert paths["png"].read_bytes().startswith(b"\x89PNG")
+    page = paths["html"].read_text(encoding="utf-8")
+    assert "<svg" in page and page.count("<tr>") == 7
+    # Nothing is loaded from elsewhere.
+    assert not re.search(r"(src|href)=[\"']?https?:", page.replace("xlink:href", ""))
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main([*LINE.split(), "--png", str(tmp_path / "memory.png")]) == 2
+    assert "lowrank-optim[plots]" in capsys.readouterr().err
