@@ -106,7 +106,7 @@ def replay_distance(method: str, device: torch.device) -> float:
             p.grad = first.grad
         optimizer = build(method, params, 64, lr=1e-2, capturable=True)
         # The first refreshes, the second is what a graph holds; both compile and warm up.
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             optimizer.step()

@@ -55,7 +55,7 @@ def dct_select(scored: Tensor, rank: int, *, ell_norm: int) -> Tensor:
 
 
 def aot_cases():
-    cases = []
+    cases: list[object] = []
     scores = {"scored_ptr": "*fp32", "partial_ptr": "*fp32", "rows": "i32", "columns": "i32", "row_stride": "i32"}
     for square in (False, True):
         constants = {"SQUARE": square, "ROWS": ROWS, "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS}
