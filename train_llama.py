@@ -220,7 +220,8 @@ def train(options: Options) -> int:
                 sizes = sizes or report.measured_bytes(model, optimizer)
             else:
                 skipped += 1
-                say(f"warning: update {progress.step + 1} left out: loss {loss_value}, gradient norm {norm}")
+                where = " where gradients were not finite" if in_backward else ""
+                say(f"warning: update {progress.step + 1} left out{where}: loss {loss_value}, gradient norm {norm}")
                 if skipped == NON_FINITE_LIMIT:
                     raise UserError(f"{skipped} updates in a row without a finite loss and gradient: lower --lr")
             optimizer.zero_grad()

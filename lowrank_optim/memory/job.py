@@ -129,7 +129,9 @@ def randomize_(model: nn.Module) -> None:
     """Fresh weights, a matrix at a time: N(0, 0.02²), and one in vectors."""
     for module in model.modules():
         if isinstance(module, Int8Linear):
-            module.from_weight_(torch.empty_like(module.weight, memory_format=torch.contiguous_format).normal_(std=0.02))
+            module.from_weight_(
+                torch.empty_like(module.weight, memory_format=torch.contiguous_format).normal_(std=0.02)
+            )
             continue
         for p in module.parameters(recurse=False):
             p.fill_(1) if p.ndim < 2 else p.normal_(std=0.02)

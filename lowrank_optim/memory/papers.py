@@ -141,9 +141,7 @@ GALORE_6A = dict(
         [(0.12, 0.25, 0.68, 2.60)] * 2 + [(0.08, 0.18, 0.36, 1.19)] + [(0.20, 0.44, 1.04, 3.79)] * 2,
     )
 )
-GALORE_6B = dict(
-    zip(GALORE_2, [(0.23, 0.51, 1.37, 5.20), (0.13, 0.28, 0.54, 1.78)] + [(0.17, 0.37, 0.72, 2.38)] * 3)
-)
+GALORE_6B = dict(zip(GALORE_2, [(0.23, 0.51, 1.37, 5.20), (0.13, 0.28, 0.54, 1.78)] + [(0.17, 0.37, 0.72, 2.38)] * 3))
 EXACT = dict(zip(GALORE_2, (FULL, GALORE, LOW_RANK, LORA, LORA)))
 NAMED = dict(zip(GALORE_2, (NAMED_FULL, NAMED_GALORE, LOW_RANK, NAMED_LORA, NAMED_LORA)))
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from lowrank_optim.memory.plan import CATEGORIES
 
+
 class Block:
     """One storage: its bytes, the phase and the layer that made it, and what it turned out to be."""
 
@@ -78,7 +79,11 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1.0 if args[0].dtype.is_floating_point else 1
         if func is torch.ops.aten.nonzero.default:
-            func, args, kwargs = torch.ops.aten.new_empty.default, (args[0], (args[0].numel(), args[0].ndim)), {"dtype": torch.int64}
+            func, args, kwargs = (
+                torch.ops.aten.new_empty.default,
+                (args[0], (args[0].numel(), args[0].ndim)),
+                {"dtype": torch.int64},
+            )
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):

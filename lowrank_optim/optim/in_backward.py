@@ -58,7 +58,8 @@ def step_in_backward(
         max_norm: clip gradients to this norm, or None. The norm of all gradients is not known before the last of them,
             when the first is gone, therefore:
         clip_by: "previous" scales every gradient by max_norm / max(norm of all at the update before, its own norm)
-            where that is below 1; "layer" by max_norm / its own norm.
+            where that is below 1 (at the first update: its own norm times the root of the number of parameters); "layer"
+            by max_norm / its own norm.
         two_phase: refresh as above; None: where ``accumulate > 1``. True with 1 is what a run with
             ``accumulate > 1`` must agree with.
         sum_dtype: of R, ``torch.float32`` or ``torch.bfloat16`` (stochastically rounded).
@@ -161,7 +162,7 @@ class StepInBackward:
     def micro_batch(self, last: bool | None = None) -> Iterator[None]:
         """Around the one backward pass of a micro-batch.
 
-        An error inside abandons the whole update.
+        An error inside abandons the update; parameters that were updated before it stay so.
 
         Args:
             last: whether it completes the update; checked against the handle's own count where given.
@@ -273,8 +274,11 @@ class StepInBackward:
         if self.max_norm is None:
             return
         seen = norm
-        if self.clip_by == "previous" and self._clip_norm is not None:
-            seen = torch.maximum(norm, self._clip_norm.to(norm.device))
+        if self.clip_by == "previous":
+            # Before the first update it is as if all gradients were as large as this one: Adam's second moment remembers
+            # a first gradient that is too large for a thousand updates.
+            before = norm * len(self._index) ** 0.5 if self._clip_norm is None else self._clip_norm.to(norm.device)
+            seen = torch.maximum(norm, before)
         factor = (self.max_norm / seen).clamp(max=1.0)
         values.mul_(torch.where(norm.isfinite() & (seen > 0), factor, 1.0))
 

@@ -150,7 +150,17 @@ def test_no_tensor_without_data_stays_in_a_cache(small):
 
 
 def test_command_line(small, capsys):
-    line = ["simulate", "--model", small, "--optimizer", "GaLoreAdamW", "--optimizer-args", "rank=16", "--seq-len", "16"]
+    line = [
+        "simulate",
+        "--model",
+        small,
+        "--optimizer",
+        "GaLoreAdamW",
+        "--optimizer-args",
+        "rank=16",
+        "--seq-len",
+        "16",
+    ]
     assert main([*line, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["peak_bytes"] == sum(answer["by_category"].values())

@@ -260,8 +260,9 @@ def test_clipped_gradients(clip_by: str) -> None:
     optimizer = GaLoreAdamW([first, second], rank=None, betas=(0.0, 0.0))
     step_in_backward(optimizer, max_norm=1.0, clip_by=clip_by)
     norms = [(3.0, 0.5), (1.0, 2.0)]
-    # The first update has none before it.
-    factors = {"layer": [(1 / 3, 1.0), (1.0, 0.5)], "previous": [(1 / 3, 1.0), (1 / 9.25**0.5, 1 / 9.25**0.5)]}
+    # The first update has none before it: no more than if both were as large.
+    first_factors = (1 / (3 * 2**0.5), 1.0)
+    factors = {"layer": [(1 / 3, 1.0), (1.0, 0.5)], "previous": [first_factors, (1 / 9.25**0.5, 1 / 9.25**0.5)]}
     for (a, b), expected in zip(norms, factors[clip_by], strict=True):
         (first[0] * a + second[0] * b).backward()
         for p, norm, factor in zip((first, second), (a, b), expected, strict=True):
