@@ -284,6 +284,16 @@ def test_a_gradient_that_is_not_finite_leaves_the_parameter_and_the_clipping_alo
         assert torch.equal(value, before[name]), name
 
 
+def test_clipping_after_a_first_norm_that_is_not_finite() -> None:
+    weight = nn.Parameter(torch.zeros(3))
+    optimizer = GaLoreAdamW([weight], rank=None, betas=(0.0, 0.0))
+    step_in_backward(optimizer, max_norm=1.0)
+    with pytest.warns(RuntimeWarning, match="non-finite"):
+        (weight.sum() * float("inf")).backward()
+    (weight[0] * 5).backward()
+    assert optimizer.state[weight]["exp_avg"].norm().item() == pytest.approx(1.0)
+
+
 def test_a_first_micro_batch_without_a_gradient() -> None:
     model = Net()
     handle = step_in_backward(GaLoreAdamW(parameters(model), rank=4), accumulate=2)
