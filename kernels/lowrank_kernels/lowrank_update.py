@@ -31,7 +31,9 @@ def move(
     value = value.to(tl.float32) * decay + product
 
     if grad_ptr is not None:
-        grad = tl.load(grad_ptr + rows[:, None] * grad_stride_m + columns[None, :] * grad_stride_n, mask=mask, other=0.0)
+        grad = tl.load(
+            grad_ptr + rows[:, None] * grad_stride_m + columns[None, :] * grad_stride_n, mask=mask, other=0.0
+        )
         if FACTOR_BY_COLUMN:
             factor = tl.load(factor_ptr + columns * factor_stride, mask=columns < n, other=0.0)[None, :]
         else:
@@ -153,7 +155,9 @@ def lowrank_update_(
         ValueError: a weight of another dtype, or a rounding that its dtype does not have.
     """
     rounds = key is not None or correction is not None
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or (rounds and weight.dtype != torch.bfloat16):
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or (
+        rounds and weight.dtype != torch.bfloat16
+    ):
         raise ValueError(
             f"Invalid weight: {weight.dtype}, expected torch.bfloat16{'' if rounds else ', float16 or float32'}"
         )
@@ -211,7 +215,9 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
         constants: dict[str, object] = {
             **options,
             **dict.fromkeys(("FACTOR_BY_COLUMN", "KEY_ON_DEVICE", "ALPHA_ON_DEVICE", "DECAY_ON_DEVICE", "WIDE"), False),
-            **dict.fromkeys(("weight_stride_n", "left_stride_k", "right_stride_k", "grad_stride_n", "factor_stride"), 1),
+            **dict.fromkeys(
+                ("weight_stride_n", "left_stride_k", "right_stride_k", "grad_stride_n", "factor_stride"), 1
+            ),
             "ROUNDING": rounding,
         }
         if not product:

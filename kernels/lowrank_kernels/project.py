@@ -54,7 +54,9 @@ def project_kernel(
         squares += tl.sum(wide * wide, axis=1)
         grad += BLOCK_K * grad_stride_k
         basis += BLOCK_K * basis_stride_k
-    tl.store(low_ptr + row[:, None] * rank + column[None, :], low, mask=(row < rows)[:, None] & (column < rank)[None, :])
+    tl.store(
+        low_ptr + row[:, None] * rank + column[None, :], low, mask=(row < rows)[:, None] & (column < rank)[None, :]
+    )
     tl.store(norms_ptr + row, tl.sqrt_rn(squares), mask=(row < rows) & (tile_n == 0))
 
 
@@ -103,8 +105,11 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
                 constants: dict[str, object] = {**options, contiguous: 1, "basis_stride_n": 1, "WIDE": False}
                 types = {"grad_ptr": pointer, "basis_ptr": pointer, "low_ptr": "*fp32", "norms_ptr": "*fp32"}
                 signature = {
-                    name: "constexpr" if name in constants else types.get(name, "i32") for name in project_kernel.arg_names
+                    name: "constexpr" if name in constants else types.get(name, "i32")
+                    for name in project_kernel.arg_names
                 }
                 turned = " transposed" if contiguous == "grad_stride_m" else ""
-                cases.append((f"project {pointer[1:]} rank {rank}{turned}", project_kernel, signature, constants, launch))
+                cases.append(
+                    (f"project {pointer[1:]} rank {rank}{turned}", project_kernel, signature, constants, launch)
+                )
     return cases

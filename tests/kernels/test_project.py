@@ -10,7 +10,9 @@ from lowrank_optim.ops.project import project as eager
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(61, 37, 5), (1, 40, 3), (130, 2, 1), (64, 64, 16), (70, 150, 140), (0, 8, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(61, 37, 5), (1, 40, 3), (130, 2, 1), (64, 64, 16), (70, 150, 140), (0, 8, 2)], ids=str
+)
 @pytest.mark.parametrize("turned", [False, True])
 def test_against_fp64(shape: tuple[int, int, int], dtype: torch.dtype, turned: bool, device: torch.device) -> None:
     rows, d, rank = shape
