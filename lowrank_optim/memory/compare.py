@@ -166,7 +166,8 @@ def write_html(path: str, rows: Sequence[Row], title: str) -> None:
     )
     svg = image.getvalue()
     Path(path).write_text(
-        f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{style}</style>\n"
+        f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>\n"
+        f"<style>{style}</style>\n"
         f"<h1>{html.escape(title)}</h1>\n{svg[svg.index('<svg') :]}\n"
         f"<p>GB, 10^9 bytes.</p>\n<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></html>\n",
         encoding="utf-8",

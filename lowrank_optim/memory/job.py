@@ -37,6 +37,7 @@ class Job:
         batch_size: sequences of a micro-batch.
         seq_len: their tokens.
         accumulate: micro-batches of an update.
+        accumulate_dtype: of the sums of low-rank gradients that per-layer updates keep: "fp32" or "bf16".
         per_layer: update each parameter during backward, as soon as its gradient is there.
         checkpointing: keep the inputs of the decoder layers only, and compute the rest again in backward.
     """
@@ -51,6 +52,7 @@ class Job:
     batch_size: int = 1
     seq_len: int = 256
     accumulate: int = 1
+    accumulate_dtype: str = "fp32"
     per_layer: bool = False
     checkpointing: bool = False
 
@@ -146,7 +148,12 @@ def hooks(job: Job, optimizer: Optimizer) -> StepInBackward | None:
     if not job.per_layer:
         return None
     try:
-        return step_in_backward(optimizer, accumulate=job.accumulate, max_norm=GRAD_CLIP)  # type: ignore[arg-type]
+        return step_in_backward(
+            optimizer,  # type: ignore[arg-type]
+            accumulate=job.accumulate,
+            max_norm=GRAD_CLIP,
+            sum_dtype=DTYPES[job.accumulate_dtype],
+        )
     except TypeError as error:
         raise ValueError(str(error)) from error
 

@@ -259,8 +259,8 @@ def _racs() -> Table:
 
 def _head_projected() -> tuple[float, ...]:
     found = []
-    for size, shape in list((size, PRESETS[size]) for size in SIZES):
-        c = counts(size, RANKS[size])
+    for size in SIZES:
+        shape, c = PRESETS[size], counts(size, RANKS[size])
         # The head is vocabulary x hidden: its basis has hidden r values, a moment of it vocabulary r.
         head = 2 * shape.hidden * RANKS[size] + 4 * shape.vocab * RANKS[size]
         found.append(rounded([(2 * c.P + 4 * (c.E - c.H) + 2 * c.B + 4 * c.M + head) / GIB]))

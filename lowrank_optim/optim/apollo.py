@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.optim.base import Group, LowRankOptimizer, State, Subspace, check_choice, check_range
+from lowrank_optim.optim.fused import Norms, Terms
 from lowrank_optim.optim.galore import TopSingular
 from lowrank_optim.optim.random_bases import Gaussian
 from lowrank_optim.optim.rules import Adam
@@ -33,13 +34,25 @@ class Scaling(GrowthLimiter):
         state: State, group: Group, *, alpha: float | Tensor,
     ) -> None:  # fmt: skip
         """One pass over the gradient for its norms, one for the weight."""
-        scaling = factors(low, direction, whole=group["scale_type"] == "tensor")
+        norms = Norms(row_norms(low), row_norms(direction), row_norms(grad))
+        add_scaled_(target, grad, self.factor(norms, state, group, alpha))
+
+    def factor(self, norms: Norms, state: State, group: Group, alpha: float | Tensor) -> Tensor:
+        """What multiplies the gradient, (rows, 1) or (1, 1)."""
+        scaling = factors(norms.low, norms.direction, whole=group["scale_type"] == "tensor")
         strength = group["scale"] ** 0.5
-        norm = torch.linalg.vector_norm(scaling.phi * row_norms(grad))
+        norm = torch.linalg.vector_norm(scaling.phi * norms.grad)
         if group["scale_front"]:
             norm = norm * strength
         release = self.limit(norm, scaling.direction, state, group)
-        add_scaled_(target, grad, scaling.phi * (release * strength * alpha))
+        return scaling.phi * (release * strength * alpha)
+
+    def terms(
+        self, low: Tensor, direction: Tensor, basis: Tensor, norms: Norms, state: State, group: Group,
+        *, alpha: float | Tensor,
+    ) -> Terms:  # fmt: skip
+        """The gradient alone."""
+        return Terms(factor=self.factor(norms, state, group, alpha))
 
 
 class APOLLOAdamW(LowRankOptimizer):

@@ -49,6 +49,12 @@ class Adam:
             out.copy_(self._direction_of(some, part, group))
         return direction
 
+    def measured_direction(self, low: Tensor, state: State, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+        """The direction, and the norms of the rows of ``low`` and of it, (rows, 1) each, fp32."""
+        direction = self.direction(low, state, group)
+        norms = (torch.linalg.vector_norm(tensor, dim=-1, keepdim=True) for tensor in (low, direction))
+        return direction, *norms
+
     def _direction_of(self, low: Tensor, state: State, group: Group) -> Tensor:
         moments = [load_moment(state, key, low.dtype) for key in MOMENT_KEYS]
         direction = self._direction(low, moments, state, group)

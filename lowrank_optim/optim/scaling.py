@@ -48,12 +48,11 @@ def row_norms(tensor: Tensor) -> Tensor:
 
 
 def factors(low: Tensor, direction: Tensor, *, whole: bool = False) -> Factors:
-    """:class:`Factors` of a low-rank gradient (rows, rank) and its direction; ``whole``: one for the matrix."""
-    low_rows, direction_rows = row_norms(low), row_norms(direction)
-    norm = torch.linalg.vector_norm(direction_rows)
+    """:class:`Factors` of the row norms (rows, 1) of R and of N; ``whole``: one for the matrix."""
+    norm = torch.linalg.vector_norm(direction)
     if whole:
-        return Factors((norm / (torch.linalg.vector_norm(low_rows) + GUARD)).view(1, 1), low_rows, norm)
-    return Factors(direction_rows / (low_rows + GUARD), low_rows, norm)
+        return Factors((norm / (torch.linalg.vector_norm(low) + GUARD)).view(1, 1), low, norm)
+    return Factors(direction / (low + GUARD), low, norm)
 
 
 class GrowthLimiter:
@@ -62,6 +61,8 @@ class GrowthLimiter:
     state["update_norm"] is the norm after limiting, fp32, 0 where there was none yet. A previous norm that is nearly
     nothing limits nothing: growth by 1 % from the 1e-8 that a zero gradient leaves would take 1600 steps.
     """
+
+    measures = True
 
     def validate(self, group: Group) -> None:
         """Raise ValueError on a limiter_gamma below 1 and on a side that has no channels."""
