@@ -512,9 +512,9 @@ class LowRankOptimizer(Optimizer):
             return
         init_storage(param, state, group["weight_rounding"])
         for part, (values, slope) in slices(state, subspace.orient(param, state), low):
-            slope = torch.where(finite, slope, 0) if unseen else slope
+            masked = torch.where(finite, slope, 0) if unseen else slope
             with writable(values, part, group["weight_rounding"]) as weight:
-                self.update_(weight, slope, slope, subspace, lift, part, group)
+                self.update_(weight, masked, masked, subspace, lift, part, group)
 
     def update_(
         self, target: Tensor, grad: Tensor, low: Tensor, subspace: Subspace, lift: Lift, state: State, group: Group

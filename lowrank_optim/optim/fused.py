@@ -1,4 +1,4 @@
-"""A step without a full-size temporary: one kernel that projects and measures, one that moves the weight as it is stored.
+"""A step without a full-size temporary: one kernel projects and measures, one moves the weight as it is stored.
 
 Only with Triton, and only for updates that are :class:`Terms`; everything else goes through ``Lift.apply_``.
 """

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.optim.base import Group, State, Subspace, check_choice, check_range
+from lowrank_optim.optim.fused import Terms
 
 SIDES = ("std", "reverse_std", "left", "right")
 
@@ -109,3 +110,11 @@ def add_scaled_(target: Tensor, grad: Tensor, factor: Tensor) -> None:
         grad = torch.where(factor != 0, grad, 0)
     # A mixed operation on the CPU would copy both matrices to fp32. fp16 has not the range of the factors.
     target.addcmul_(grad, factor.to(target.dtype) if target.dtype is torch.bfloat16 else factor)
+
+
+def add_terms_(target: Tensor, grad: Tensor, terms: Terms, subspace: Subspace, state: State, group: Group) -> None:
+    """target += alpha up(low) + factor grad."""
+    if terms.low is not None:
+        subspace.add_up_(target, terms.low, state, group, alpha=terms.alpha)
+    if terms.factor is not None:
+        add_scaled_(target, grad, terms.factor)

@@ -295,7 +295,6 @@ def test_at_most_one_full_size_temporary(
         ({"similarity": "dft"}, "Invalid similarity: 'dft', expected one of 'auto', 'matmul', 'fft'"),
         ({"similarity": "fft", "basis": "random"}, "Invalid basis: 'random', expected one of 'dct2', 'dct3'"),
         ({"error_feedback": True}, "Invalid error_feedback: True, expected one of None, 'full', 'int8'"),
-        ({"capturable": True, "backend": "triton"}, "Invalid backend: 'triton' with capturable=True"),
     ],
 )
 def test_values_out_of_range_are_named(kwargs: dict[str, Any], message: str) -> None:
