@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import lowrank_optim
+from benchmarks import aot_table
 from benchmarks.common import read_result
 from benchmarks.contestants import ARGUMENTS, own_names
 from lowrank_optim.memory.plan import estimate
@@ -98,17 +99,17 @@ def _caption(step: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     )
 
 
-def replaced(text: str, new: str) -> str:
-    """``text`` with ``new`` between the markers.
+def replaced(text: str, new: str, marker: str = BEGIN) -> str:
+    """``text`` with ``new`` between ``marker`` and the next :data:`END`.
 
     Raises:
         ValueError: no markers, or not in this order.
     """
-    before, begin, rest = text.partition(BEGIN)
+    before, begin, rest = text.partition(marker)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"Invalid README: expected the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{new}\n{END}{after}"
+        raise ValueError(f"Invalid README: expected the lines {marker} and {END}")
+    return f"{before}{marker}\n{new}\n{END}{after}"
 
 
 def current() -> str:
@@ -130,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = README.read_text(encoding="utf-8")
     try:
         new = replaced(text, current())
+        new = replaced(new, aot_table.current(), aot_table.BEGIN)
     except ValueError as error:
         raise SystemExit(f"benchmarks.table: error: {error}") from error
     if not options.check:

@@ -7,11 +7,13 @@ import functools
 import torch
 from torch import Tensor
 
-from lowrank_optim.ops.dct import dct2, dct3, dct_matrix
+from lowrank_optim.ops import pick
+from lowrank_optim.ops.dct import add_dct2_, add_dct3_, dct_matrix
+from lowrank_optim.ops.dct_select import chunks, dct_select
 from lowrank_optim.optim.base import Group, Refresh, State, check_choice
 from lowrank_optim.optim.sketches import sketch_matrix
 
-TRANSFORMS = {"dct2": dct2, "dct3": dct3}
+TRANSFORMS = {"dct2": add_dct2_, "dct3": add_dct3_}
 BASES = (*TRANSFORMS, "identity", "random")
 SIMILARITIES = ("auto", "matmul", "fft")
 ELL_NORMS = (1, 2)
@@ -55,16 +57,15 @@ def add_coefficients_(out: Tensor, tall: Tensor, group: Group) -> None:
     if group["basis"] == "identity":
         out.add_(tall)
     elif uses_fft(group, size, tall.device):
-        transform = TRANSFORMS[group["basis"]]
-        # An eighth at a time: a transform holds its input three times over.
-        for part, some in zip(out.chunk(8), tall.chunk(8)):
-            part.add_(transform(some.to(out.dtype)))
+        add_transform_ = TRANSFORMS[group["basis"]]
+        for part, some in chunks(out, tall):
+            add_transform_(part, some)
     else:
         rows = basis_rows(group["basis"], size, tall.dtype, tall.device)
         if out.dtype == tall.dtype:
             out.addmm_(tall, rows.mT)
         else:
-            for part, some in zip(out.chunk(8), tall.chunk(8)):
+            for part, some in chunks(out, tall):
                 part.add_(some @ rows.mT)
 
 
@@ -73,20 +74,6 @@ def coefficients(tall: Tensor, group: Group) -> Tensor:
     out = torch.zeros(tall.shape, dtype=torch.promote_types(tall.dtype, torch.float32), device=tall.device)
     add_coefficients_(out, tall, group)
     return out
-
-
-def select(scored: Tensor, rank: int, ell_norm: int) -> Tensor:
-    """The ``rank`` columns of greatest 1- or 2-norm, ascending; of equals the first.
-
-    The 2-norm keeps the most energy: what is left of a matrix is at most 1 - rank / d of it. Chunks, because
-    ``torch.linalg.vector_norm`` along columns takes 9 times as long as a square and a sum on a CPU.
-    """
-    scores = torch.zeros(scored.shape[1], dtype=scored.dtype.to_real(), device=scored.device)
-    for part in scored.chunk(8):
-        scores += (part.abs() if ell_norm == 1 else (part * part.conj()).real).sum(0)
-    # topk leaves the order of equals to the device.
-    order = scores.sort(descending=True, stable=True).indices
-    return order[:rank].sort().values
 
 
 class Columns:
@@ -134,7 +121,8 @@ class Columns:
         return Refresh(renewed=False) if sketch is None else self._renew(coefficients(sketch, group), state, group)
 
     def _renew(self, scored: Tensor, state: State, group: Group) -> Refresh:
-        indices = select(scored, group["rank"], group["ell_norm"])
+        select = pick(dct_select, group.get("backend"), scored.device)
+        indices = select(scored, group["rank"], ell_norm=group["ell_norm"])
         overlap = None
         if group.get("rotate", False):
             # Dᵀ D = 1: where a column was before, or -1 for a new one, says all that a product would.

@@ -71,13 +71,13 @@ def top_basis(
     elif group["refresh"] == "power" and int(state["step"]) > 0:
         basis = subspace_iteration(grad, (state[key] if start is None else start).to(grad.dtype))
     for attempt in range(2):
-        if basis is not None and bool(basis.isfinite().all()):
+        if basis is not None and bool(basis.sum().isfinite()):
             return basis
         try:
             basis = range_finder(grad, rank, generator.manual_seed(seed + attempt))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             basis = None
-    return basis if basis is not None and bool(basis.isfinite().all()) else None
+    return basis if basis is not None and bool(basis.sum().isfinite()) else None
 
 
 class TopSingular:

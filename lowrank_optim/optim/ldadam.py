@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.orthonormal import orthonormalize
 from lowrank_optim.optim.base import (
     IDENTITY,
     Group,
@@ -68,10 +69,10 @@ class Tracking(TopSingular):
                 image = share * momentum + (1 - group["rho"]) * (grad @ old)
                 image = image / image.abs().amax().clamp_min(torch.finfo(image.dtype).tiny)
                 turned = torch.addmm(old @ (momentum.mH @ image), grad.mH, image, alpha=1 - group["rho"], beta=share)
-                basis = torch.linalg.qr(turned).Q
+                basis = orthonormalize(turned)
         if basis is None:
             basis = top_basis(grad, rank, {"refresh": "svd"}, state, left=state["left"], key="basis")
-        if basis is None or not bool(basis.isfinite().all()):
+        if basis is None or not bool(basis.sum().isfinite()):
             return Refresh(renewed=False)
         overlap = state["basis"].to(basis.dtype).mH @ basis if started else None
         state["basis"].copy_(basis)

@@ -9,6 +9,7 @@ from lowrank_optim.ops import pick
 from lowrank_optim.ops.adam8bit_direction import adam8bit_direction
 from lowrank_optim.ops.adam_direction import adam_direction
 from lowrank_optim.ops.fused_adam import fused_adam_, fused_adam_fits
+from lowrank_optim.ops.move_columns import move_columns_
 from lowrank_optim.optim.base import IDENTITY, Group, State, check_range
 from lowrank_optim.optim.moments import SLICE, init_moment, load_moment, rounding_key, slices, store_moment_
 
@@ -120,7 +121,8 @@ class Adam:
         for key in MOMENT_KEYS:
             moment = load_moment(state, key, torch.float32)
             if overlap.dtype == torch.int64:
-                moved = moment.index_select(-1, overlap.clamp_min(0)).masked_fill_(overlap < 0, 0)
+                pick(move_columns_, group.get("backend"), moment.device)(moment, overlap)
+                moved = moment
             elif key == "exp_avg":
                 moved = moment @ overlap.to(moment.dtype)
             else:

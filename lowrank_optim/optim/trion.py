@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.ops import pick
 from lowrank_optim.ops.newton_schulz import newton_schulz
 from lowrank_optim.optim.base import (
     IDENTITY,
@@ -53,7 +52,7 @@ class NewtonSchulz:
 
     def direction(self, low: Tensor, state: State, group: Group) -> Tensor:
         """Orthogonal to within the iteration's accuracy."""
-        return pick(newton_schulz, group["backend"], low.device)(low, steps=group["ns_steps"])
+        return newton_schulz(low, steps=group["ns_steps"], backend=group["backend"])
 
     def correction(self, step: int | Tensor, group: Group) -> float | Tensor:
         """1."""
@@ -142,7 +141,7 @@ class Trion(LowRankOptimizer):
         stagger: spread the selections of the parameters over the gap instead of one step for all.
         maximize: ascend.
         capturable: step counters on the device, for CUDA graphs; see :class:`LowRankOptimizer`.
-        backend: None, "eager" or "triton" (there is no Newton-Schulz kernel: refused in ``step``).
+        backend: None (Triton on CUDA where importable, else eager), "eager" or "triton".
 
     Raises:
         ValueError: an argument out of range, or no parameters.

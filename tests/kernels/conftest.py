@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.interpreter import mend_bfloat16
+
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Read when a kernel is decorated, so before lowrank_kernels is imported.
@@ -17,6 +19,8 @@ if not HAS_GPU:
 @pytest.fixture
 def device() -> torch.device:
     pytest.importorskip("triton")
+    if not HAS_GPU:
+        mend_bfloat16()
     return torch.device("cuda" if HAS_GPU else "cpu")
 
 
