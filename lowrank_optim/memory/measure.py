@@ -27,7 +27,13 @@ from lowrank_optim.memory.job import Job, hooks, train_update
 from lowrank_optim.memory.plan import CATEGORIES, tensor_bytes
 
 # glibc returns what is freed only where a block has its own mapping; otherwise its heap would be measured.
-_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "MALLOC_TOP_PAD_": "0"}
+_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_TOP_PAD_": "0",
+    # Threads that wait by spinning make an update several times slower where other programs want the cores too.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
 _MODEL, _OPTIMIZER = "model.pt", "optimizer.pt"
 
 

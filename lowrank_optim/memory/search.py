@@ -35,7 +35,7 @@ GAP = 200
 EVERY_UPDATE = ("Trion", "LDAdamW")
 STATES = ("float32", "bfloat16", "int8")
 
-COST_MODEL = f"""Cost of an update of N tokens, in FLOPs; W matrices, H head, r rank; a byte of traffic counts {BALANCE}:
+COST_MODEL = f"""Cost of an update of N tokens, in FLOPs; W matrices, H head, r rank; a byte of traffic is {BALANCE}:
   forward, backward   6 (W + H) N + attention, 2 H N for the logits that are computed twice
   checkpointing       2 W N + attention / 3
   projection          2 W r down, as often as there are gradients to be summed at low rank, and 2 W r up

@@ -83,7 +83,7 @@ def measured(job: Job, expected: Estimate, peak: Peak, runs: Sequence[Measured])
         same = (resumed.losses[-1], resumed.weight_sum) == (first.losses[-1], first.weight_sum)
         lines.append(
             f"Resumed: loss {resumed.losses[-1]:.6f}, peak {resumed.peak_bytes / 1e9:.3f} GB; loss and sum of all "
-            f"weights after this update are {'the same to the last bit' if same else 'NOT THE SAME'} as without a break."
+            f"weights after this update are {'' if same else 'NOT '}the same, to the last bit, as without a break."
         )
     return "\n".join([*lines, "", f"{UNITS}."])
 
