@@ -36,7 +36,7 @@ def moved(
             factor = tl.load(factor_ptr + rows * factor_stride, mask=rows < m, other=0.0)[:, None]
         factor = factor.to(tl.float32)
         # Zero times NaN is NaN.
-        value += tl.where(factor != 0, factor * grad, 0.0)
+        value += tl.where(factor != 0, factor * grad.to(tl.float32), 0.0)
     return value
 
 
