@@ -92,7 +92,7 @@ class GrowthLimiter:
             return finite.to(norm.dtype)
         growth = (norm / ((previous + GUARD) * gamma)).clamp_min(1)
         growth = torch.where(previous > DEAD * direction, growth, 1)
-        torch.where(finite, norm / growth, previous, out=previous)
+        previous.copy_(torch.where(finite, norm / growth, previous))
         return torch.where(finite, growth.reciprocal_(), 0)
 
 
