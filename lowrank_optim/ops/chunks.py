@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -11,12 +9,12 @@ from torch import Tensor
 CHUNK = 2**17
 
 
-def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def chunks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """The same rows of several matrices, in at least two parts; an eighth at a time where every part is a launch."""
     rows, columns = tensors[0].shape
     cached = CHUNK // columns if tensors[0].device.type == "cpu" else rows // 8
     some = max(1, min(cached, -(-rows // 2)))
-    yield from zip(*(torch.split(tensor, some) for tensor in tensors))
+    return list(zip(*[torch.split(tensor, some) for tensor in tensors]))
 
 
 def column_norms(matrix: Tensor, order: int) -> Tensor:
@@ -24,10 +22,9 @@ def column_norms(matrix: Tensor, order: int) -> Tensor:
 
     ``torch.linalg.vector_norm`` along columns takes 9 times as long on a CPU.
     """
-    wide = torch.promote_types(matrix.dtype, torch.float32)
-    norms = torch.zeros(matrix.shape[1], dtype=wide.to_real(), device=matrix.device)
-    for (some,) in chunks(matrix):
-        part = some.to(wide)
-        magnitude = part.abs() if order == 1 or part.is_complex() else part
+    wide = torch.promote_types(matrix.real.dtype, torch.float32)
+    norms = torch.zeros(matrix.shape[1], dtype=wide, device=matrix.device)
+    for (part,) in chunks(matrix):
+        magnitude = (part.abs() if order == 1 or part.is_complex() else part).to(wide)
         norms += (magnitude if order == 1 else magnitude.square()).sum(0)
     return norms

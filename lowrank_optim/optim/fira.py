@@ -84,7 +84,10 @@ class Residual(GrowthLimiter):
         self, low: Tensor, direction: Tensor, basis: Tensor, norms: Norms, state: State, group: Group,
         *, alpha: float | Tensor,
     ) -> Terms:  # fmt: skip
-        """One product with the basis: up(a N) + f (G - b up(R)) = up(a N - b f R) + f G, with R in fp32 or wider."""
+        """One product with the basis: up(a N) + f (G - b up(R)) = up(a N - b f R) + f G, with R in fp32 or wider.
+
+        ``direction`` is used up.
+        """
         scaling = factors(norms.low, norms.direction)
         inner, image = inner_share(group), None
         if torch.finfo(basis.dtype).bits < 32:
@@ -92,7 +95,7 @@ class Residual(GrowthLimiter):
             image = ((low @ (wide.mT @ wide)) * low).sum(-1, keepdim=True)
         norm = residual_norm(scaling, norms.grad, inner, image)
         factor = self.factor(norm, scaling, state, group) * alpha
-        return Terms((direction * (group["alpha"] * alpha)).addcmul_(low, factor, value=-inner), 1.0, factor)
+        return Terms(direction.mul_(group["alpha"] * alpha).addcmul_(low, factor, value=-inner), 1.0, factor)
 
 
 class FiraAdamW(LowRankOptimizer):
