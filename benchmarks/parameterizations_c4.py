@@ -83,8 +83,8 @@ def batches(text: Tensor, size: int, length: int) -> Iterator[Tensor]:
     """Every window of ``length`` bytes once, in a fixed random order, ``size`` at a time."""
     windows = text[: len(text) // length * length].view(-1, length)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
-    for chosen in order.split(size):
-        yield windows[chosen].long()
+    for start in range(0, len(order), size):
+        yield windows[order[start : start + size]].long()
 
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def _weight(parts: Triplets) -> Tensor:
 
 def _through_parts(
     grad: Tensor, x: Tensor, parts: Triplets, needs: tuple[bool, bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """dx, dU, dS and dV (enhanced) from x and g alone."""
     u, s, v, u_frozen, v_frozen = parts
     need_x, need_u, need_s, need_v = needs
@@ -122,7 +122,7 @@ def _through_parts(
 
 def _through_weight(
     grad: Tensor, x: Tensor, parts: Triplets, needs: tuple[bool, bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """dx, dU, dS and dV (enhanced) from W and from blocks of rows of G."""
     u, s, v, u_frozen, v_frozen = parts
     need_x, *need_parts = needs
