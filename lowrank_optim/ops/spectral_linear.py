@@ -94,7 +94,7 @@ class _SpectralLinear(Function):
 def _weight(parts: Triplets) -> Tensor:
     u, s, v, u_frozen, v_frozen = parts
     r = u.shape[1]
-    return torch.addmm((u * s[:r]) @ v.mT, u_frozen * s[r:], v_frozen.mT)
+    return ((u * s[:r]) @ v.mT).addmm_(u_frozen * s[r:], v_frozen.mT)
 
 
 def _through_parts(
