@@ -4,7 +4,8 @@
 
 The shards are C4's own (``*train*.json.gz`` and ``*validation*.json.gz`` of lines with a ``text``). A byte is a
 token, so that the parameterized matrices, not the embeddings, hold most of the model. All runs see the same windows
-in the same order and start from the same embeddings, head and norms. The learning rate of a contestant is one of
+in the same order and start from the same embeddings, head and norms. Runs as short as these show how fast a start
+learns, not where it ends: the dense model is behind too. The learning rate of a contestant is one of
 ``--lr`` whose neighbours have a higher validation loss for the first seed. Writes
 ``results/parameterizations_c4.json``, contestant by contestant; those that it holds for the same settings are not run
 again.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.common import read_result
-from benchmarks.parameterizations_c4 import BASELINES
+from benchmarks.parameterizations_c4 import BASELINES, contestants
 
 BEGIN = "<!-- table:parameterizations -->"
 
@@ -43,6 +43,9 @@ def loss_table(result: Mapping[str, Any]) -> str:
         f"updates of {batch}; mean (range) of {len(settings['seeds'])} seeds, nats a byte.\n"
         f"Below: the better of the two low-rank starts. Made by `{result['command']}`."
     )
+    missing = [name for name in contestants(settings["rank"]) if name not in runs]
+    if missing:
+        caption += f"\nNot measured yet: {', '.join(missing)}."
     return f"{_markdown(header, rows)}\n\n{caption}"
 
 

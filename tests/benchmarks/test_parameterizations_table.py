@@ -26,3 +26,4 @@ def test_a_row_a_run() -> None:
     assert "| low rank | 1,000 | 0.003 | 2.600 (0.000) | +0.000 |" in text
     assert "| sltrain | 1,234 | 0.01 | 2.500 (0.200) | +0.100 |" in text
     assert "5 updates of 4 × 16" in text
+    assert "Not measured yet: low rank, kaiming, " in text
