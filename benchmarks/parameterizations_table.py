@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.common import read_result
+from benchmarks.parameterizations_c4 import BASELINES, contestants
 
 BEGIN = "<!-- table:parameterizations -->"
 
@@ -30,9 +31,11 @@ def loss_table(result: Mapping[str, Any]) -> str:
     """Losses on C4 text, from what ``benchmarks.parameterizations_c4`` wrote."""
     settings = result["settings"]
     header = ["C4 bytes", "trained parameters", "best learning rate", "validation loss", "below low rank"]
+    runs = result["runs"]
+    baseline = min(runs[name]["validation_loss"] for name in BASELINES if name in runs)
     rows = [
-        [name, f"{row['parameters']:,}", f"{row['lr']:g}", _losses(row), f"{row['below_baseline']:+.3f}"]
-        for name, row in result["runs"].items()
+        [name, f"{row['parameters']:,}", f"{row['lr']:g}", _losses(row), f"{baseline - row['validation_loss']:+.3f}"]
+        for name, row in runs.items()
     ]
     batch = f"{settings['batch_size']} × {settings['seq_len']}"
     caption = (
@@ -40,6 +43,9 @@ def loss_table(result: Mapping[str, Any]) -> str:
         f"updates of {batch}; mean (range) of {len(settings['seeds'])} seeds, nats a byte.\n"
         f"Below: the better of the two low-rank starts. Made by `{result['command']}`."
     )
+    missing = [name for name in contestants(settings["rank"]) if name not in runs]
+    if missing:
+        caption += f"\nNot measured yet: {', '.join(missing)}."
     return f"{_markdown(header, rows)}\n\n{caption}"
 
 

@@ -94,12 +94,12 @@ class _SpectralLinear(Function):
 def _weight(parts: Triplets) -> Tensor:
     u, s, v, u_frozen, v_frozen = parts
     r = u.shape[1]
-    return torch.addmm((u * s[:r]) @ v.mT, u_frozen * s[r:], v_frozen.mT)
+    return ((u * s[:r]) @ v.mT).addmm_(u_frozen * s[r:], v_frozen.mT)
 
 
 def _through_parts(
     grad: Tensor, x: Tensor, parts: Triplets, needs: tuple[bool, bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """dx, dU, dS and dV (enhanced) from x and g alone."""
     u, s, v, u_frozen, v_frozen = parts
     need_x, need_u, need_s, need_v = needs
@@ -122,7 +122,7 @@ def _through_parts(
 
 def _through_weight(
     grad: Tensor, x: Tensor, parts: Triplets, needs: tuple[bool, bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """dx, dU, dS and dV (enhanced) from W and from blocks of rows of G."""
     u, s, v, u_frozen, v_frozen = parts
     need_x, *need_parts = needs
