@@ -39,7 +39,7 @@ class Size(NamedTuple):
 
 
 # Odd sizes, several tiles of each kernel.
-TINY = Size(rows=173, columns=130, rank=33, tokens=65)
+TINY = Size(rows=137, columns=130, rank=17, tokens=33)
 SIZES = {
     model: Size(PRESETS[model].intermediate, PRESETS[model].hidden, rank, tokens=2048)
     for model, rank in (("llama_1b", 512), ("llama_7b", 1024))
