@@ -89,8 +89,8 @@ def launch_options(dtype: torch.dtype, rank: int) -> dict[str, Any]:
     them, one for every processor of an H100.
     """
     options = tile_options(dtype)
-    if options["PRECISION"] != "ieee":
-        options |= {"BLOCK_M": 64, "num_warps": 4, "num_stages": 4}
+    # Without tensor cores longer steps would spill registers.
+    options |= {"BLOCK_K": 16} if options["PRECISION"] == "ieee" else {"BLOCK_M": 64, "num_stages": 4}
     return {**options, "BLOCK_N": min(options["BLOCK_N"], max(16, triton.next_power_of_2(rank)))}
 
 
