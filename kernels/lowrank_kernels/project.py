@@ -86,7 +86,7 @@ def launch_options(dtype: torch.dtype, rank: int) -> dict[str, Any]:
     """Tiles, warps and stages.
 
     The result is thin, so its tiles are lower than those of other products: 4096 rows and a rank of 256 are 128 of
-    them, one for every processor of an H100.
+    them, about one for each of the 132 processors of an H100.
     """
     options = tile_options(dtype)
     # Without tensor cores longer steps would spill registers.

@@ -59,37 +59,45 @@ class Adam:
 
     def update_(self, target: Tensor, grad: Tensor, state: State, group: Group, *, alpha: float | Tensor) -> None:
         """target += alpha * direction(grad), without a temporary where torch has one kernel for all of it."""
-        moments = [load_moment(state, key, grad.dtype) for key in MOMENT_KEYS if not self._has_kernels(grad, group)]
-        eps = self._eps(state, group)
-        if moments and self._fuses(group, eps, target, grad, *moments):
-            beta1, beta2 = group["betas"]
-            fused_adam_(target, grad, *moments, beta1=beta1, beta2=beta2, eps=float(eps), alpha=float(alpha))
-            self._store_(moments, state)
+        if self._has_kernels(grad, group):
+            direction = self._direction(grad, state, group)
         else:
-            IDENTITY.add_up_(target, self._direction(grad, state, group), state, group, alpha=alpha)
+            moments = [load_moment(state, key, grad.dtype) for key in MOMENT_KEYS]
+            eps = self._eps(state, group)
+            if self._fuses(group, eps, target, grad, *moments):
+                beta1, beta2 = group["betas"]
+                fused_adam_(target, grad, *moments, beta1=beta1, beta2=beta2, eps=float(eps), alpha=float(alpha))
+                self._store_(moments, state)
+                return
+            direction = self._direction_of(grad, moments, state, group)
+        IDENTITY.add_up_(target, direction, state, group, alpha=alpha)
 
     def _direction(self, low: Tensor, state: State, group: Group, norms: Tensor | None = None) -> Tensor:
+        if not self._has_kernels(low, group):
+            return self._direction_of(low, [load_moment(state, key, low.dtype) for key in MOMENT_KEYS], state, group)
         beta1, beta2 = group["betas"]
         eps = self._eps(state, group)
-        operation = pick(adam_direction, group["backend"], low.device)
-        if self._has_kernels(low, group):
-            # They read moments as they are stored.
-            if "exp_avg.codes" in state:
-                stored = [state[f"{key}.{part}"] for key in MOMENT_KEYS for part in ("codes", "scale")]
-                by_blocks = pick(adam8bit_direction, group["backend"], low.device)
-                return by_blocks(low, *stored, beta1=beta1, beta2=beta2, eps=eps, norms=norms)
-            first, second = MOMENT_KEYS
-            moments = [state[first], state[second]]
-            rounded = moments[0].dtype == torch.bfloat16
-            keys = (rounding_key(state, first), rounding_key(state, second)) if rounded else None
-            start = state.get("start", 0)
-            return operation(low, *moments, beta1=beta1, beta2=beta2, eps=eps, keys=keys, start=start, norms=norms)
-        moments = [load_moment(state, key, low.dtype) for key in MOMENT_KEYS]
+        # Kernels read moments as they are stored.
+        first, second = MOMENT_KEYS
+        if f"{first}.codes" in state:
+            stored = [state[f"{key}.{part}"] for key in MOMENT_KEYS for part in ("codes", "scale")]
+            by_blocks = pick(adam8bit_direction, group["backend"], low.device)
+            return by_blocks(low, *stored, beta1=beta1, beta2=beta2, eps=eps, norms=norms)
+        rounded = state[first].dtype == torch.bfloat16
+        return pick(adam_direction, group["backend"], low.device)(
+            low, state[first], state[second], beta1=beta1, beta2=beta2, eps=eps,
+            keys=(rounding_key(state, first), rounding_key(state, second)) if rounded else None,
+            start=state.get("start", 0), norms=norms,
+        )  # fmt: skip
+
+    def _direction_of(self, low: Tensor, moments: list[Tensor], state: State, group: Group) -> Tensor:
+        beta1, beta2 = group["betas"]
+        eps = self._eps(state, group)
         if self._fuses(group, eps, low, *moments):
             direction = torch.zeros_like(moments[0])
             fused_adam_(direction, low, *moments, beta1=beta1, beta2=beta2, eps=float(eps), alpha=1.0)
         else:
-            direction = operation(low, *moments, beta1=beta1, beta2=beta2, eps=eps)
+            direction = adam_direction(low, *moments, beta1=beta1, beta2=beta2, eps=eps)
         self._store_(moments, state)
         return direction
 
@@ -98,6 +106,8 @@ class Adam:
             store_moment_(state, key, moment)
 
     def _has_kernels(self, low: Tensor, group: Group) -> bool:
+        if group["backend"] is None and (low.dtype == torch.float64 or low.is_complex()):
+            return False
         return pick(adam_direction, group["backend"], low.device) is not adam_direction
 
     def _fuses(self, group: Group, eps: float | Tensor, *tensors: Tensor) -> bool:
