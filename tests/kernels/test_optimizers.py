@@ -20,6 +20,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("QGaLoreAdamW8bit", {"queue_size": 1}),
     ("FiraAdamW", {}),
     ("FiraAdamW", {"residual": "paper", "proj_type": "reverse_std"}),
+    ("FiraAdamW", {"capturable": True, "lr": torch.tensor(0.01)}),
     ("FiraAdamW", {"state_dtype": "int8", "limiter_gamma": None}),
     ("APOLLOAdamW", {}),
     ("APOLLOAdamW", {"proj": "svd", "scale_front": True, "state_dtype": "int8"}),
