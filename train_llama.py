@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from itertools import islice
 
 # Before torch starts its threads: where other programs want the cores too, threads that wait by spinning make an
@@ -139,10 +139,14 @@ def train(options: Options) -> int:
     if run.compile:
         network = torch.compile(network)
 
-    def around(*, last: bool) -> AbstractContextManager[None]:
+    def around(*, last: bool) -> AbstractContextManager[object]:
         """What surrounds the backward pass of one micro-batch."""
         if in_backward:
-            return in_backward.micro_batch(last)
+            stack = ExitStack()
+            for restart in restarts:
+                stack.enter_context(restart.ramped())
+            stack.enter_context(in_backward.micro_batch(last))
+            return stack
         return nullcontext() if last else accelerator.no_sync(network)
 
     def total(values: torch.Tensor) -> torch.Tensor:

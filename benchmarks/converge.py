@@ -13,6 +13,7 @@ import argparse
 import math
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,24 +91,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     torch.set_num_threads(options.threads)
-    runs = []
+    runs: list[dict[str, Any]] = []
     try:
         for refresh in options.refresh:
             for seed in options.seeds:
                 for moments in MOMENTS:
                     runs.append(one := run(options, moments, refresh, seed))
                     print(f"{refresh} seed {seed} {moments:6} {one['validation_loss']:.4f}", flush=True)
+                # After every seed: the whole takes half an hour of one core.
+                written = write(options.name, runs)
     except (UserError, RuntimeError, ValueError) as error:
         raise SystemExit(f"benchmarks.converge: error: {error}") from error
-    about = runs[0]["run"]
-    for one in runs:
-        del one["run"]
-    found = gains(runs)
-    for refresh, by_moments in found.items():
+    for refresh, by_moments in gains(runs).items():
         for moments, gain in by_moments.items():
             print(f'{refresh}: "{moments}" gains {gain["mean"]:+.4f} over "keep", +- {gain["standard_error"]:.4f}')
-    figures = {"run": about, "runs": runs, "gain_over_keep": found}
-    print(common.write_result(options.name, torch.device("cpu"), figures))
+    print(written)
+
+
+def write(name: str, runs: Sequence[dict[str, Any]]) -> Path:
+    """The JSON file of the runs so far."""
+    rows = [{key: value for key, value in one.items() if key != "run"} for one in runs]
+    figures = {"run": runs[0]["run"], "runs": rows, "gain_over_keep": gains(runs)}
+    return common.write_result(name, torch.device("cpu"), figures)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lowrank_optim.ops import pick
+from lowrank_optim.ops.adam8bit_direction import adam8bit_direction
 from lowrank_optim.ops.adam_direction import adam_direction
+from lowrank_optim.ops.blockwise import BLOCK
 from lowrank_optim.ops.dct_select import dct_select
 from lowrank_optim.ops.gaussian import gaussian
 from lowrank_optim.ops.gram import gram
+from lowrank_optim.ops.int8_weight import quantize_int8_weight_, scale_shape
+from lowrank_optim.ops.lowrank_update import lowrank_update_
+from lowrank_optim.ops.lowrank_update_int8 import lowrank_update_int8_
 from lowrank_optim.ops.move_columns import move_columns_
+from lowrank_optim.ops.project import project
 from lowrank_optim.ops.sddmm import sddmm
 from lowrank_optim.ops.sltrain import sltrain_weight
 from lowrank_optim.ops.support import draw_positions, empty_support, pack_
@@ -45,7 +51,7 @@ class Case(NamedTuple):
 
     Attributes:
         operation: the eager function.
-        tensors: arguments by name; floating-point ones are made fp64 for the exact result.
+        tensors: arguments by name; floating-point ones but scales are made fp64 for the exact result.
         options: further arguments.
         moved: bytes that must be read or written, every operand once.
         flops: that must be done.
@@ -61,7 +67,8 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.operation.__name__}{', addend' if 'addend' in self.tensors else ''}"
+        beside = next((f", {name}" for name in ("addend", "factor") if name in self.tensors), "")
+        return f"{self.operation.__name__}{beside}"
 
     def bound(self, backend: str) -> Callable[[], Any]:
         """The call, on these very tensors."""
@@ -73,7 +80,9 @@ class Case(NamedTuple):
         tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
         options = dict(self.options)
         if exact:
-            tensors = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+            # Scales belong to a storage format, which has one dtype.
+            wide = {name for name, t in tensors.items() if t.is_floating_point() and not name.endswith("scale")}
+            tensors = {name: t.double() if name in wide else t for name, t in tensors.items()}
             options.update({key: torch.float64 for key in options if key == "dtype"})
         found = pick(self.operation, backend, _device(self))(**tensors, **options)
         return [t for t in tree_leaves(found) if isinstance(t, Tensor)] + [tensors[name] for name in self.mutated]
@@ -85,8 +94,8 @@ def _device(case: Case) -> torch.device:
 
 
 def cases(size: Size, device: torch.device) -> Iterator[Case]:
-    """A case of every operation, made one after the other: several of 7B do not fit side by side."""
-    for make in (_adam_direction, _gaussian, _dct_select, _move_columns, _gram, _square, _sltrain_weight, _sddmm):
+    """The cases of all operations, made one after the other: several of 7B do not fit side by side."""
+    for make in MAKERS:
         yield make(size, device)
 
 
@@ -105,6 +114,57 @@ def _adam_direction(size: Size, device: torch.device) -> Case:
     # bf16 in; two fp32 moments in and out; fp32 out.
     moved = (2 + 16 + 4) * size.rows * size.rank
     return Case(adam_direction, tensors, options, moved, mutated=("exp_avg", "exp_avg_sq"))
+
+
+def _adam8bit_direction(size: Size, device: torch.device) -> Case:
+    shape, blocks = (size.rows, size.rank), -(-size.rows * size.rank // BLOCK)
+    tensors = {"grad": _random(*shape, device=device)}
+    for moment in ("exp_avg", "exp_avg_sq"):
+        tensors[f"{moment}_codes"] = torch.zeros(shape, dtype=torch.uint8, device=device)
+        tensors[f"{moment}_scale"] = torch.zeros(blocks, device=device)
+    options = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+    # bf16 in; two moments of a byte in and out, with their scales; fp32 out.
+    moved = (2 + 4 + 4) * size.rows * size.rank + 16 * blocks
+    return Case(adam8bit_direction, tensors, options, moved, mutated=tuple(tensors)[1:])
+
+
+def _project(size: Size, device: torch.device) -> Case:
+    m, n, r = size.rows, size.columns, size.rank
+    tensors = {"grad": _random(m, n, device=device), "basis": _random(n, r, device=device)}
+    return Case(project, tensors, {}, 2 * (m * n + n * r) + 4 * m * (r + 1), flops=2 * m * n * r)
+
+
+def _product(size: Size, device: torch.device) -> dict[str, Tensor]:
+    left = _random(size.rows, size.rank, device=device)
+    return {"left": left, "right": _random(size.columns, size.rank, device=device)}
+
+
+def _lowrank_update(size: Size, device: torch.device) -> Case:
+    m, n, r = size.rows, size.columns, size.rank
+    tensors = {"weight": _random(m, n, device=device), **_product(size, device)}
+    moved = 2 * (2 * m * n + m * r + n * r)
+    return Case(lowrank_update_, tensors, {"alpha": -0.03}, moved, flops=2 * m * n * r, mutated=("weight",))
+
+
+def _rescaled_update(size: Size, device: torch.device) -> Case:
+    case = _lowrank_update(size, device)
+    more = {
+        "grad": _random(size.rows, size.columns, device=device),
+        "factor": torch.rand(size.rows, 1, device=device),
+    }
+    moved = case.moved + 2 * size.rows * size.columns + 4 * size.rows
+    return case._replace(tensors={**case.tensors, **more}, moved=moved)
+
+
+def _lowrank_update_int8(size: Size, device: torch.device) -> Case:
+    m, n, r = size.rows, size.columns, size.rank
+    codes = torch.zeros(m, n, dtype=torch.int8, device=device)
+    scale = torch.zeros(scale_shape(m, n), device=device)
+    quantize_int8_weight_(codes, scale, _random(m, n, device=device))
+    tensors = {"codes": codes, "scale": scale, **_product(size, device)}
+    moved = 2 * (codes.nbytes + scale.nbytes) + 2 * r * (m + n)
+    options = {"alpha": -0.03, "key": 5}
+    return Case(lowrank_update_int8_, tensors, options, moved, flops=2 * m * n * r, mutated=("codes", "scale"))
 
 
 def _gaussian(size: Size, device: torch.device) -> Case:
@@ -173,3 +233,9 @@ def _sddmm(size: Size, device: torch.device) -> Case:
     }
     moved = 2 * (size.tokens * (size.rows + size.columns) + count) + index.nbytes + row_pointers.nbytes
     return Case(sddmm, tensors, {"count": count}, moved, flops=2 * size.tokens * size.rows * size.columns)
+
+
+MAKERS = (
+    _adam_direction, _adam8bit_direction, _project, _lowrank_update, _rescaled_update, _lowrank_update_int8, _gaussian,
+    _dct_select, _move_columns, _gram, _square, _sltrain_weight, _sddmm,
+)  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -24,14 +23,20 @@ def dct_matrix(size: int) -> Tensor:
     return matrix
 
 
-@functools.cache
+# A dict, because torch.compile reads one; it would trace through functools.cache and make a plan in every step.
+PLANS: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
+
+
 def _plan(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Makhoul's order of the input (even, then odd descending), its inverse, and the turned, scaled roots of unity."""
-    order = torch.cat([torch.arange(0, size, 2), torch.arange(1, size, 2).flip(0)])
-    phase = torch.arange(size // 2 + 1, dtype=torch.float64) * (-math.pi / (2 * size))
-    roots = torch.polar(torch.full_like(phase, math.sqrt(2 / size)), phase)
-    roots[0] = math.sqrt(1 / size)
-    return order.to(device), order.argsort().to(device), roots.to(device=device, dtype=dtype.to_complex())
+    key = (size, dtype, device)
+    if key not in PLANS:
+        order = torch.cat([torch.arange(0, size, 2), torch.arange(1, size, 2).flip(0)])
+        phase = torch.arange(size // 2 + 1, dtype=torch.float64) * (-math.pi / (2 * size))
+        roots = torch.polar(torch.full_like(phase, math.sqrt(2 / size)), phase)
+        roots[0] = math.sqrt(1 / size)
+        PLANS[key] = order.to(device), order.argsort().to(device), roots.to(device=device, dtype=dtype.to_complex())
+    return PLANS[key]
 
 
 def add_dct2_(out: Tensor, x: Tensor) -> None:

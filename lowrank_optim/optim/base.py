@@ -506,6 +506,7 @@ class LowRankOptimizer(Optimizer):
             low = torch.where(finite, low, 0) if unseen else low
             fused_update_(self, param, grad, low, subspace, lift, state, group, row_norms=row_norms)
             return
+        # A slice of an int8 weight would not know where its values are.
         if compressed or is_int8(param) or not getattr(self.rule_of(subspace), "elementwise", False):
             low = torch.where(finite, low, 0) if unseen else low
             grad = low.new_empty(0) if grad is None else grad

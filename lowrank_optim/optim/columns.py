@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from lowrank_optim.ops import pick
+from lowrank_optim.ops.chunks import chunks
 from lowrank_optim.ops.dct import add_dct2_, add_dct3_, dct_matrix
-from lowrank_optim.ops.dct_select import chunks, dct_select
+from lowrank_optim.ops.dct_select import dct_select
+from lowrank_optim.ops.orthonormal import orthonormalize
 from lowrank_optim.optim.base import Group, Refresh, State, check_choice
 from lowrank_optim.optim.sketches import sketch_matrix
 
@@ -18,30 +18,39 @@ BASES = (*TRANSFORMS, "identity", "random")
 SIMILARITIES = ("auto", "matmul", "fft")
 ELL_NORMS = (1, 2)
 
-# The size from which similarity="auto" takes the FFT. On one core of a Xeon (fp32, MKL, torch 2.13, square) it takes
-# 0.9 ms against the product's 1.2 at 384 and 44 against 400 at 2048, but 0.6 against 0.4 at 256.
-FFT_FROM = {"cpu": 384}
+# The size from which similarity="auto" takes the FFT. Milliseconds of FFT and product on two cores of an EPYC (fp32,
+# MKL, torch 2.13, square): 0.20 and 0.18 at 256, 0.28 and 0.34 at 320, 0.42 and 1.33 at 512; on one, 0.22 and 0.34 at
+# 256.
+FFT_FROM = {"cpu": 320}
 # Not measured: where 28 bytes an element at full bandwidth equal a bf16 product on tensor cores, by data sheets.
 FFT_FROM_ELSEWHERE = 2048
 
 
-@functools.cache
+# A dict, because torch.compile reads one; it would trace through functools.cache and build a basis in every step.
+BUILT: dict[tuple[str, int, torch.dtype, torch.device], Tensor] = {}
+
+
 def basis_rows(basis: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An orthogonal basis (size, size), a basis vector a row; one for the whole process.
 
-    It is the same on every device and in every run, so that checkpoints need not hold it;
-    ``basis_rows.cache_clear()`` frees the memory.
+    It is the same on every device and in every run, so that checkpoints need not hold it; ``BUILT.clear()`` frees the
+    memory.
     """
+    key = (basis, size, dtype, device)
+    if key not in BUILT:
+        BUILT[key] = _exact_rows(basis, size).to(device=device, dtype=dtype)
+    return BUILT[key]
+
+
+def _exact_rows(basis: str, size: int) -> Tensor:
+    """The basis in fp64."""
     if basis == "random":
         generator = torch.Generator().manual_seed(size)
-        q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
         # With a positive diagonal the factorisation is unique: no LAPACK has signs of its own.
-        rows = (q * r.diagonal().sgn()).mT
-    elif basis == "identity":
-        rows = torch.eye(size, dtype=torch.float64)
-    else:
-        rows = dct_matrix(size) if basis == "dct2" else dct_matrix(size).mT
-    return rows.contiguous().to(device=device, dtype=dtype)
+        return orthonormalize(torch.randn(size, size, generator=generator, dtype=torch.float64)).mT.contiguous()
+    if basis == "identity":
+        return torch.eye(size, dtype=torch.float64)
+    return dct_matrix(size) if basis == "dct2" else dct_matrix(size).mT.contiguous()
 
 
 def uses_fft(group: Group, size: int, device: torch.device) -> bool:
@@ -74,6 +83,19 @@ def coefficients(tall: Tensor, group: Group) -> Tensor:
     out = torch.zeros(tall.shape, dtype=torch.promote_types(tall.dtype, torch.float32), device=tall.device)
     add_coefficients_(out, tall, group)
     return out
+
+
+def pick_columns(coefficients: Tensor, indices: Tensor, group: Group) -> Tensor:
+    """Columns of the coefficients; non-finite throughout where the gradient is so anywhere.
+
+    A transform spreads a NaN over its row, so that the base sees it in the columns that were picked; without one it may
+    stand in another.
+    """
+    picked = coefficients.index_select(-1, indices)
+    if group["basis"] != "identity" or group["update_proj_gap"] == 1:
+        return picked
+    wide = torch.promote_types(coefficients.dtype, torch.float32)
+    return picked + (0 * coefficients.sum(dtype=wide)).to(picked.dtype)
 
 
 class Columns:
@@ -139,7 +161,7 @@ class Columns:
     def down(self, grad: Tensor, state: State, group: Group) -> Tensor:
         """(rows, rank)."""
         if group["basis"] == "identity":
-            return grad.index_select(-1, state["indices"])
+            return pick_columns(grad, state["indices"], group)
         return grad @ self._vectors(grad, state, group).mT
 
     def add_up_(self, target: Tensor, low: Tensor, state: State, group: Group, *, alpha: float | Tensor) -> None:
@@ -162,7 +184,7 @@ class Coefficients(Columns):
 
     def down(self, grad: Tensor, state: State, group: Group) -> Tensor:
         """(rows, rank), a gather."""
-        return grad.index_select(-1, state["indices"])
+        return pick_columns(grad, state["indices"], group)
 
 
 COEFFICIENTS = Coefficients()

@@ -20,7 +20,7 @@ from lowrank_optim.optim.base import (
     check_range,
 )
 from lowrank_optim.optim.galore import TopSingular, top_basis
-from lowrank_optim.optim.moments import init_moment, load_moment, store_moment_
+from lowrank_optim.optim.moments import init_moment, load_moment, replace_moment_, store_moment_, unseen_finite
 from lowrank_optim.optim.rules import MOMENT_KEYS, CorrectedAdam
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right")
@@ -140,12 +140,9 @@ class GeneralizedErrorFeedback:
         subspace.add_up_(target, direction, state, group, alpha=alpha)
         if not group["error_feedback"]:
             return
-        # A NaN that came between two refreshes on a device must not stay in the error for ever.
-        finite = grad.sum().isfinite()
+        finite = unseen_finite(grad)
         subspace.add_up_(grad, low, state, group, alpha=-1.0)
-        error = load_moment(state, "error", grad.dtype)
-        torch.where(finite, grad, error, out=error)
-        store_moment_(state, "error", error)
+        replace_moment_(state, "error", grad, where=finite)
 
 
 class LDAdamW(LowRankOptimizer):

@@ -74,12 +74,8 @@ def check_storable(param: Tensor, weight_rounding: str) -> None:
 
 def init_storage(param: Tensor, state: dict[str, Any], weight_rounding: str) -> None:
     """Allocate what is kept beside a parameter and is not there yet, on the meta device too."""
-    if (
-        weight_rounding == "compensated"
-        and param.dtype == torch.bfloat16
-        and not is_int8(param)
-        and "weight_correction" not in state
-    ):
+    absent = "weight_correction" not in state and not is_int8(param)
+    if weight_rounding == "compensated" and param.dtype == torch.bfloat16 and absent:
         state["weight_correction"] = torch.zeros_like(param, dtype=torch.int8, memory_format=torch.contiguous_format)
 
 

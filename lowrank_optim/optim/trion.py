@@ -21,7 +21,7 @@ from lowrank_optim.optim.base import (
     check_range,
 )
 from lowrank_optim.optim.columns import Coefficients, add_coefficients_
-from lowrank_optim.optim.moments import init_moment, load_moment, store_moment_
+from lowrank_optim.optim.moments import init_moment, load_moment, replace_moment_, unseen_finite
 from lowrank_optim.optim.rules import CorrectedAdam
 
 SCALINGS = ("kj", "dion", "kimi", "none")
@@ -94,12 +94,9 @@ class Momentum:
         rows, columns = reversed(target.shape) if state["left"] else target.shape
         alpha = alpha * update_scale(rows, columns, group["scaling"])
         subspace.add_up_(target, direction, state, group, alpha=alpha)
-        # A NaN that came between two refreshes on a device must not stay in the momentum for ever.
-        finite = grad.sum().isfinite()
+        finite = unseen_finite(grad)
         grad.index_copy_(-1, state["indices"], low * group["momentum"])
-        momentum = load_moment(state, "momentum", grad.dtype)
-        torch.where(finite, grad, momentum, out=momentum)
-        store_moment_(state, "momentum", momentum)
+        replace_moment_(state, "momentum", grad, where=finite)
 
 
 class Trion(LowRankOptimizer):

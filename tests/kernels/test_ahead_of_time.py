@@ -49,9 +49,9 @@ def test_no_kernel_spills_or_takes_too_much_shared_memory(chosen: tuple[str, ...
     result = run("-m", "lowrank_kernels.compile", *chosen, "--json", str(written))
     assert result.returncode == 0, result.stderr
     rows = [Usage(**row) for row in json.loads(written.read_text())["kernels"]]
-    # Nothing that is compiled comes from elsewhere, and what is printed is what is written.
-    modules = {info.name for info in pkgutil.iter_modules(lowrank_kernels.__path__)}
-    assert {"adam_direction", "gaussian"} <= {row.kernel.split()[0].strip(",") for row in rows} <= modules
+    # Every module is among them, but for parts of kernels; what is printed is what is written.
+    modules = {info.name for info in pkgutil.iter_modules(lowrank_kernels.__path__) if not info.name.startswith("_")}
+    assert {row.kernel.split()[0].strip(",") for row in rows} == modules - {"compile", "rounding", "tiles"}
     assert {row.arch for row in rows} >= ({90} if chosen else {80, 89, 90})
     assert all(0 < row.registers <= 255 for row in rows)
     assert result.stdout.strip() == markdown(rows)
