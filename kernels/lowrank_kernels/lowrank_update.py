@@ -162,14 +162,14 @@ def lowrank_update_(
     m, n = weight.shape
     rank = 0 if left is None else left.shape[1]
     left, right = (None if x is None else x.to(weight.dtype) for x in (left, right))
-    alpha, decay = (_on(weight.device, x) for x in (alpha, decay))
+    alpha, decay = (on_device(weight.device, x) for x in (alpha, decay))
     by_column = factor is not None and factor.shape[0] == 1 and factor.shape[1] > 1
     factor_stride = 0 if factor is None or factor.numel() == 1 else factor.stride(1 if by_column else 0)
     options = launch_options(weight.dtype, rank)
     tiles = triton.cdiv(m, options["BLOCK_M"]) * triton.cdiv(n, options["BLOCK_N"])
     lowrank_update_kernel[(tiles,)](
         weight, left, right, grad, factor, correction, 0 if key is None else key, alpha, decay, m, n, rank,
-        *weight.stride(), *_strides(left), *_strides(right), *_strides(grad), factor_stride,
+        *weight.stride(), *strides(left), *strides(right), *strides(grad), factor_stride,
         FACTOR_BY_COLUMN=by_column,
         ROUNDING="compensated" if correction is not None else "stochastic" if rounds else "nearest",
         KEY_ON_DEVICE=isinstance(key, Tensor), ALPHA_ON_DEVICE=isinstance(alpha, Tensor),
@@ -183,12 +183,12 @@ def launch_options(dtype: torch.dtype, rank: int) -> dict[str, Any]:
     return options if rank else {**options, "BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4}
 
 
-def _on(device: torch.device, value: float | Tensor) -> float | Tensor:
+def on_device(device: torch.device, value: float | Tensor) -> float | Tensor:
     """A kernel reads a tensor on its own device; a learning rate on the CPU costs no synchronisation to read."""
     return float(value) if isinstance(value, Tensor) and value.device != device else value
 
 
-def _strides(tensor: Tensor | None) -> tuple[int, ...]:
+def strides(tensor: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if tensor is None else tensor.stride()
 
 

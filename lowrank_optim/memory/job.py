@@ -123,7 +123,7 @@ def allocate_(model: nn.Module, device: str) -> None:
                     new = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
                     made[tensor] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
                     made[tensor].__dict__.update(tensor.__dict__)
-                tensors[name] = made[tensor]
+                tensors[name] = made[tensor]  # type: ignore[assignment]
 
 
 @torch.no_grad()
@@ -177,7 +177,7 @@ def train_update(
             with phase("forward"):
                 loss = loss_sum(model, batch, chunked=True) / tokens
             with phase("backward"):
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
             del loss
     with phase("update"):

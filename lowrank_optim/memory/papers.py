@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lowrank_optim.pretrain.llama import PRESETS
@@ -155,7 +155,7 @@ def _galore() -> list[Table]:
     def rows(formulas: dict[str, Formula], *how: Any) -> list[Row]:
         return [formulas[method].row(method, printed, *how) for method, printed in GALORE_2.items()]
 
-    def part(index: int, printed: dict[str, tuple[float, ...]]) -> list[Row]:
+    def part(index: int, printed: Mapping[str, tuple[float, ...]]) -> list[Row]:
         return [NAMED[method].part(index).row(method, numbers, K1024) for method, numbers in printed.items()]
 
     by_formula = "the formula of the paper's Table 1 with exact counts, which is what the code keeps"

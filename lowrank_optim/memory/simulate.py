@@ -64,7 +64,7 @@ def _gap_of_two(job: Job) -> Mapping[str, Any]:
 
 def _watch_updates(job: Job, model: nn.Module, optimizer: Optimizer, tracker: Tracker) -> StepInBackward | None:
     """Register the job's hooks, and book gradients as such and updates to the name of their parameter."""
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     trained = [p for p in names if p.requires_grad]
     phases = ExitStack()
 
@@ -74,7 +74,7 @@ def _watch_updates(job: Job, model: nn.Module, optimizer: Optimizer, tracker: Tr
             phases.enter_context(tracker.during("update", names[param]))
 
     for p in trained:
-        p.register_post_accumulate_grad_hook(arrives)
+        p.register_post_accumulate_grad_hook(arrives)  # type: ignore[no-untyped-call]
     handle = hooks(job, optimizer)
 
     def leaves(param: Tensor) -> None:
@@ -84,7 +84,7 @@ def _watch_updates(job: Job, model: nn.Module, optimizer: Optimizer, tracker: Tr
             tracker.label([sums.low, sums.sketch], "gradients")
 
     for p in trained:
-        p.register_post_accumulate_grad_hook(leaves)
+        p.register_post_accumulate_grad_hook(leaves)  # type: ignore[no-untyped-call]
     step_param = getattr(optimizer, "step_param", None)
     if step_param is not None and not job.per_layer:
 

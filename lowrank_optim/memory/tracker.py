@@ -154,7 +154,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 # Called when the gradient of the output is there, that is before the backward pass of this module.
-                leaf.register_hook(lambda _: setattr(self, "_layer_of_backward", name))
+                leaf.register_hook(lambda _: setattr(self, "_layer_of_backward", name))  # type: ignore[no-untyped-call]
 
     def _block(self, tensor: Tensor) -> Block:
         storage = tensor.untyped_storage()

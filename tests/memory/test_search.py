@@ -3,7 +3,7 @@ import shlex
 
 import pytest
 
-import lowrank_optim.memory.search as search
+from lowrank_optim.memory import search
 from lowrank_optim.memory.cli import main
 from lowrank_optim.pretrain.config import parse_options
 
