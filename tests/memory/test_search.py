@@ -7,7 +7,7 @@ from lowrank_optim.memory import search
 from lowrank_optim.memory.cli import main
 from lowrank_optim.pretrain.config import parse_options
 
-LINE = "plan --model llama_20m --tokens 4096 --optimizer AdamW GaLoreAdamW8bit"
+LINE = "plan --model llama_9m --tokens 1024 --optimizer AdamW GaLoreAdamW8bit"
 
 
 def run_json(capsys, *more):
