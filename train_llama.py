@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from itertools import islice
 
 # Before torch starts its threads: where other programs want the cores too, threads that wait by spinning make an
@@ -78,6 +78,7 @@ def train(options: Options) -> int:
     from lowrank_optim.pretrain.data import load_data, read_ahead
     from lowrank_optim.pretrain.generate import sample
     from lowrank_optim.pretrain.launch import catch_signals, run_folder, start_accelerator
+    from lowrank_optim.pretrain.llama import checkpoint_activations_
     from lowrank_optim.pretrain.metrics import Metrics
     from lowrank_optim.pretrain.optimizers import parse_optimizer_args
     from lowrank_optim.pretrain.parameterizations import build_restarts
@@ -131,16 +132,21 @@ def train(options: Options) -> int:
     metrics = Metrics(folder if leads else None, progress.step)
 
     if run.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with user_errors():
+            checkpoint_activations_(model, every=run.checkpoint_every)
     # The optimizer and the schedule are not prepared: the wrapped schedule would step once a process.
     network = accelerator.prepare_model(LossSum(model, chunked=run.chunked_loss))
     if run.compile:
         network = torch.compile(network)
 
-    def around(*, last: bool) -> AbstractContextManager[None]:
+    def around(*, last: bool) -> AbstractContextManager[object]:
         """What surrounds the backward pass of one micro-batch."""
         if in_backward:
-            return in_backward.micro_batch(last)
+            stack = ExitStack()
+            for restart in restarts:
+                stack.enter_context(restart.ramped())
+            stack.enter_context(in_backward.micro_batch(last))
+            return stack
         return nullcontext() if last else accelerator.no_sync(network)
 
     def total(values: torch.Tensor) -> torch.Tensor:
@@ -220,7 +226,8 @@ def train(options: Options) -> int:
                 sizes = sizes or report.measured_bytes(model, optimizer)
             else:
                 skipped += 1
-                say(f"warning: update {progress.step + 1} left out: loss {loss_value}, gradient norm {norm}")
+                where = " where gradients were not finite" if in_backward else ""
+                say(f"warning: update {progress.step + 1} left out{where}: loss {loss_value}, gradient norm {norm}")
                 if skipped == NON_FINITE_LIMIT:
                     raise UserError(f"{skipped} updates in a row without a finite loss and gradient: lower --lr")
             optimizer.zero_grad()

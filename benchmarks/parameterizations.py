@@ -1,4 +1,4 @@
-"""Forward and backward of one linear layer: dense, SLTrain as published, SLTrain and LOST of this package, LowRank.
+"""Forward and backward of one linear layer: dense, SLTrain as published, and SLTrain, LOST, SST, LowRank as here.
 
     python -m benchmarks.parameterizations [--device cuda] [--tokens 8192] [--budget 20]
 
@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.common import interleave, ratio, spread, write_result
 from benchmarks.peak import peak_bytes
-from lowrank_optim.nn import LOST, LowRank, SLTrain, SLTrainLinear
+from lowrank_optim.nn import LOST, SST, LowRank, SLTrain, SLTrainLinear
 
 
 class Shape(NamedTuple):
@@ -91,6 +91,8 @@ def contestants(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[
     made["sltrain published"] = PublishedSLTrain(sltrain)
     made["sltrain"] = sltrain
     made["lost"] = LOST(shape.rank).build(shape.n, shape.m, device=device, dtype=dtype)
+    # Published: a quarter of the rank of the others.
+    made["sst"] = SST(shape.rank // 4).build(shape.n, shape.m, device=device, dtype=dtype)
     made["low rank"] = LowRank(shape.rank).build(shape.n, shape.m, device=device, dtype=dtype)
     return made
 

@@ -1,11 +1,12 @@
-"""A small LLaMA on C4 text: LowRank, SLTrain and LOST of one rank, trained alike.
+"""A small LLaMA on the bytes of C4 text: every parameterization of one rank, each at its best learning rate.
 
-    python -m benchmarks.parameterizations_c4 --data ../shared/data/c4_sample/en \\
-        --tokenizer ../shared/data/tokenizers/t5-base [--steps 150] [--lr 3e-3]
+    python -m benchmarks.parameterizations_c4 --data ../shared/data/c4_sample/en [--steps 200] [--seeds 0 1]
 
-The shards are C4's own (``*train*.json.gz`` and ``*validation*.json.gz`` of lines with a ``text``). All runs see
-the same batches of packed windows; each starts from the same embeddings, head and norms. Writes
-``results/parameterizations_c4.json``.
+The shards are C4's own (``*train*.json.gz`` and ``*validation*.json.gz`` of lines with a ``text``). A byte is a
+token, so that the parameterized matrices, not the embeddings, hold most of the model. All runs see the same windows
+in the same order and start from the same embeddings, head and norms. The learning rate of a contestant is one of
+``--lr`` whose neighbours have a higher validation loss for the first seed. Writes
+``results/parameterizations_c4.json``, contestant by contestant.
 """
 
 from __future__ import annotations
@@ -14,45 +15,75 @@ import argparse
 import gzip
 import json
 import math
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.common import write_result
-from lowrank_optim.nn import LOST, LowRank, Parameterization, SLTrain, convert
 from lowrank_optim.pretrain.llama import build_config, build_model
+from lowrank_optim.pretrain.optimizers import build_optimizer
+from lowrank_optim.pretrain.parameterizations import build_restarts, parameterize_, plan_parameterization
+from lowrank_optim.pretrain.schedule import build_schedule
+
+# Two starts of the same factors; the better of the two is the baseline of all others.
+BASELINES = ("low rank", "low rank, kaiming")
+# Several restarts, samples and steps on the manifold in a run of a few hundred updates; published: 200 to 1000.
+PERIOD = 50
 
 
-def contestants(rank: int) -> dict[str, Parameterization]:
-    """SLTrain's alpha is a quarter of the rank, as published for 60M."""
+class Contestant(NamedTuple):
+    """A parameterization by name, None for dense matrices, with what it was published with."""
+
+    parameterization: str | None
+    args: Mapping[str, Any] = {}
+    optimizer: str = "AdamW"
+    optimizer_args: Mapping[str, Any] = {}
+    restarts: str = "none"
+    restart_args: Mapping[str, Any] = {}
+
+
+def contestants(rank: int) -> dict[str, Contestant]:
+    """All of them by name; SLTrain's and LoRA's alpha are a quarter of the rank, as published for 60M."""
+    low, gap = {"rank": rank}, {"update_proj_gap": PERIOD}
+    kaiming = {**low, "alpha": rank / 4, "init": "kaiming"}
+    restarts = {"every": PERIOD, "ramp": 5}
     return {
-        "low rank": LowRank(rank),
-        "sltrain": SLTrain(rank, sparsity=0.03, alpha=rank / 4),
-        "lost": LOST(rank),
+        BASELINES[0]: Contestant("lowrank", low),
+        BASELINES[1]: Contestant("lowrank", kaiming),
+        "low rank, restarts": Contestant("lowrank", kaiming, restarts="refactorize", restart_args=restarts),
+        "sltrain": Contestant("sltrain", {**low, "sparsity": 0.03, "alpha": rank / 4}),
+        "lost": Contestant("lost", low),
+        "cola": Contestant("cola", low),
+        "sst": Contestant("sst", low, "SSTAdamW", gap),
+        "lora": Contestant("lora", {**low, "alpha": rank / 4}),
+        "relora": Contestant("relora", {**low, "alpha": rank / 4}, restarts="merge", restart_args=restarts),
+        "loro": Contestant("loro", low, "LOROAdamW", gap, "reset", restarts),
+        "dense": Contestant(None),
     }
 
 
-def tokens_of(folder: Path, split: str, tokenizer: Any, limit: int) -> Tensor:
-    """The first ``limit`` tokens of a split, documents ended by the tokenizer's end of text."""
-    found: list[int] = []
+def bytes_of(folder: Path, split: str, limit: int) -> Tensor:
+    """The first ``limit`` bytes of the documents of a split, each ended by a zero."""
+    found = bytearray()
     for path in sorted(folder.glob(f"*{split}*.json.gz")):
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             for line in lines:
-                found += tokenizer(json.loads(line)["text"], verbose=False)["input_ids"]
+                found += json.loads(line)["text"].encode() + b"\0"
                 if len(found) >= limit:
-                    return torch.tensor(found[:limit])
-    raise ValueError(f"Invalid data: {folder} holds {len(found)} {split} tokens, expected at least {limit}")
+                    return torch.frombuffer(found[:limit], dtype=torch.uint8)
+    raise ValueError(f"Invalid data: {folder} holds {len(found)} {split} bytes, expected at least {limit}")
 
 
-def batches(tokens: Tensor, size: int, length: int, count: int) -> Iterator[Tensor]:
-    """``count`` batches (size, length) of windows in a fixed random order, again from the start when used up."""
-    windows = tokens[: len(tokens) // length * length].view(-1, length)
+def batches(text: Tensor, size: int, length: int) -> Iterator[Tensor]:
+    """Every window of ``length`` bytes once, in a fixed random order, ``size`` at a time."""
+    windows = text[: len(text) // length * length].view(-1, length)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
-    for step in range(count):
-        yield windows[order[torch.arange(step * size, (step + 1) * size) % len(order)]]
+    for chosen in order.split(size):
+        yield windows[chosen].long()
 
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
@@ -60,69 +91,90 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
-def train(options: Any, parameterization: Parameterization, text: Tensor, held_out: Tensor) -> dict[str, Any]:
-    """Train one contestant; its losses and sizes."""
-    torch.manual_seed(0)
-    model = build_model(build_config(options.model))
-    convert(model, parameterization)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.0)
-    warmup = max(1, options.steps // 10)
-
-    def factor(step: int) -> float:
-        share = (step - warmup) / max(1, options.steps - warmup)
-        return (step + 1) / warmup if step < warmup else 0.55 + 0.45 * math.cos(math.pi * share)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    losses = []
-    for ids in batches(text, options.batch_size, options.seq_len, options.steps):
-        loss = loss_of(model, ids)
-        loss.backward()  # type: ignore[no-untyped-call]
+def train(options: argparse.Namespace, contestant: Contestant, lr: float, seed: int, text: Tensor) -> nn.Module:
+    """One run over ``text``."""
+    torch.manual_seed(seed)
+    model = build_model(build_config(options.model, vocab_size=256))
+    if contestant.parameterization is not None:
+        parameterize_(model, plan_parameterization(contestant.parameterization, contestant.args), seed=seed)
+    optimizer = build_optimizer(contestant.optimizer, model, lr=lr, weight_decay=0.0, args=contestant.optimizer_args)
+    warmup = options.steps // 10
+    schedule = build_schedule(optimizer, warmup=warmup, total=options.steps)
+    restarts = build_restarts(contestant.restarts, contestant.restart_args, model, optimizer, first=warmup, seed=seed)
+    for step, ids in enumerate(batches(text, options.batch_size, options.seq_len), start=1):
+        loss_of(model, ids).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        for restart in restarts:
+            restart.after_step(step)
         optimizer.zero_grad()
-        losses.append(float(loss.detach()))
+    return model
+
+
+@torch.no_grad()
+def evaluate(options: argparse.Namespace, model: nn.Module, text: Tensor) -> float:
+    """Mean loss a byte; NaN for a run that diverged."""
     model.eval()
-    with torch.no_grad():
-        windows = held_out.view(-1, options.batch_size, options.seq_len)
-        held = [float(loss_of(model, ids)) for ids in windows]
+    return statistics.mean(float(loss_of(model, ids)) for ids in batches(text, options.batch_size, options.seq_len))
+
+
+def compete(options: argparse.Namespace, contestant: Contestant, text: Tensor, held_out: Tensor) -> dict[str, Any]:
+    """The losses of one contestant: with the first seed at a few rates, then at the best of them with the others."""
+    grid: dict[float, float] = {}
+    at, trained = options.lr.index(options.start), 0
+    while True:
+        # Downhill on the ladder, until both neighbours are worse.
+        near = options.lr[max(at - 1, 0) : at + 2]
+        for lr in near:
+            if lr not in grid:
+                model = train(options, contestant, lr, options.seeds[0], text)
+                trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+                loss = evaluate(options, model, held_out)
+                grid[lr] = loss if math.isfinite(loss) else math.inf
+        best = min(near, key=grid.__getitem__)
+        if best == options.lr[at]:
+            break
+        at = options.lr.index(best)
+    losses = [grid[best]]
+    for seed in options.seeds[1:]:
+        losses.append(evaluate(options, train(options, contestant, best, seed, text), held_out))
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "validation_loss": sum(held) / len(held),
-        "last_train_loss": sum(losses[-10:]) / len(losses[-10:]),
-        "train_loss": [round(loss, 4) for loss in losses],
+        "parameters": trained,
+        "lr": best,
+        "losses_by_lr": {str(lr): round(grid[lr], 4) for lr in sorted(grid)},
+        "validation_losses": [round(loss, 4) for loss in losses],
+        "validation_loss": round(statistics.mean(losses), 4),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--model", default="llama_9m")
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
+    parser.add_argument("--start", type=float, default=3e-3, help="the one of --lr to try first")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     options = parser.parse_args()
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     window = options.batch_size * options.seq_len
-    text = tokens_of(options.data, "train", tokenizer, options.steps * window)
-    held_out = tokens_of(options.data, "validation", tokenizer, 10 * window)
-    runs = {}
-    for name, parameterization in contestants(options.rank).items():
-        runs[name] = train(options, parameterization, text, held_out)
+    text = bytes_of(options.data, "train", options.steps * window)
+    held_out = bytes_of(options.data, "validation", 40 * window)
+    settings = {**vars(options), "data": options.data.name}
+    runs: dict[str, Any] = {}
+    for name, contestant in contestants(options.rank).items():
+        row = runs[name] = compete(options, contestant, text, held_out)
+        baseline = min(runs[key]["validation_loss"] for key in BASELINES if key in runs)
+        row["below_baseline"] = round(baseline - row["validation_loss"], 4)
+        write_result("parameterizations_c4", torch.device("cpu"), {"settings": settings, "runs": runs})
         print(
-            f"{name:10} {runs[name]['parameters']:>11,} parameters   validation loss "
-            f"{runs[name]['validation_loss']:.4f}   training loss, last 10 {runs[name]['last_train_loss']:.4f}",
+            f"{name:18} {row['parameters']:>9,} trained   lr {row['lr']:<6g} validation loss "
+            f"{row['validation_loss']:.4f}   below low rank {row['below_baseline']:+.4f}",
             flush=True,
         )
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    for key in ("data", "tokenizer"):
-        settings[key] = Path(settings[key]).name
-    print(write_result("parameterizations_c4", torch.device("cpu"), {"settings": settings, "runs": runs}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The README's table of optimizers from the measured figures: ``python -m benchmarks.table [--check]``.
+"""The README's tables from the measured figures: ``python -m benchmarks.table [--check]``.
 
 Reads ``results/step.json`` (``benchmarks.step``) and ``results/reference.json`` (``benchmarks.reference``) and replaces
-what stands between the two markers in README.md. State bytes are computed by :mod:`lowrank_optim.memory`.
+what stands between the two markers in README.md. State bytes are computed by :mod:`lowrank_optim.memory`. The tables
+of parameterized layers are :mod:`benchmarks.parameterizations_table`'s.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 import lowrank_optim
+from benchmarks import aot_table, parameterizations_table
 from benchmarks.common import read_result
 from benchmarks.contestants import ARGUMENTS, own_names
 from lowrank_optim.memory.plan import estimate
@@ -98,17 +100,17 @@ def _caption(step: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     )
 
 
-def replaced(text: str, new: str) -> str:
-    """``text`` with ``new`` between the markers.
+def replaced(text: str, new: str, marker: str = BEGIN) -> str:
+    """``text`` with ``new`` between ``marker`` and the next :data:`END`.
 
     Raises:
         ValueError: no markers, or not in this order.
     """
-    before, begin, rest = text.partition(BEGIN)
+    before, begin, rest = text.partition(marker)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"Invalid README: expected the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{new}\n{END}{after}"
+        raise ValueError(f"Invalid README: expected the lines {marker} and {END}")
+    return f"{before}{marker}\n{new}\n{END}{after}"
 
 
 def current() -> str:
@@ -130,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = README.read_text(encoding="utf-8")
     try:
         new = replaced(text, current())
+        for table in (parameterizations_table, aot_table):
+            new = replaced(new, table.current(), table.BEGIN)
     except ValueError as error:
         raise SystemExit(f"benchmarks.table: error: {error}") from error
     if not options.check:

@@ -31,16 +31,15 @@ def move(
     value = value.to(tl.float32) * decay + product
 
     if grad_ptr is not None:
-        grad = tl.load(
-            grad_ptr + rows[:, None] * grad_stride_m + columns[None, :] * grad_stride_n, mask=mask, other=0.0
-        )
+        grad = grad_ptr + rows[:, None] * grad_stride_m + columns[None, :] * grad_stride_n
+        grad = tl.load(grad, mask=mask, other=0.0).to(tl.float32)
         if FACTOR_BY_COLUMN:
             factor = tl.load(factor_ptr + columns * factor_stride, mask=columns < n, other=0.0)[None, :]
         else:
             factor = tl.load(factor_ptr + rows * factor_stride, mask=rows < m, other=0.0)[:, None]
         factor = factor.to(tl.float32)
         # Zero times NaN is NaN.
-        value += tl.where(factor != 0, factor * grad.to(tl.float32), 0.0)
+        value += tl.where(factor != 0, factor * grad, 0.0)
 
     if ROUNDING == "nearest":
         tl.store(weight, round_to_nearest(value, weight_ptr.dtype.element_ty), mask=mask)
@@ -155,12 +154,9 @@ def lowrank_update_(
         ValueError: a weight of another dtype, or a rounding that its dtype does not have.
     """
     rounds = key is not None or correction is not None
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or (
-        rounds and weight.dtype != torch.bfloat16
-    ):
-        raise ValueError(
-            f"Invalid weight: {weight.dtype}, expected torch.bfloat16{'' if rounds else ', float16 or float32'}"
-        )
+    dtypes = (torch.bfloat16,) if rounds else (torch.bfloat16, torch.float16, torch.float32)
+    if weight.dtype not in dtypes:
+        raise ValueError(f"Invalid weight: {weight.dtype}, expected {' or '.join(map(str, dtypes))}")
     if not weight.numel():
         return
     m, n = weight.shape
@@ -212,14 +208,10 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
     ]:
         options: dict[str, Any] = launch_options(dtype, 256 if product else 0)
         launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-        constants: dict[str, object] = {
-            **options,
-            **dict.fromkeys(("FACTOR_BY_COLUMN", "KEY_ON_DEVICE", "ALPHA_ON_DEVICE", "DECAY_ON_DEVICE", "WIDE"), False),
-            **dict.fromkeys(
-                ("weight_stride_n", "left_stride_k", "right_stride_k", "grad_stride_n", "factor_stride"), 1
-            ),
-            "ROUNDING": rounding,
-        }
+        flags = ("FACTOR_BY_COLUMN", "KEY_ON_DEVICE", "ALPHA_ON_DEVICE", "DECAY_ON_DEVICE", "WIDE")
+        strides = ("weight_stride_n", "left_stride_k", "right_stride_k", "grad_stride_n", "factor_stride")
+        constants: dict[str, object] = {**options, "ROUNDING": rounding}
+        constants |= {**dict.fromkeys(flags, False), **dict.fromkeys(strides, 1)}
         if not product:
             constants |= {"left_ptr": None, "right_ptr": None}
         if not scaled:

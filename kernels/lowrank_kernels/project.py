@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -54,9 +55,8 @@ def project_kernel(
         squares += tl.sum(wide * wide, axis=1)
         grad += BLOCK_K * grad_stride_k
         basis += BLOCK_K * basis_stride_k
-    tl.store(
-        low_ptr + row[:, None] * rank + column[None, :], low, mask=(row < rows)[:, None] & (column < rank)[None, :]
-    )
+    mask = (row < rows)[:, None] & (column < rank)[None, :]
+    tl.store(low_ptr + row[:, None] * rank + column[None, :], low, mask=mask)
     tl.store(norms_ptr + row, tl.sqrt_rn(squares), mask=(row < rows) & (tile_n == 0))
 
 
@@ -97,19 +97,13 @@ def launch_options(dtype: torch.dtype, rank: int) -> dict[str, Any]:
 def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
     """What Fira and APOLLO launch on LLaMA's matrices: label, kernel, signature, constants, options."""
     cases = []
-    for dtype, pointer in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
-        for rank in (1, 256):
-            for contiguous in ("grad_stride_k", "grad_stride_m"):
-                options = launch_options(dtype, rank)
-                launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-                constants: dict[str, object] = {**options, contiguous: 1, "basis_stride_n": 1, "WIDE": False}
-                types = {"grad_ptr": pointer, "basis_ptr": pointer, "low_ptr": "*fp32", "norms_ptr": "*fp32"}
-                signature = {
-                    name: "constexpr" if name in constants else types.get(name, "i32")
-                    for name in project_kernel.arg_names
-                }
-                turned = " transposed" if contiguous == "grad_stride_m" else ""
-                cases.append(
-                    (f"project {pointer[1:]} rank {rank}{turned}", project_kernel, signature, constants, launch)
-                )
+    for dtype, rank, contiguous in product(("bf16", "fp32"), (1, 256), ("grad_stride_k", "grad_stride_m")):
+        options = launch_options(torch.bfloat16 if dtype == "bf16" else torch.float32, rank)
+        launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+        constants: dict[str, object] = {**options, contiguous: 1, "basis_stride_n": 1, "WIDE": False}
+        types = {"grad_ptr": f"*{dtype}", "basis_ptr": f"*{dtype}", "low_ptr": "*fp32", "norms_ptr": "*fp32"}
+        names = project_kernel.arg_names
+        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+        label = f"project {dtype} rank {rank}{' transposed' if contiguous == 'grad_stride_m' else ''}"
+        cases.append((label, project_kernel, signature, constants, launch))
     return cases

@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 
 from lowrank_optim.memory.job import Job, allocate_, hooks, train_update
 from lowrank_optim.memory.tracker import Peak, Tracker
+from lowrank_optim.ops import dct
+from lowrank_optim.optim import columns
 from lowrank_optim.optim.in_backward import StepInBackward
 from lowrank_optim.pretrain.optimizers import accepted_arguments
 
@@ -122,6 +124,8 @@ def _as_if_with_data() -> Iterator[None]:
 
 
 def _clear_caches() -> None:
+    columns.BUILT.clear()
+    dct.PLANS.clear()
     for name, module in list(sys.modules.items()):
         if name.startswith("lowrank_optim."):
             for value in vars(module).values():

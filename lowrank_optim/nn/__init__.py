@@ -2,6 +2,7 @@
 
 from lowrank_optim.nn.base import FactoredLinear, Parameterization
 from lowrank_optim.nn.convert import convert, merge, merged_state_dict, reset_parameters
+from lowrank_optim.nn.hyperbolic import LorentzLinear
 from lowrank_optim.nn.int8 import Int8Linear, quantize_weights
 from lowrank_optim.nn.lost import LOST, LOSTLinear
 from lowrank_optim.nn.lowrank import (
@@ -30,6 +31,7 @@ __all__ = [
     "LOSTLinear",
     "LoRA",
     "LoRALinear",
+    "LorentzLinear",
     "LowRank",
     "LowRankLinear",
     "MergeAndRestart",

@@ -27,9 +27,10 @@ def int8_linear_input_gradient(g: Tensor, codes: Tensor, scale: Tensor) -> Tenso
 
 
 # Opaque to the compiler, which would otherwise keep the W of the forward pass for the backward pass.
-_compiled_input_gradient = torch.library.custom_op("lowrank_optim::int8_linear_input_gradient", mutates_args=())(
-    int8_linear_input_gradient
-)
+_compiled_input_gradient = torch.library.custom_op(
+    "lowrank_optim::int8_linear_input_gradient", int8_linear_input_gradient, mutates_args=(),
+    schema="(Tensor g, Tensor codes, Tensor scale) -> Tensor",
+)  # fmt: skip
 
 
 @_compiled_input_gradient.register_fake

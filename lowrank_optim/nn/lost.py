@@ -15,7 +15,7 @@ from lowrank_optim.nn.base import (
     normal_,
     working_dtype,
 )
-from lowrank_optim.nn.lowrank import factors_through_silu
+from lowrank_optim.nn.lowrank import factors_through_silu, scaled_product
 from lowrank_optim.nn.sltrain import check_sparsity
 from lowrank_optim.ops.lost import lost_linear
 from lowrank_optim.optim.base import check_choice, check_positive_int, check_range
@@ -110,9 +110,9 @@ class LOSTLinear(FactoredLinear):
     def dense_weight(self) -> Tensor:
         if self.nonlinear:
             raise self.no_dense_weight()
-        dtype, gamma = working_dtype(self.A.dtype), self.options.gamma
-        W = gamma * (self.B.to(dtype) @ self.A.to(dtype))
-        return W.index_add_(1, self.channels, self.C.to(dtype), alpha=1 - gamma).to(self.A.dtype)
+        gamma = self.options.gamma
+        W = scaled_product(self.B, self.A, gamma)
+        return W.index_add_(1, self.channels, self.C.to(W.dtype), alpha=1 - gamma).to(self.A.dtype)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

@@ -7,7 +7,8 @@ micro-batches). What a callback remembers is in its ``state_dict()``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class Restart(ABC):
 
     The ramp multiplies the learning rate of the ``ramp`` updates after a restart by 0.001, ..., 1, evenly spaced.
     It acts inside ``optimizer.step()`` only, so that every schedule keeps its own values; where updates do not go
-    through ``step()``, multiply by :attr:`lr_factor` yourself.
+    through ``step()``, as with :func:`lowrank_optim.step_in_backward`, put them inside of :meth:`ramped`.
 
     Args:
         optimizer: whose learning rates are ramped; None for a restart without a ramp.
@@ -58,6 +59,7 @@ class Restart(ABC):
         self.every, self.first, self.ramp = every, first, ramp
         self.step = self.restarts = 0
         self.restarted_at: int | None = None
+        self.optimizer = optimizer
         self._learning_rates: list[tuple[dict[str, Any], Any]] = []
         if optimizer is not None and ramp > 1:
             optimizer.register_step_pre_hook(self._lower)
@@ -86,6 +88,16 @@ class Restart(ABC):
         done = min(self.step - self.restarted_at, self.ramp - 1)
         return RAMP_START + (1 - RAMP_START) * done / (self.ramp - 1)
 
+    @contextmanager
+    def ramped(self) -> Iterator[None]:
+        """Within it the learning rates are those of the coming update, for updates outside of ``optimizer.step()``."""
+        if self.optimizer is not None:
+            self._lower(self.optimizer)
+        try:
+            yield
+        finally:
+            self._restore()
+
     def state_dict(self) -> dict[str, int | None]:
         """Counters only."""
         return {"step": self.step, "restarts": self.restarts, "restarted_at": self.restarted_at}
@@ -94,7 +106,7 @@ class Restart(ABC):
         """Continue where ``state`` was taken."""
         self.step, self.restarts, self.restarted_at = state["step"], state["restarts"], state["restarted_at"]
 
-    def _lower(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _lower(self, optimizer: Optimizer, *_: Any) -> None:
         # An update that raised has not restored them.
         self._restore()
         factor = self.lr_factor
@@ -175,13 +187,14 @@ class MomentumReset(Restart):
         ValueError: an option out of range, or scope="factors" for a model without them.
     """
 
+    optimizer: Optimizer
+
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, *, every: int = 200, first: int = 0, ramp: int = 10,
         scope: str = "all",
     ) -> None:  # fmt: skip
         super().__init__(optimizer, every=every, first=first, ramp=ramp)
         check_choice("scope", scope, SCOPES)
-        self.optimizer = optimizer
         if scope == "factors":
             layers = _layers_with_factors(model).values()
             self.parameters: list[Tensor] = [p for layer in layers for p in factors(layer)]
@@ -214,6 +227,8 @@ class MergeAndRestart(Restart):
     its second moment makes an update of size 1/eps.
     """
 
+    optimizer: Optimizer
+
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, *, every: int = 1000, first: int = 0, ramp: int = 100,
         prune: float = 1.0, by: str = "random", seed: int = 0,
@@ -226,7 +241,7 @@ class MergeAndRestart(Restart):
         if not layers:
             raise ValueError(f"Invalid model: {type(model).__name__} holds no ReLoRALinear to restart")
         self.layers = {positions[layer]: layer for layer in layers}
-        self.optimizer, self.prune, self.by, self.seed = optimizer, prune, by, seed
+        self.prune, self.by, self.seed = prune, by, seed
 
     def restart_(self) -> None:
         for position, layer in self.layers.items():

@@ -53,7 +53,7 @@ def quantize_int8_weight_(codes: Tensor, scale: Tensor, values: Tensor, key: int
 
 def dequantize_int8_weight(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The values (m, n) that :func:`quantize_int8_weight_` wrote, each rounded once to ``dtype``."""
-    values = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    values = codes.new_empty(codes.shape, dtype=dtype)
     for block in _row_blocks(*codes.shape):
         for within, groups, width in _spans(codes.shape[1]):
             shape = (block.stop - block.start, groups.stop - groups.start, width)

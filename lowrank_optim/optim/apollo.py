@@ -12,7 +12,7 @@ from lowrank_optim.optim.fused import Norms, Terms
 from lowrank_optim.optim.galore import TopSingular
 from lowrank_optim.optim.random_bases import Gaussian
 from lowrank_optim.optim.rules import Adam
-from lowrank_optim.optim.scaling import GrowthLimiter, add_scaled_, factors, row_norms
+from lowrank_optim.optim.scaling import GrowthLimiter, add_terms_, factors, row_norms
 
 PROJECTIONS = ("random", "svd")
 SCALE_TYPES = ("channel", "tensor")
@@ -35,24 +35,21 @@ class Scaling(GrowthLimiter):
     ) -> None:  # fmt: skip
         """One pass over the gradient for its norms, one for the weight."""
         norms = Norms(row_norms(low), row_norms(direction), row_norms(grad))
-        add_scaled_(target, grad, self.factor(norms, state, group, alpha))
+        terms = self.terms(low, direction, None, norms, state, group, alpha=alpha)
+        add_terms_(target, grad, terms, subspace, state, group)
 
-    def factor(self, norms: Norms, state: State, group: Group, alpha: float | Tensor) -> Tensor:
-        """What multiplies the gradient, (rows, 1) or (1, 1)."""
+    def terms(
+        self, low: Tensor, direction: Tensor, basis: Tensor | None, norms: Norms, state: State, group: Group,
+        *, alpha: float | Tensor,
+    ) -> Terms:  # fmt: skip
+        """The gradient alone; the norms are all that low and direction are for."""
         scaling = factors(norms.low, norms.direction, whole=group["scale_type"] == "tensor")
         strength = group["scale"] ** 0.5
         norm = torch.linalg.vector_norm(scaling.phi * norms.grad)
         if group["scale_front"]:
             norm = norm * strength
         release = self.limit(norm, scaling.direction, state, group)
-        return scaling.phi * (release * strength * alpha)
-
-    def terms(
-        self, low: Tensor, direction: Tensor, basis: Tensor, norms: Norms, state: State, group: Group,
-        *, alpha: float | Tensor,
-    ) -> Terms:  # fmt: skip
-        """The gradient alone."""
-        return Terms(factor=self.factor(norms, state, group, alpha))
+        return Terms(factor=scaling.phi * (release * strength * alpha))
 
 
 class APOLLOAdamW(LowRankOptimizer):

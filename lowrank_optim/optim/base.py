@@ -303,7 +303,8 @@ class LowRankOptimizer(Optimizer):
               fp32). The arithmetic is fp32 in each; complex moments stay as they are.
             - weight_rounding: how bfloat16 weights are written. "nearest" (in place), "stochastic" or "compensated"
               (an int8 correction beside the weight, 24 bits together); the latter two compute in fp32, in a copy of
-              one weight at a time. Weights of more bits are never rounded, so for them the option is without effect.
+              one weight at a time (kernels: without a copy). Weights of more bits are never rounded, so for them the
+              option is without effect.
             - maximize: ascend.
             - capturable: keep the step counter on the device, so that a CUDA graph can replay the step.
               The graph never refreshes: run one step outside of it every update_proj_gap steps.
@@ -500,10 +501,12 @@ class LowRankOptimizer(Optimizer):
             self._warn_once("skipped an update because of a non-finite gradient")
             return
         state["step"] += 1
-        if compressed and fuses(param, subspace, self.rule_of(subspace), lift, group):
+        measured = row_norms is not None or not getattr(lift, "measures", False)
+        if compressed and measured and fuses(param, subspace, self.rule_of(subspace), lift, group):
             low = torch.where(finite, low, 0) if unseen else low
             fused_update_(self, param, grad, low, subspace, lift, state, group, row_norms=row_norms)
             return
+        # A slice of an int8 weight would not know where its values are.
         if compressed or is_int8(param) or not getattr(self.rule_of(subspace), "elementwise", False):
             low = torch.where(finite, low, 0) if unseen else low
             grad = low.new_empty(0) if grad is None else grad
@@ -512,9 +515,9 @@ class LowRankOptimizer(Optimizer):
             return
         init_storage(param, state, group["weight_rounding"])
         for part, (values, slope) in slices(state, subspace.orient(param, state), low):
-            slope = torch.where(finite, slope, 0) if unseen else slope
+            masked = torch.where(finite, slope, 0) if unseen else slope
             with writable(values, part, group["weight_rounding"]) as weight:
-                self.update_(weight, slope, slope, subspace, lift, part, group)
+                self.update_(weight, masked, masked, subspace, lift, part, group)
 
     def update_(
         self, target: Tensor, grad: Tensor, low: Tensor, subspace: Subspace, lift: Lift, state: State, group: Group

@@ -11,7 +11,7 @@ from lowrank_optim.optim.base import Group, LowRankOptimizer, State, Subspace, c
 from lowrank_optim.optim.fused import Norms, Terms
 from lowrank_optim.optim.galore import TopSingular
 from lowrank_optim.optim.rules import Adam
-from lowrank_optim.optim.scaling import Factors, GrowthLimiter, add_scaled_, factors, on_host, row_norms
+from lowrank_optim.optim.scaling import Factors, GrowthLimiter, add_terms_, factors, on_host, row_norms
 
 RESIDUALS = ("reference", "paper")
 ADAM = Adam()
@@ -64,9 +64,8 @@ class Residual(GrowthLimiter):
         """One product with the basis where it is orthonormal: up(a N) + f (G - b up(R)) = up(a N - b f R) + f G."""
         if torch.finfo(state["basis"].dtype).bits >= 32:
             norms = Norms(row_norms(low), row_norms(direction), row_norms(grad))
-            update = self.terms(low, direction, state["basis"], norms, state, group, alpha=alpha)
-            subspace.add_up_(target, update.low, state, group, alpha=update.alpha)
-            add_scaled_(target, grad, update.factor)
+            terms = self.terms(low, direction, state["basis"], norms, state, group, alpha=alpha)
+            add_terms_(target, grad, terms, subspace, state, group)
             return
         scaling = factors(row_norms(low), row_norms(direction))
         # In bfloat16 the basis is orthonormal to 2e-3 and R good to 2^-9, too little for the difference of two norms

@@ -1,4 +1,4 @@
-"""A step without a full-size temporary: one kernel that projects and measures, one that moves the weight as it is stored.
+"""A step without a full-size temporary: one kernel projects and measures, one moves the weight as it is stored.
 
 Only with Triton, and only for updates that are :class:`Terms`; everything else goes through ``Lift.apply_``.
 """
@@ -13,8 +13,7 @@ from torch import Tensor
 from lowrank_optim.ops import pick
 from lowrank_optim.ops.lowrank_update import lowrank_update_
 from lowrank_optim.ops.project import project
-from lowrank_optim.optim.moments import rounding_key
-from lowrank_optim.optim.storage import init_storage, is_int8
+from lowrank_optim.optim.storage import move_stored_
 
 if TYPE_CHECKING:
     from lowrank_optim.optim.base import Group, LowRankOptimizer, State, Subspace
@@ -50,7 +49,7 @@ def fuses(param: Tensor, subspace: Subspace, rule: Any, lift: Any, group: Group)
     """
     if not (hasattr(lift, "terms") and hasattr(subspace, "basis") and hasattr(rule, "measured_direction")):
         return False
-    if is_int8(param) or param.dtype not in (torch.float32, *NARROW) or torch.compiler.is_compiling():
+    if param.dtype not in (torch.float32, *NARROW) or torch.compiler.is_compiling():
         return False
     if group["backend"] is None and param.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
         # Products without matrix units are cuBLAS' to make.
@@ -96,11 +95,7 @@ def fused_update_(
         # (X Pᵀ)ᵀ = P Xᵀ: the kernel sees the parameter in its own layout.
         left, right = right, left
         grad, factor = (None if tensor is None else tensor.mT for tensor in (grad, factor))
-    store = {}
-    if group["weight_rounding"] != "nearest" and param.dtype == torch.bfloat16:
-        store["key"] = rounding_key(state, "weight")
-        if group["weight_rounding"] == "compensated":
-            init_storage(param, state, "compensated")
-            store["correction"] = state["weight_correction"]
-    operation = pick(lowrank_update_, group["backend"], param.device)
-    operation(param, left, right, alpha=alpha, decay=decay, grad=grad, factor=factor, **store)
+    move_stored_(
+        param, left, right, state, group["weight_rounding"], group["backend"],
+        alpha=alpha, decay=decay, grad=grad, factor=factor,
+    )  # fmt: skip

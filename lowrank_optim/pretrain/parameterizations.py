@@ -50,8 +50,8 @@ def _cola(rank: int, lr: float, warmup: int, hidden_act: str) -> Published:
 
 
 def _loro(rank: int, lr: float, gap: int, warmup: int | None = None) -> Published:
-    # Beside the exact step, all moments start anew and the learning rate rises over five updates.
-    restart = {"every": gap, "ramp": min(5, gap), "first": gap}
+    # Beside every exact step, the warm-up's included, all moments start anew and the rate rises over five updates.
+    restart = {"every": gap, "ramp": 5, "first": 0}
     return Published({"rank": rank}, lr, None, warmup, optimizer_args={"update_proj_gap": gap}, restart_args=restart)
 
 

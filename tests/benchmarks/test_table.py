@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import reference, table
+from benchmarks import parameterizations_table, reference, table
 from benchmarks.contestants import own_names
 
 pytest.importorskip("transformers")
@@ -41,6 +41,8 @@ def test_the_readme_is_up_to_date() -> None:
     if table.BEGIN not in text:
         pytest.skip(f"README.md has no {table.BEGIN}")
     assert table.replaced(text, table.current()) == text, "run python -m benchmarks.table"
+    layers = parameterizations_table.current()
+    assert table.replaced(text, layers, parameterizations_table.BEGIN) == text, "run python -m benchmarks.table"
 
 
 def test_a_row_an_optimizer_from_the_figures() -> None:

@@ -27,31 +27,32 @@ SMALL = {
 SIZES = ("llama_60m", "llama_130m", "llama_350m", "llama_1b", "llama_7b")
 
 
-def count(size: str, rank: int, density: float = 0.0) -> int:
-    """Trained values by hand: dense embedding, head and norms, r (m + n) + floor(density m n) a matrix."""
+def count(size: str, rank: int | None = None, density: float = 0.0) -> int:
+    """Trained values by hand: dense embedding, head and norms, and a matrix r (m + n) + floor(density m n) or m n."""
     shape = PRESETS[size]
     d, f = shape.hidden, shape.intermediate
     matrices = [(d, d)] * 4 + [(f, d)] * 2 + [(d, f)]
-    layer = sum(rank * (m + n) + int(density * m * n) for m, n in matrices) + 2 * d
+    layer = sum(rank * (m + n) + int(density * m * n) if rank else m * n for m, n in matrices) + 2 * d
     return 2 * shape.vocab * d + d + shape.layers * layer
 
 
 @pytest.mark.parametrize(
     ("size", "rank", "density", "millions"),
     [
-        ("llama_60m", 128, 0.03, (42.77, 43.53)),
-        ("llama_130m", 256, 0.03, (94.00, 96.55)),
-        ("llama_350m", 256, 0.03, (185.22, 194.29)),
-        ("llama_1b", 512, 0.03, (609.31, 645.55)),
-        ("llama_7b", 1024, 0.05, (2820.94, 3144.74)),
+        ("llama_60m", 128, 0.03, (58.07, 42.77, 43.53)),
+        ("llama_130m", 256, 0.03, (134.11, 94.00, 96.55)),
+        ("llama_350m", 256, 0.03, (367.97, 185.22, 194.29)),
+        ("llama_1b", 512, 0.03, (1339.08, 609.31, 645.55)),
+        ("llama_7b", 1024, 0.05, (6738.42, 2820.94, 3144.74)),
     ],
 )
-def test_published_parameter_counts(size: str, rank: int, density: float, millions: tuple[float, float]) -> None:
+def test_published_parameter_counts(size: str, rank: int, density: float, millions: tuple[float, float, float]) -> None:
     # No options given: they are those of the size.
-    low, sparse = (estimate(size, "AdamW", parameterization=name) for name in ("lowrank", "sltrain"))
+    dense, low, sparse = (estimate(size, "AdamW", parameterization=name) for name in (None, "lowrank", "sltrain"))
+    assert dense.parameters == count(size)
     assert low.parameters == count(size, rank)
     assert sparse.parameters == count(size, rank, density)
-    assert (round(low.parameters / 1e6, 2), round(sparse.parameters / 1e6, 2)) == millions
+    assert tuple(round(found.parameters / 1e6, 2) for found in (dense, low, sparse)) == millions
     # At most 4 bytes an entry, where the published code has 8.
     entries = sparse.parameters - low.parameters
     assert 0 < sparse.index_bytes <= 4 * entries
@@ -71,10 +72,11 @@ def test_published_parameter_counts(size: str, rank: int, density: float, millio
     ],
 )
 def test_bytes_of_weights_and_states(name: str, optimizer: str, expected: tuple[float, ...]) -> None:
-    for size, gigabytes in zip(SIZES[:4], expected):
+    for size, gigabytes in zip(SIZES, expected, strict=True):
         result = estimate(size, optimizer, parameterization=name)
         total = result.by_category["weights"] + result.by_category["optimizer"]
-        assert total / 1e9 == pytest.approx(gigabytes, abs=6e-4), size
+        # Half a unit of the last printed digit, and the step counters.
+        assert total / 1e9 == pytest.approx(gigabytes, abs=6e-3 if gigabytes > 10 else 6e-4), size
 
 
 @pytest.mark.parametrize(

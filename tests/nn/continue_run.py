@@ -8,7 +8,7 @@ import sys
 import torch
 
 from lowrank_optim.nn import convert
-from tests.nn.parameterizations import VARIANTS, block, train
+from tests.nn.parameterizations import MORE, VARIANTS, block, train
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
@@ -17,8 +17,11 @@ if __name__ == "__main__":
         model = block()
         # Another seed: whatever does not come from the file shows.
         convert(model, VARIANTS[name].options, seed=99)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        optimizer = VARIANTS[name].optimizer(model)
+        restarts = VARIANTS[name].restarts(model, optimizer)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        losses[name] = [loss.hex() for loss in train(model, optimizer, 100, 5)]
+        for restart, state in zip(restarts, saved["restarts"], strict=True):
+            restart.load_state_dict(state)
+        losses[name] = [loss.hex() for loss in train(model, optimizer, 100, MORE, restarts)]
     print(json.dumps(losses))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim.nn import FactoredLinear, convert, merge, reset_parameters
-from tests.nn.parameterizations import TARGETS, VARIANTS, block, train
+from tests.nn.parameterizations import MORE, TARGETS, VARIANTS, block, train
 
 ROOT = Path(__file__).resolve().parents[2]
 every_variant = pytest.mark.parametrize("name", VARIANTS)
@@ -99,7 +99,7 @@ def test_no_dense_tensor_is_saved_for_backward(name: str) -> None:
 
 
 class Runs(NamedTuple):
-    """Losses by variant: of 100 updates, of 5 more, and of the same 5 after loading in a new process."""
+    """Losses by variant: of 100 updates, of some more, and of the same after loading in a new process."""
 
     first: dict[str, list[float]]
     next: dict[str, list[float]]
@@ -112,10 +112,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     for name, variant in VARIANTS.items():
         model = block()
         convert(model, variant.options)
-        optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
-        runs.first[name] = train(model, optimizer, 0, 100)
-        saved[name] = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-        runs.next[name] = train(model, optimizer, 100, 5)
+        optimizer = variant.optimizer(model)
+        restarts = variant.restarts(model, optimizer)
+        runs.first[name] = train(model, optimizer, 0, 100, restarts)
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        saved[name] = copy.deepcopy({**state, "restarts": [restart.state_dict() for restart in restarts]})
+        runs.next[name] = train(model, optimizer, 100, MORE, restarts)
     path = tmp_path_factory.mktemp("runs") / "saved.pt"
     torch.save(saved, path)
     # One process for all, because importing torch takes longer than everything else.

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.common import NewTensors
 from lowrank_optim.nn import SST, SSTLinear, convert, merge
-from lowrank_optim.ops.spectral_linear import spectral_linear
+from lowrank_optim.ops.spectral_linear import spectral_linear, through_weight
 from lowrank_optim.ops.triplets import Triplets, activate_, compose, decompose_, draw_slots
 from tests.nn.sst_training import loss_of, make, train
 
@@ -26,22 +27,27 @@ def reference(x: Tensor, parts: Triplets) -> Tensor:
 
 
 SHAPES = pytest.mark.parametrize(("n", "m", "rank"), [(7, 5, 2), (5, 7, 3), (6, 6, 6), (9, 1, 1)], ids=str)
+# By the parts alone, and with W in between.
+TOKENS = pytest.mark.parametrize("tokens", [(2, 3), (3, 20)], ids=["few tokens", "many tokens"])
 
 
 @SHAPES
-def test_gradcheck(n: int, m: int, rank: int) -> None:
+@TOKENS
+def test_gradcheck(n: int, m: int, rank: int, tokens: tuple[int, int]) -> None:
+    assert through_weight(tokens[0] * tokens[1], m, n, min(m, n)) == (tokens == (3, 20))
     parts = [p.detach().clone().requires_grad_(p.requires_grad) for p in layer(n, m, rank).parts]
-    x = torch.randn(2, 3, n, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(*tokens, n, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *ps: spectral_linear(x, *ps, enhanced=False), (x, *parts))
     torch.testing.assert_close(spectral_linear(x, *parts, enhanced=True), reference(x, Triplets(*parts)))
 
 
 @SHAPES
-def test_enhanced_gradients_lack_the_singular_values(n: int, m: int, rank: int) -> None:
-    x, g = torch.randn(11, n, dtype=torch.float64), torch.randn(11, m, dtype=torch.float64)
+@TOKENS
+def test_enhanced_gradients_lack_the_singular_values(n: int, m: int, rank: int, tokens: tuple[int, int]) -> None:
+    x, g = torch.randn(*tokens, n, dtype=torch.float64), torch.randn(*tokens, m, dtype=torch.float64)
     lin = layer(n, m, rank)
     lin(x).backward(g)
-    dense = g.mT @ x
+    dense = g.flatten(0, 1).mT @ x.flatten(0, 1)
     torch.testing.assert_close(lin.u.grad, dense @ lin.v, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(lin.v.grad, dense.mT @ lin.u, rtol=1e-12, atol=1e-12)
     u, v = torch.cat([lin.u, lin.u_frozen], 1), torch.cat([lin.v, lin.v_frozen], 1)
@@ -49,13 +55,41 @@ def test_enhanced_gradients_lack_the_singular_values(n: int, m: int, rank: int) 
     assert lin.u_frozen.grad is None and lin.v_frozen.grad is None
 
 
+@pytest.mark.parametrize("trained", ["x", "u", "s", "v"])
+@TOKENS
+def test_one_gradient_alone_equals_it_among_all(trained: str, tokens: tuple[int, int]) -> None:
+    lin = layer(7, 5, 2)
+    x = torch.randn(*tokens, 7, dtype=torch.float64)
+    leaves = dict(zip(("x", "u", "s", "v"), (x, lin.u.detach(), lin.s.detach(), lin.v.detach())))
+
+    def grads(names: tuple[str, ...]) -> dict[str, Tensor]:
+        chosen = {key: leaf.clone().requires_grad_(key in names) for key, leaf in leaves.items()}
+        y = spectral_linear(*chosen.values(), lin.u_frozen, lin.v_frozen, enhanced=True)
+        found = torch.autograd.grad(y.sin().sum(), [chosen[name] for name in names])
+        return dict(zip(names, found))
+
+    torch.testing.assert_close(grads((trained,))[trained], grads(("x", "u", "s", "v"))[trained])
+
+
+def test_of_the_gradient_of_the_weight_a_block_exists() -> None:
+    n, m, tokens = 40, 48, 500
+    lin = layer(n, m, 4)
+    x, g = torch.randn(tokens, n, dtype=torch.float64), torch.randn(tokens, m, dtype=torch.float64)
+    y = lin(x)
+    assert through_weight(tokens, m, n, 40)
+    with NewTensors(m * n) as new:
+        y.backward(g, inputs=[lin.u, lin.s, lin.v])
+    assert new.count == 0
+
+
 @pytest.mark.parametrize("enhanced", [True, False])
-def test_nothing_of_the_size_of_the_weight_is_saved(enhanced: bool) -> None:
-    n, m, rank = 40, 48, 4
+@TOKENS
+def test_nothing_of_the_size_of_the_weight_is_saved(enhanced: bool, tokens: tuple[int, int]) -> None:
+    n, m, rank = 16, 24, 4
     lin = layer(n, m, rank, dtype=torch.float32, enhanced=enhanced)
     own = {p.data_ptr() for p in lin.parameters() if p.numel()}
     saved: list[Tensor] = []
-    x = torch.randn(3, n, requires_grad=True)
+    x = torch.randn(*tokens, n, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = lin(x)
     others = [t for t in saved if t.data_ptr() not in own]
@@ -63,9 +97,10 @@ def test_nothing_of_the_size_of_the_weight_is_saved(enhanced: bool) -> None:
     y.sum().backward()
 
 
-def test_autocast_matches_a_dense_layer_under_autocast() -> None:
+@TOKENS
+def test_autocast_matches_a_dense_layer_under_autocast(tokens: tuple[int, int]) -> None:
     lin = layer(16, 12, 4, bias=True, dtype=torch.float32)
-    x = torch.randn(5, 16, requires_grad=True)
+    x = torch.randn(*tokens, 16, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = lin(x)
         dense = nn.functional.linear(x, lin.dense_weight(), lin.bias)

@@ -1,20 +1,117 @@
-"""Every parameterization under a low-rank optimizer, in bf16 and under gradient checkpointing."""
+"""Every parameterization under every optimizer, in bf16 and under gradient checkpointing."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lowrank_optim import GaLoreAdamW
 from lowrank_optim.nn import convert
-from tests.nn.parameterizations import VARIANTS, block, train
+from lowrank_optim.optim.base import LowRankOptimizer
+from tests.nn.parameterizations import VARIANTS, Block, block, loss_of, train
+from tests.optimizers import OPTIMIZERS, WITHOUT_RANK
 
 every_variant = pytest.mark.parametrize("name", VARIANTS)
+MICRO_BATCHES = 2
+
+
+def adamw8bit(params: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    bitsandbytes: Any = pytest.importorskip("bitsandbytes")
+    # So that the moments of these small layers are quantized too.
+    made: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit([p for _, p in params], min_8bit_size=16, **kwargs)
+    return made
+
+
+def adamw(params: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for _, p in params], **kwargs)
+
+
+MAKERS: dict[str, Callable[..., torch.optim.Optimizer]] = {**OPTIMIZERS, "AdamW": adamw, "AdamW8bit": adamw8bit}
+
+
+def fits(name: str, optimizer: str) -> bool:
+    """Whether an optimizer of layers has something to act on."""
+    nonlinear = getattr(VARIANTS[name].options, "act", "none") != "none"
+    return {"SSTAdamW": name == "SST", "LOROAdamW": name != "SST" and not nonlinear}.get(optimizer, True)
+
+
+def make(optimizer: str, params: Any) -> torch.optim.Optimizer:
+    args: dict[str, Any] = {"update_proj_gap": 3} if optimizer in OPTIMIZERS else {}
+    if optimizer in OPTIMIZERS and optimizer not in WITHOUT_RANK:
+        args["rank"] = 2
+    return MAKERS[optimizer](params, lr=1e-2, **args)
+
+
+def in_backward(model: Block, optimizer: str) -> Callable[[int], None]:
+    """Updates each parameter and frees its gradient as soon as the last micro-batch has added to it.
+
+    Returns:
+        What says before a backward pass which micro-batch it is.
+    """
+    turn = 0
+    step_of: dict[Tensor, Callable[[], object]] = {}
+    whole = make(optimizer, model.named_parameters())
+    for group in whole.param_groups:
+        for p in group["params"]:
+            if not p.requires_grad:
+                continue
+            if isinstance(whole, LowRankOptimizer):
+                step_of[p] = partial(whole.step_param, p, group)
+            else:
+                # The others know whole steps only.
+                step_of[p] = make(optimizer, [("", p)]).step
+
+    def hook(p: Tensor) -> None:
+        if turn == MICRO_BATCHES - 1:
+            step_of[p]()
+            p.grad = None
+
+    for p in step_of:
+        p.register_post_accumulate_grad_hook(hook)
+
+    def tell(micro_batch: int) -> None:
+        nonlocal turn
+        turn = micro_batch
+
+    return tell
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("optimizer", MAKERS)
+@every_variant
+def test_accumulated_updates_in_backward_equal_a_step_at_the_end(name: str, optimizer: str) -> None:
+    if not fits(name, optimizer):
+        pytest.skip("nothing to act on")
+    at_end, hooked = block(), block()
+    for model in (at_end, hooked):
+        convert(model, VARIANTS[name].options)
+    step = make(optimizer, at_end.named_parameters())
+    tell = in_backward(hooked, optimizer)
+    losses = []
+    for update in range(8):
+        batches = range(MICRO_BATCHES * update, MICRO_BATCHES * (update + 1))
+        for micro_batch, batch in enumerate(batches):
+            loss = loss_of(at_end, batch) / MICRO_BATCHES
+            loss.backward()
+            losses.append(loss.item())
+            tell(micro_batch)
+            (loss_of(hooked, batch) / MICRO_BATCHES).backward()
+        assert all(p.grad is None for p in hooked.parameters())
+        step.step()
+        step.zero_grad()
+    assert sum(losses[-4:]) < sum(losses[:4])
+    for (key, p), q in zip(at_end.named_parameters(), hooked.parameters(), strict=True):
+        assert torch.equal(p, q), key
 
 
 @every_variant
-def test_trains_with_galore(name: str) -> None:
+def test_galore_compresses_the_factors(name: str) -> None:
     model = block()
     convert(model, VARIANTS[name].options)
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]

@@ -123,6 +123,20 @@ def test_the_logged_rate_is_the_ramped_one(arguments: list[str], tmp_path: Path)
     assert rates[3] > 0.005
 
 
+@pytest.mark.parametrize("name", ["loro", "sst"])
+def test_updates_in_the_backward_pass_are_those_of_a_step(name: str, arguments: list[str], tmp_path: Path) -> None:
+    pairs, more, _ = RUNS[name]
+    line = [*arguments, "--parameterization", name, "--parameterization-args", *pairs.split(), *more.split()]
+    assert train_llama.main([*line, "--output-dir", str(tmp_path / "step")]) == 0
+    assert train_llama.main([*line, "--per-layer", "--output-dir", str(tmp_path / "backward")]) == 0
+    # Restarts, their ramps and samples included; the norm is summed in another order.
+    by_step, in_backward = (
+        [{k: v for k, v in row.items() if k != "grad_norm"} for row in rows(tmp_path / folder)]
+        for folder in ("step", "backward")
+    )
+    assert in_backward == by_step
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

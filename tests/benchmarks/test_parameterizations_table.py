@@ -1,0 +1,32 @@
+"""The tables of parameterized layers say what was measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.parameterizations_table import layer_table, loss_table
+
+MACHINE: dict[str, Any] = {"machine": {"threads": 1, "processor": "P"}, "versions": {"torch": "2.x"}, "command": "c"}
+
+
+def test_a_row_a_layer() -> None:
+    shape = {"name": "small", "m": 3, "n": 2, "rank": 1, "tokens": 7, "dtype": "float32"}
+    layers = {"dense": {"times_dense": 1.0, "peak_bytes": 2**20}, "ours": {"times_dense": 0.5, "peak_bytes": 3 * 2**19}}
+    text = layer_table({**MACHINE, "shapes": [{**shape, "layers": layers}]})
+    assert "| forward + backward | small, 3 × 2, rank 1 |" in text
+    assert "| ours | 0.50 / 1.5 |" in text
+    assert "7 tokens" in text
+
+
+def test_a_row_a_run() -> None:
+    settings = {"model": "llama_9m", "rank": 32, "steps": 5, "batch_size": 4, "seq_len": 16, "seeds": [0, 1]}
+    row = {
+        "parameters": 1234,
+        "lr": 0.01,
+        "validation_loss": 2.5,
+        "validation_losses": [2.4, 2.6],
+        "below_baseline": -0.1,
+    }
+    text = loss_table({**MACHINE, "settings": settings, "runs": {"sltrain": row}})
+    assert "| sltrain | 1,234 | 0.01 | 2.500 (0.200) | -0.100 |" in text
+    assert "5 updates of 4 × 16" in text
