@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from lowrank_optim.memory.job import Job, hooks, train_update
 from lowrank_optim.memory.plan import CATEGORIES, tensor_bytes
+from lowrank_optim.optim.in_backward import StepInBackward
 
 # glibc returns what is freed only where a block has its own mapping; otherwise its heap would be measured.
 _ENVIRONMENT = {
@@ -96,10 +97,10 @@ def run(job: Job, *, updates: int, device: str, save: str | None = None, load: s
     meter = _Meter(device)
     model = job.materialize(device)
     optimizer = job.build_optimizer(model)
-    if load is not None:
-        _load_(Path(load), model, optimizer)
-        _say(f"resumed from {load} after {updates} updates")
     handle = hooks(job, optimizer)
+    if load is not None:
+        _load_(Path(load), model, optimizer, handle)
+        _say(f"resumed from {load} after {updates} updates")
     losses, seconds = [], []
     for number in range(updates if load else 0, updates + bool(save or load)):
         torch.manual_seed(number)
@@ -109,7 +110,7 @@ def run(job: Job, *, updates: int, device: str, save: str | None = None, load: s
         seconds.append(time.perf_counter() - start)
         _say(f"update {number + 1}: loss {losses[-1]:.6f}, {seconds[-1]:.1f} s, peak {meter.peak() / 1e9:.3f} GB")
         if save is not None and number + 1 == updates:
-            _say(f"saved {_save(Path(save), model, optimizer) / 1e9:.3f} GB to {save}")
+            _say(f"saved {_save(Path(save), model, optimizer, handle) / 1e9:.3f} GB to {save}")
     sizes = tensor_bytes(model, optimizer)
     peak = meter.peak()
     by_category = dict.fromkeys(CATEGORIES, 0)
@@ -165,17 +166,21 @@ def _trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _save(folder: Path, model: nn.Module, optimizer: Optimizer) -> int:
+def _save(folder: Path, model: nn.Module, optimizer: Optimizer, handle: StepInBackward | None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), folder / _MODEL)
-    torch.save(optimizer.state_dict(), folder / _OPTIMIZER)
+    hooks = None if handle is None else handle.state_dict()
+    torch.save({"optimizer": optimizer.state_dict(), "hooks": hooks}, folder / _OPTIMIZER)
     return sum((folder / name).stat().st_size for name in (_MODEL, _OPTIMIZER))
 
 
-def _load_(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
+def _load_(folder: Path, model: nn.Module, optimizer: Optimizer, handle: StepInBackward | None) -> None:
     # Mapped files: a tensor is read when it is copied, so the checkpoint is never in memory beside the model.
     model.load_state_dict(torch.load(folder / _MODEL, mmap=True, weights_only=True))
-    optimizer.load_state_dict(torch.load(folder / _OPTIMIZER, mmap=True, weights_only=True))
+    saved = torch.load(folder / _OPTIMIZER, mmap=True, weights_only=True)
+    optimizer.load_state_dict(saved["optimizer"])
+    if handle is not None:
+        handle.load_state_dict(saved["hooks"])
 
 
 def _say(text: str) -> None:

@@ -17,6 +17,7 @@ from lowrank_optim.memory.job import DTYPES, Job
 from lowrank_optim.memory.plan import WEIGHTS, build_network, init_state_, tensor_bytes
 from lowrank_optim.memory.simulate import simulate
 from lowrank_optim.memory.tracker import Peak
+from lowrank_optim.ops.linear_cross_entropy import CHUNK
 from lowrank_optim.optim.sums import can_sum
 from lowrank_optim.pretrain.llama import build_config
 from lowrank_optim.pretrain.optimizers import accepted_arguments, build_optimizer, low_rank_names, optimizer_names
@@ -28,8 +29,6 @@ CONTEXT, FRAGMENTATION = 0.6e9, 0.03
 BALANCE = 160
 # Plans whose costs differ by less than this are equally fast.
 TIE = 0.02
-# Simulations that a search makes at most.
-SIMULATIONS = 6
 # Updates between two refreshes, where the method has a choice.
 GAP = 200
 EVERY_UPDATE = ("Trion", "LDAdamW")
@@ -106,10 +105,13 @@ def search(
     plans.sort(key=_order)
     best_of = list({plan.job.optimizer: plan for plan in reversed(plans)}.values())
     best_of.sort(key=_order)
-    for plan in plans[:SIMULATIONS]:
+    while plans:
+        plan = plans[0]
         peak = simulate(plan.job)
         if peak.peak_bytes <= room:
             return replace(plan, peak=peak), best_of
+        # What is predicted to take as much does not fit either.
+        plans = [other for other in plans if other.predicted_bytes < 0.97 * plan.predicted_bytes]
     return None, best_of
 
 
@@ -220,8 +222,10 @@ def _bytes(config: Any, job: Job, profile: Profile) -> int:
         gradients = profile.largest_gradient
     else:
         gradients = profile.sums + profile.whole
-    # An update takes about as much for itself as the largest gradient, a matrix of 4 bytes an element or two of 2.
-    return int(profile.weights + profile.optimizer + gradients + activations + profile.largest_gradient)
+    # Of the loss, fp32 logits, their gradient, and both in bf16, beside the gradient of the head; an update takes about
+    # as much for itself as the largest gradient.
+    loss = 10 * min(tokens, CHUNK) * config.vocab_size
+    return int(profile.weights + profile.optimizer + activations + profile.largest_gradient + max(gradients, loss))
 
 
 def _cost(config: Any, job: Job, profile: Profile) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowrank_optim.ops.linear_cross_entropy import linear_cross_entropy
+from lowrank_optim.optim.in_backward import vector_norm
 from lowrank_optim.pretrain.data import IGNORED, Batch
 
 
@@ -39,7 +40,7 @@ class LossSum(nn.Module):
 def clip_gradients_(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
     """The norm of all gradients together, in fp32; scales them to ``largest`` where it exceeds that (0: never)."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]).norm()
+    norm = torch.stack([vector_norm(g) for g in grads]).norm()
     if largest > 0:
         # A norm that is not finite scales nothing: such an update is skipped as a whole.
         factor = torch.where(norm.isfinite(), (largest / norm).clamp(max=1.0), 1.0)

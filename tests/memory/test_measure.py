@@ -4,14 +4,39 @@ import json
 
 import pytest
 
+from lowrank_optim.memory import measure as measuring
 from lowrank_optim.memory.cli import main
 from lowrank_optim.memory.job import Job
 from lowrank_optim.memory.measure import measure
 from lowrank_optim.memory.simulate import simulate
 
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 171,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 128,
+    "tie_word_embeddings": False,
+}
+
 pytestmark = pytest.mark.filterwarnings("ignore:.*compresses no parameter")
 
 
+def test_a_resumed_run_makes_the_same_update(tmp_path, monkeypatch):
+    # Which is for the figures of the memory.
+    monkeypatch.setattr(measuring, "_warm_up", lambda job: None)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(SMALL))
+    job = Job(str(path), "GaLoreAdamW8bit", {"rank": 16}, weights="int8", per_layer=True, seq_len=16)
+    whole = measuring.run(job, updates=2, device="cpu", save=str(tmp_path))
+    resumed = measuring.run(job, updates=2, device="cpu", load=str(tmp_path))
+    assert len(whole.losses) == 3
+    assert (resumed.losses, resumed.weight_sum) == (whole.losses[2:], whole.weight_sum)
+    assert whole.by_category["weights"] == job.estimate().by_category["weights"]
+    assert whole.by_category["optimizer"] == job.estimate().by_category["optimizer"]
+
+
+@pytest.mark.slow
 def test_command_line_with_checkpoint(tmp_path, capsys):
     line = (
         "measure --model llama_9m --optimizer GaLoreAdamW8bit --optimizer-args rank=32 --weights int8 --per-layer "

@@ -7,7 +7,7 @@ from lowrank_optim.memory import search
 from lowrank_optim.memory.cli import main
 from lowrank_optim.pretrain.config import parse_options
 
-LINE = "plan --model llama_20m --tokens 4096 --optimizer AdamW GaLoreAdamW8bit"
+LINE = "plan --model llama_9m --tokens 1024 --optimizer AdamW GaLoreAdamW8bit"
 
 
 def run_json(capsys, *more):
@@ -20,7 +20,7 @@ def test_the_plan_fits_and_its_command_line_is_that_of_the_trainer(capsys):
     answer = run_json(capsys, "--gpu", "0.85GB")
     plan = answer["plan"]
     assert plan["peak_bytes"] <= answer["available_bytes"] == int((0.85e9 - 0.6e9) * 0.97)
-    assert plan["batch_size"] * plan["accumulate"] * plan["seq_len"] == 4096
+    assert plan["batch_size"] * plan["accumulate"] * plan["seq_len"] == 1024
     words = shlex.split(plan["command"])
     assert words[:2] == ["python", "train_llama.py"]
     options = parse_options(words[2:])
