@@ -78,6 +78,7 @@ def train(options: Options) -> int:
     from lowrank_optim.pretrain.data import load_data, read_ahead
     from lowrank_optim.pretrain.generate import sample
     from lowrank_optim.pretrain.launch import catch_signals, run_folder, start_accelerator
+    from lowrank_optim.pretrain.llama import checkpoint_activations_
     from lowrank_optim.pretrain.metrics import Metrics
     from lowrank_optim.pretrain.optimizers import parse_optimizer_args
     from lowrank_optim.pretrain.parameterizations import build_restarts
@@ -131,7 +132,8 @@ def train(options: Options) -> int:
     metrics = Metrics(folder if leads else None, progress.step)
 
     if run.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with user_errors():
+            checkpoint_activations_(model, every=run.checkpoint_every)
     # The optimizer and the schedule are not prepared: the wrapped schedule would step once a process.
     network = accelerator.prepare_model(LossSum(model, chunked=run.chunked_loss))
     if run.compile:
@@ -224,7 +226,8 @@ def train(options: Options) -> int:
                 sizes = sizes or report.measured_bytes(model, optimizer)
             else:
                 skipped += 1
-                say(f"warning: update {progress.step + 1} left out: loss {loss_value}, gradient norm {norm}")
+                where = " where gradients were not finite" if in_backward else ""
+                say(f"warning: update {progress.step + 1} left out{where}: loss {loss_value}, gradient norm {norm}")
                 if skipped == NON_FINITE_LIMIT:
                     raise UserError(f"{skipped} updates in a row without a finite loss and gradient: lower --lr")
             optimizer.zero_grad()

@@ -12,22 +12,15 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks import common
+from benchmarks import common, training
 from lowrank_optim import GaLoreAdamW
 from lowrank_optim.optim.base import Group, State
 from lowrank_optim.pretrain.config import Options, UserError
-from lowrank_optim.pretrain.data import load_data
-from lowrank_optim.pretrain.llama import build_config, build_model
-from lowrank_optim.pretrain.optimizers import build_optimizer, parse_optimizer_args
-from lowrank_optim.pretrain.recipes import resolve
-from lowrank_optim.pretrain.schedule import build_schedule
-from lowrank_optim.pretrain.steps import clip_gradients_, loss_sum
 
 REFRESHES = ("svd", "randomized", "power")
 KINDS = (*REFRESHES, "stale")
@@ -56,8 +49,7 @@ class Recorded(NamedTuple):
 
 def record(options: argparse.Namespace) -> tuple[dict[str, Any], Group, list[Recorded]]:
     """Train; what the run was, the optimizer's low-rank group, and the gradients of its refreshes."""
-    config = build_config(options.model)
-    run = resolve(
+    one = training.prepare(
         Options(
             dataset=options.dataset,
             tokenizer=options.tokenizer,
@@ -68,45 +60,20 @@ def record(options: argparse.Namespace) -> tuple[dict[str, Any], Group, list[Rec
             batch_size=options.batch_size,
             seq_len=options.seq_len,
             grad_clip=1.0,
-        ),
-        hidden_size=config.hidden_size,
-        processes=1,
+        )
     )
-    data = load_data(run, vocab_size=config.vocab_size)
-    torch.manual_seed(run.seed)
-    model = build_model(config)
-    optimizer = build_optimizer(
-        run.optimizer, model, lr=run.lr, weight_decay=run.weight_decay, args=parse_optimizer_args(run.optimizer_args)
-    )
-    schedule = build_schedule(optimizer, warmup=run.warmup_steps, total=run.max_steps)
-    group = next(group for group in optimizer.param_groups if group["rank"] is not None)
-    stream = data.train(None)
+    group = next(group for group in one.optimizer.param_groups if group["rank"] is not None)
     recorded: list[Recorded] = []
     losses = []
-    for step in range(run.max_steps):
-        batch, _ = next(stream)
-        loss = loss_sum(model, batch) / batch.targets
-        loss.backward()  # type: ignore[no-untyped-call]
-        losses.append(float(loss.detach()))
-        if step > 0 and step % options.gap == 0:
+    for step, loss in one.updates():
+        losses.append(loss)
+        if step > 1 and (step - 1) % options.gap == 0:
             for p in group["params"]:
-                state = optimizer.state[p]
+                state = one.optimizer.state[p]
                 kept = {**{k: state[k] for k in ("step", "seed", "left")}, "basis": state["basis"].clone()}
-                recorded.append(Recorded(step + 1, p.grad.clone(), kept))
-        clip_gradients_(model.parameters(), run.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    about = {
-        "model": Path(run.model).stem,
-        "dataset": Path(run.dataset).name,
-        "steps": run.max_steps,
-        "update_proj_gap": options.gap,
-        "rank": group["rank"],
-        "tokens_an_update": run.batch_size * run.seq_len,
-        "loss": {"first": losses[0], "last": statistics.fmean(losses[-5:])},
-    }
-    return about, group, recorded
+                recorded.append(Recorded(step, p.grad.clone(), kept))
+    loss_of = {"first": losses[0], "last": statistics.fmean(losses[-5:])}
+    return {**training.about(one), "loss": loss_of}, group, recorded
 
 
 def energies(recorded: Sequence[Recorded], group: Group) -> list[dict[str, Any]]:
@@ -147,7 +114,7 @@ def times(recorded: Sequence[Recorded], group: Group, budget: float) -> dict[str
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.energy", description=__doc__.partition("\n")[0])
-    parser.add_argument("--dataset", default="stdlib", help="as train_llama.py takes it")
+    parser.add_argument("--dataset", default=training.default_dataset(), help="as train_llama.py takes it")
     parser.add_argument("--tokenizer", help="as train_llama.py takes it")
     parser.add_argument("--model", default="llama_20m", help="a preset or a LLaMA config.json")
     parser.add_argument("--rank", type=int, help="default: the recipe's for the model")

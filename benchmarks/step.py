@@ -5,7 +5,7 @@
 writes ``results/step.json``: for every contestant the step time between refreshes (contestants take turns, so that a
 busy moment hits all), its ratio to the floor of two bare GEMMs (project, back-project into the weight) and to
 galore-torch, the state's bytes, and how many full-size tensors a step creates for a matrix. For GaLoreAdamW also a
-refresh of each kind, and the slowest step of a staggered run.
+refresh of each kind, and the slowest step of a staggered run. What is held to a target is printed beside it.
 
 The published packages: ``pip install --no-deps --target .peers galore-torch==1.0 apollo-torch==1.0.3 fira==1.0.2`` and
 ``.peers`` on PYTHONPATH; who cannot be imported is left out.
@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from benchmarks import common
 from benchmarks.contestants import LR, Contestant, contestants, every_svd_once
+from benchmarks.targets import targets
 from lowrank_optim import GaLoreAdamW
 from lowrank_optim.optim.base import refresh_due
 from lowrank_optim.pretrain.llama import PRESETS
@@ -297,7 +298,7 @@ def sheet(model: str, figures: dict[str, Any]) -> str:
         lines.append(f"{name:52} left out: {reason}")
     for kind, row in figures["refresh"].items():
         lines.append(f"refresh {kind:44}{1e3 * row['seconds']['median']:9.1f} ms, SVD / this {row['svd_to_this']:.1f}")
-    lines.append(f"staggered, slowest / median step: {figures['stagger']['slowest_to_median']:.2f}")
+    lines += ["", *(target.line() for target in targets(figures)), ""]
     return "\n".join(lines)
 
 

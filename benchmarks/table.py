@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import lowrank_optim
-from benchmarks import parameterizations_table
+from benchmarks import aot_table, parameterizations_table
 from benchmarks.common import read_result
 from benchmarks.contestants import ARGUMENTS, own_names
 from lowrank_optim.memory.plan import estimate
@@ -132,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = README.read_text(encoding="utf-8")
     try:
         new = replaced(text, current())
-        new = replaced(new, parameterizations_table.current(), parameterizations_table.BEGIN)
+        for table in (parameterizations_table, aot_table):
+            new = replaced(new, table.current(), table.BEGIN)
     except ValueError as error:
         raise SystemExit(f"benchmarks.table: error: {error}") from error
     if not options.check:

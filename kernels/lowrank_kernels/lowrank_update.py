@@ -31,14 +31,15 @@ def move(
     value = value.to(tl.float32) * decay + product
 
     if grad_ptr is not None:
-        grad = tl.load(grad_ptr + rows[:, None] * grad_stride_m + columns[None, :] * grad_stride_n, mask=mask, other=0.0)
+        grad = grad_ptr + rows[:, None] * grad_stride_m + columns[None, :] * grad_stride_n
+        grad = tl.load(grad, mask=mask, other=0.0).to(tl.float32)
         if FACTOR_BY_COLUMN:
             factor = tl.load(factor_ptr + columns * factor_stride, mask=columns < n, other=0.0)[None, :]
         else:
             factor = tl.load(factor_ptr + rows * factor_stride, mask=rows < m, other=0.0)[:, None]
         factor = factor.to(tl.float32)
         # Zero times NaN is NaN.
-        value += tl.where(factor != 0, factor * grad.to(tl.float32), 0.0)
+        value += tl.where(factor != 0, factor * grad, 0.0)
 
     if ROUNDING == "nearest":
         tl.store(weight, round_to_nearest(value, weight_ptr.dtype.element_ty), mask=mask)
@@ -153,23 +154,22 @@ def lowrank_update_(
         ValueError: a weight of another dtype, or a rounding that its dtype does not have.
     """
     rounds = key is not None or correction is not None
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or (rounds and weight.dtype != torch.bfloat16):
-        raise ValueError(
-            f"Invalid weight: {weight.dtype}, expected torch.bfloat16{'' if rounds else ', float16 or float32'}"
-        )
+    dtypes = (torch.bfloat16,) if rounds else (torch.bfloat16, torch.float16, torch.float32)
+    if weight.dtype not in dtypes:
+        raise ValueError(f"Invalid weight: {weight.dtype}, expected {' or '.join(map(str, dtypes))}")
     if not weight.numel():
         return
     m, n = weight.shape
     rank = 0 if left is None else left.shape[1]
     left, right = (None if x is None else x.to(weight.dtype) for x in (left, right))
-    alpha, decay = (_on(weight.device, x) for x in (alpha, decay))
+    alpha, decay = (on_device(weight.device, x) for x in (alpha, decay))
     by_column = factor is not None and factor.shape[0] == 1 and factor.shape[1] > 1
     factor_stride = 0 if factor is None or factor.numel() == 1 else factor.stride(1 if by_column else 0)
     options = launch_options(weight.dtype, rank)
     tiles = triton.cdiv(m, options["BLOCK_M"]) * triton.cdiv(n, options["BLOCK_N"])
     lowrank_update_kernel[(tiles,)](
         weight, left, right, grad, factor, correction, 0 if key is None else key, alpha, decay, m, n, rank,
-        *weight.stride(), *_strides(left), *_strides(right), *_strides(grad), factor_stride,
+        *weight.stride(), *strides(left), *strides(right), *strides(grad), factor_stride,
         FACTOR_BY_COLUMN=by_column,
         ROUNDING="compensated" if correction is not None else "stochastic" if rounds else "nearest",
         KEY_ON_DEVICE=isinstance(key, Tensor), ALPHA_ON_DEVICE=isinstance(alpha, Tensor),
@@ -183,12 +183,12 @@ def launch_options(dtype: torch.dtype, rank: int) -> dict[str, Any]:
     return options if rank else {**options, "BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4}
 
 
-def _on(device: torch.device, value: float | Tensor) -> float | Tensor:
+def on_device(device: torch.device, value: float | Tensor) -> float | Tensor:
     """A kernel reads a tensor on its own device; a learning rate on the CPU costs no synchronisation to read."""
     return float(value) if isinstance(value, Tensor) and value.device != device else value
 
 
-def _strides(tensor: Tensor | None) -> tuple[int, ...]:
+def strides(tensor: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if tensor is None else tensor.stride()
 
 
@@ -208,12 +208,10 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
     ]:
         options: dict[str, Any] = launch_options(dtype, 256 if product else 0)
         launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-        constants: dict[str, object] = {
-            **options,
-            **dict.fromkeys(("FACTOR_BY_COLUMN", "KEY_ON_DEVICE", "ALPHA_ON_DEVICE", "DECAY_ON_DEVICE", "WIDE"), False),
-            **dict.fromkeys(("weight_stride_n", "left_stride_k", "right_stride_k", "grad_stride_n", "factor_stride"), 1),
-            "ROUNDING": rounding,
-        }
+        flags = ("FACTOR_BY_COLUMN", "KEY_ON_DEVICE", "ALPHA_ON_DEVICE", "DECAY_ON_DEVICE", "WIDE")
+        strides = ("weight_stride_n", "left_stride_k", "right_stride_k", "grad_stride_n", "factor_stride")
+        constants: dict[str, object] = {**options, "ROUNDING": rounding}
+        constants |= {**dict.fromkeys(flags, False), **dict.fromkeys(strides, 1)}
         if not product:
             constants |= {"left_ptr": None, "right_ptr": None}
         if not scaled:

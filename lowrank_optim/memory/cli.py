@@ -14,6 +14,7 @@ from lowrank_optim.memory.compare import all_methods, as_csv, compare, table, wr
 from lowrank_optim.memory.job import DTYPES, Job
 from lowrank_optim.memory.measure import measure
 from lowrank_optim.memory.plan import WEIGHTS
+from lowrank_optim.memory.search import available, command_line, parse_size, search
 from lowrank_optim.memory.sheets import UNITS
 from lowrank_optim.memory.simulate import simulate
 from lowrank_optim.pretrain.llama import PRESETS
@@ -79,6 +80,14 @@ def _parser() -> _Parser:
     added.add_argument("--csv", metavar="FILE", help="write a line a method and model")
     added.add_argument("--png", metavar="FILE", help="write stacked bars")
     added.add_argument("--html", metavar="FILE", help="write one page with the bars and the table")
+    added = command("plan", _plan, "The fastest plan that fits a GPU, and the command line that runs it")
+    added.add_argument("--model", required=True, help=MODELS)
+    added.add_argument("--gpu", required=True, metavar="SIZE", help="memory of the GPU, such as 24GB or 22.5GiB")
+    added.add_argument(
+        "--tokens", type=_positive, default=131072, metavar="N", help="of an update (default 131072, as published)"
+    )
+    added.add_argument("--seq-len", type=_positive, default=256, metavar="N", help="tokens of a sequence")
+    added.add_argument("--optimizer", nargs="+", default=[], metavar="NAME", help="only these (default all)")
     command("papers", _papers, "The published memory columns, recomputed, and the way of counting that gives them")
     return parser
 
@@ -114,6 +123,9 @@ def _add_sizes(parser: _Parser) -> None:
     parser.add_argument("--batch-size", type=_positive, default=1, metavar="N", help="sequences of a micro-batch")
     parser.add_argument("--seq-len", type=_positive, default=256, metavar="N", help="tokens of a sequence")
     parser.add_argument("--accumulate", type=_positive, default=1, metavar="N", help="micro-batches of an update")
+    parser.add_argument(
+        "--accumulate-dtype", choices=("fp32", "bf16"), default="fp32", help="of sums at low rank (default fp32)"
+    )
     parser.add_argument("--per-layer", action="store_true", help="update each parameter during backward")
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again in backward")
 
@@ -140,6 +152,7 @@ def _job(options: argparse.Namespace, model: str, optimizer: str) -> Job:
         batch_size=options.batch_size,
         seq_len=options.seq_len,
         accumulate=options.accumulate,
+        accumulate_dtype=options.accumulate_dtype,
         per_layer=options.per_layer,
         checkpointing=options.checkpointing,
     )
@@ -192,6 +205,21 @@ def _compare(options: argparse.Namespace) -> Any:
     if options.json:
         return {"rows": [row._asdict() for row in rows]}
     return f"{what}, {job.setting}\n\n{table(rows)}\n\n{UNITS}."
+
+
+def _plan(options: argparse.Namespace) -> Any:
+    size = parse_size(options.gpu)
+    plan, others = search(
+        options.model, size, tokens=options.tokens, seq_len=options.seq_len, optimizers=options.optimizer
+    )
+    if not options.json:
+        return sheets.planned(size, plan, others)
+    return {
+        "gpu_bytes": size,
+        "available_bytes": available(size),
+        "plan": plan and {**plan.as_dict(), "command": command_line(plan.job)},
+        "by_optimizer": [other.as_dict() for other in others],
+    }
 
 
 def _papers(options: argparse.Namespace) -> Any:

@@ -90,7 +90,10 @@ def table(rows: Sequence[Row]) -> str:
         lines += ["", f"{model + ', GB':{width}}" + "".join(f"{name:>13}" for name in [*shown, "total", "total GiB"])]
         for row in rows:
             if row.model == model:
-                cells = [row.by_category[name] / 1e9 for name in shown] + [row.total_bytes / 1e9, row.total_bytes / 2**30]
+                cells = [row.by_category[name] / 1e9 for name in shown] + [
+                    row.total_bytes / 1e9,
+                    row.total_bytes / 2**30,
+                ]
                 lines.append(f"{row.method:{width}}" + "".join(f"{cell:13.3f}" for cell in cells))
     return "\n".join(lines[1:])
 
@@ -100,7 +103,9 @@ def as_csv(rows: Sequence[Row]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["model", "method", *CATEGORIES, "total"])
-    writer.writerows([row.model, row.method, *(row.by_category[c] for c in CATEGORIES), row.total_bytes] for row in rows)
+    writer.writerows(
+        [row.model, row.method, *(row.by_category[c] for c in CATEGORIES), row.total_bytes] for row in rows
+    )
     return text.getvalue()
 
 
@@ -149,7 +154,9 @@ def write_html(path: str, rows: Sequence[Row], title: str) -> None:
     head = "".join(f"<th>{name}</th>" for name in ["model", "method", *shown, "total"])
     body = "".join(
         f"<tr><td>{html.escape(row.model)}</td><td>{html.escape(row.method)}</td>"
-        + "".join(f"<td class=n>{size / 1e9:.3f}</td>" for size in [*(row.by_category[c] for c in shown), row.total_bytes])
+        + "".join(
+            f"<td class=n>{size / 1e9:.3f}</td>" for size in [*(row.by_category[c] for c in shown), row.total_bytes]
+        )
         + "</tr>\n"
         for row in rows
     )
@@ -159,7 +166,8 @@ def write_html(path: str, rows: Sequence[Row], title: str) -> None:
     )
     svg = image.getvalue()
     Path(path).write_text(
-        f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{style}</style>\n"
+        f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>\n"
+        f"<style>{style}</style>\n"
         f"<h1>{html.escape(title)}</h1>\n{svg[svg.index('<svg') :]}\n"
         f"<p>GB, 10^9 bytes.</p>\n<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></html>\n",
         encoding="utf-8",

@@ -37,6 +37,7 @@ class Job:
         batch_size: sequences of a micro-batch.
         seq_len: their tokens.
         accumulate: micro-batches of an update.
+        accumulate_dtype: of the sums of low-rank gradients that per-layer updates keep: "fp32" or "bf16".
         per_layer: update each parameter during backward, as soon as its gradient is there.
         checkpointing: keep the inputs of the decoder layers only, and compute the rest again in backward.
     """
@@ -51,6 +52,7 @@ class Job:
     batch_size: int = 1
     seq_len: int = 256
     accumulate: int = 1
+    accumulate_dtype: str = "fp32"
     per_layer: bool = False
     checkpointing: bool = False
 
@@ -121,7 +123,7 @@ def allocate_(model: nn.Module, device: str) -> None:
                     new = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
                     made[tensor] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
                     made[tensor].__dict__.update(tensor.__dict__)
-                tensors[name] = made[tensor]
+                tensors[name] = made[tensor]  # type: ignore[assignment]
 
 
 @torch.no_grad()
@@ -129,7 +131,9 @@ def randomize_(model: nn.Module) -> None:
     """Fresh weights, a matrix at a time: N(0, 0.02²), and one in vectors."""
     for module in model.modules():
         if isinstance(module, Int8Linear):
-            module.from_weight_(torch.empty_like(module.weight, memory_format=torch.contiguous_format).normal_(std=0.02))
+            module.from_weight_(
+                torch.empty_like(module.weight, memory_format=torch.contiguous_format).normal_(std=0.02)
+            )
             continue
         for p in module.parameters(recurse=False):
             p.fill_(1) if p.ndim < 2 else p.normal_(std=0.02)
@@ -144,7 +148,12 @@ def hooks(job: Job, optimizer: Optimizer) -> StepInBackward | None:
     if not job.per_layer:
         return None
     try:
-        return step_in_backward(optimizer, accumulate=job.accumulate, max_norm=GRAD_CLIP)  # type: ignore[arg-type]
+        return step_in_backward(
+            optimizer,  # type: ignore[arg-type]
+            accumulate=job.accumulate,
+            max_norm=GRAD_CLIP,
+            sum_dtype=DTYPES[job.accumulate_dtype],
+        )
     except TypeError as error:
         raise ValueError(str(error)) from error
 
@@ -168,7 +177,7 @@ def train_update(
             with phase("forward"):
                 loss = loss_sum(model, batch, chunked=True) / tokens
             with phase("backward"):
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
             del loss
     with phase("update"):

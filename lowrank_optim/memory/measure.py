@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,13 @@ from lowrank_optim.memory.job import Job, hooks, train_update
 from lowrank_optim.memory.plan import CATEGORIES, tensor_bytes
 
 # glibc returns what is freed only where a block has its own mapping; otherwise its heap would be measured.
-_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "MALLOC_TOP_PAD_": "0"}
+_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_TOP_PAD_": "0",
+    # Threads that wait by spinning make an update several times slower where other programs want the cores too.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
 _MODEL, _OPTIMIZER = "model.pt", "optimizer.pt"
 
 
@@ -124,11 +131,9 @@ class _Meter:
             return
         gc.collect()
         _trim()
-        try:
-            # Sets the largest resident memory to the present one.
+        # Sets the largest resident memory to the present one.
+        with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass
         self.before = self._resident("VmRSS")
 
     def peak(self) -> int:
@@ -155,10 +160,9 @@ def _warm_up(job: Job) -> None:
 
 
 def _trim() -> None:
-    try:
+    # glibc's alone.
+    with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):
-        pass
 
 
 def _save(folder: Path, model: nn.Module, optimizer: Optimizer) -> int:

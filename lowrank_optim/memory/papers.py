@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lowrank_optim.pretrain.llama import PRESETS
@@ -141,9 +141,7 @@ GALORE_6A = dict(
         [(0.12, 0.25, 0.68, 2.60)] * 2 + [(0.08, 0.18, 0.36, 1.19)] + [(0.20, 0.44, 1.04, 3.79)] * 2,
     )
 )
-GALORE_6B = dict(
-    zip(GALORE_2, [(0.23, 0.51, 1.37, 5.20), (0.13, 0.28, 0.54, 1.78)] + [(0.17, 0.37, 0.72, 2.38)] * 3)
-)
+GALORE_6B = dict(zip(GALORE_2, [(0.23, 0.51, 1.37, 5.20), (0.13, 0.28, 0.54, 1.78)] + [(0.17, 0.37, 0.72, 2.38)] * 3))
 EXACT = dict(zip(GALORE_2, (FULL, GALORE, LOW_RANK, LORA, LORA)))
 NAMED = dict(zip(GALORE_2, (NAMED_FULL, NAMED_GALORE, LOW_RANK, NAMED_LORA, NAMED_LORA)))
 
@@ -157,7 +155,7 @@ def _galore() -> list[Table]:
     def rows(formulas: dict[str, Formula], *how: Any) -> list[Row]:
         return [formulas[method].row(method, printed, *how) for method, printed in GALORE_2.items()]
 
-    def part(index: int, printed: dict[str, tuple[float, ...]]) -> list[Row]:
+    def part(index: int, printed: Mapping[str, tuple[float, ...]]) -> list[Row]:
         return [NAMED[method].part(index).row(method, numbers, K1024) for method, numbers in printed.items()]
 
     by_formula = "the formula of the paper's Table 1 with exact counts, which is what the code keeps"
@@ -261,8 +259,8 @@ def _racs() -> Table:
 
 def _head_projected() -> tuple[float, ...]:
     found = []
-    for size, shape in list((size, PRESETS[size]) for size in SIZES):
-        c = counts(size, RANKS[size])
+    for size in SIZES:
+        shape, c = PRESETS[size], counts(size, RANKS[size])
         # The head is vocabulary x hidden: its basis has hidden r values, a moment of it vocabulary r.
         head = 2 * shape.hidden * RANKS[size] + 4 * shape.vocab * RANKS[size]
         found.append(rounded([(2 * c.P + 4 * (c.E - c.H) + 2 * c.B + 4 * c.M + head) / GIB]))

@@ -8,6 +8,14 @@ from itertools import islice
 from lowrank_optim.memory.job import Job
 from lowrank_optim.memory.measure import Measured
 from lowrank_optim.memory.plan import Estimate
+from lowrank_optim.memory.search import (
+    CONTEXT,
+    COST_MODEL,
+    FRAGMENTATION,
+    Plan,
+    available,
+    command_line,
+)
 from lowrank_optim.memory.tracker import Peak
 
 UNITS = "GB = 10^9 bytes, GiB = 2^30 bytes"
@@ -74,10 +82,39 @@ def measured(job: Job, expected: Estimate, peak: Peak, runs: Sequence[Measured])
     for resumed in runs[1:]:
         same = (resumed.losses[-1], resumed.weight_sum) == (first.losses[-1], first.weight_sum)
         lines.append(
-            f"Resumed: loss {resumed.losses[-1]:.6f}, peak {resumed.peak_bytes / 1e9:.3f} GB; loss and sum of all weights "
-            f"after this update are {'the same to the last bit' if same else 'NOT THE SAME'} as without a break."
+            f"Resumed: loss {resumed.losses[-1]:.6f}, peak {resumed.peak_bytes / 1e9:.3f} GB; loss and sum of all "
+            f"weights after this update are {'' if same else 'NOT '}the same, to the last bit, as without a break."
         )
     return "\n".join([*lines, "", f"{UNITS}."])
+
+
+def planned(gpu_bytes: int, plan: Plan | None, others: Sequence[Plan]) -> str:
+    """The plan with its command line, and the best of the other optimizers."""
+    lines = [
+        f"{gpu_bytes / 1e9:.1f} GB, of which {available(gpu_bytes) / 1e9:.1f} GB are for tensors: CUDA's context takes "
+        f"{CONTEXT / 1e9:.1f} GB, {FRAGMENTATION:.0%} are left to fragmentation.",
+        COST_MODEL,
+        "",
+        f"{'fastest of each optimizer, predicted to fit':64}{'setting':58}{'cost':>8}{'GB':>8}",
+    ]
+    least = min((other.cost for other in others), default=1.0)
+    for other in others:
+        lines.append(
+            f"{other.job.method:64}{other.job.setting:58}{other.cost / least:8.3f}{other.predicted_bytes / 1e9:8.2f}"
+        )
+    if plan is None or plan.peak is None:
+        return "\n".join([*lines, "", "No plan fits."])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{plan.job.method}, {plan.job.setting}: simulated peak {plan.peak.peak_bytes / 1e9:.3f} GB "
+            f"({plan.peak.peak_bytes / 2**30:.3f} GiB)",
+            command_line(plan.job),
+            "",
+            f"{UNITS}.",
+        ]
+    )
 
 
 def _call(name: str, args: Mapping[str, object]) -> str:

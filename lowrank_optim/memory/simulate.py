@@ -8,13 +8,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 from lowrank_optim.memory.job import Job, allocate_, hooks, train_update
 from lowrank_optim.memory.tracker import Peak, Tracker
+from lowrank_optim.ops import dct
+from lowrank_optim.optim import columns
 from lowrank_optim.optim.in_backward import StepInBackward
 from lowrank_optim.pretrain.optimizers import accepted_arguments
 
@@ -33,7 +34,12 @@ def simulate(job: Job) -> Peak:
     """
     job = replace(job, optimizer_args=_gap_of_two(job))
     model = job.build_model("meta")
-    with _without_cached_tensors(), FakeTensorMode(allow_non_fake_inputs=True), Tracker() as tracker:
+    with (
+        _without_cached_tensors(),
+        _as_if_with_data(),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        Tracker() as tracker,
+    ):
         allocate_(model, "cpu")
         tracker.label([*model.parameters(), *model.buffers()], "weights")
         tracker.watch(model)
@@ -50,14 +56,15 @@ def simulate(job: Job) -> Peak:
 def _gap_of_two(job: Job) -> Mapping[str, Any]:
     given = dict(job.optimizer_args)
     accepted = accepted_arguments(job.optimizer)
-    if "update_proj_gap" in accepted and given.get("update_proj_gap", 2) > 1:
+    # Staggered refreshes come a few at a time: a gap of two would make them come in halves.
+    if "update_proj_gap" in accepted and given.get("update_proj_gap", 2) > 1 and not given.get("stagger"):
         given["update_proj_gap"] = 2
     return given
 
 
 def _watch_updates(job: Job, model: nn.Module, optimizer: Optimizer, tracker: Tracker) -> StepInBackward | None:
     """Register the job's hooks, and book gradients as such and updates to the name of their parameter."""
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     trained = [p for p in names if p.requires_grad]
     phases = ExitStack()
 
@@ -67,10 +74,17 @@ def _watch_updates(job: Job, model: nn.Module, optimizer: Optimizer, tracker: Tr
             phases.enter_context(tracker.during("update", names[param]))
 
     for p in trained:
-        p.register_post_accumulate_grad_hook(arrives)
+        p.register_post_accumulate_grad_hook(arrives)  # type: ignore[no-untyped-call]
     handle = hooks(job, optimizer)
+
+    def leaves(param: Tensor) -> None:
+        phases.close()
+        sums = handle._sums.get(param) if handle is not None else None
+        if sums is not None:
+            tracker.label([sums.low, sums.sketch], "gradients")
+
     for p in trained:
-        p.register_post_accumulate_grad_hook(lambda _: phases.close())
+        p.register_post_accumulate_grad_hook(leaves)  # type: ignore[no-untyped-call]
     step_param = getattr(optimizer, "step_param", None)
     if step_param is not None and not job.per_layer:
 
@@ -92,7 +106,26 @@ def _without_cached_tensors() -> Iterator[None]:
         _clear_caches()
 
 
+@contextmanager
+def _as_if_with_data() -> Iterator[None]:
+    """Keep transformers from taking tensors without data for a trace, for which it builds masks that a run has not."""
+    from transformers.utils import import_utils
+
+    # Older versions have no such check.
+    check = getattr(import_utils, "is_fake_tensor", None)
+    if check is None:
+        yield
+        return
+    import_utils.is_fake_tensor = lambda _: False
+    try:
+        yield
+    finally:
+        import_utils.is_fake_tensor = check
+
+
 def _clear_caches() -> None:
+    columns.BUILT.clear()
+    dct.PLANS.clear()
     for name, module in list(sys.modules.items()):
         if name.startswith("lowrank_optim."):
             for value in vars(module).values():

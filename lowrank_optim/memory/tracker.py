@@ -16,6 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from lowrank_optim.memory.plan import CATEGORIES
 
+_aten = torch.ops.aten
+
+
 class Block:
     """One storage: its bytes, the phase and the layer that made it, and what it turned out to be."""
 
@@ -59,26 +62,28 @@ class Peak:
 class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records every storage that an operation makes, and its end; to be entered inside of a ``FakeTensorMode``.
 
-    A storage is what :meth:`label` said it is. Else it is "activations" if it was made in forward or backward, and if it
-    was made in an update, "optimizer" where it outlives the run and "other" where it does not. Values that the host
-    reads (``item()``, ``if tensor``) are 1, so that the code goes on.
+    A storage is what :meth:`label` said it is. Else it is "activations" if it was made in forward or backward, and if
+    it was made in an update, "optimizer" where it outlives the run and "other" where it does not. Values that the host
+    reads (``item()``, ``if tensor``) are 1, and masks hold everywhere, so that the code goes on.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.phase = "forward"
         self._layers: list[str] = []
-        self._layer_of_backward = ""
+        self._layer_of_backward = "loss"
         self._blocks: dict[int, Block] = {}
         # Changes of what is alive: the block, +1 or -1, and who was at work.
         self._events: list[tuple[Block, int, str, str]] = []
         self._parts: list[tuple[int, str]] = [(0, "build")]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is _aten._local_scalar_dense.default:
             return 1.0 if args[0].dtype.is_floating_point else 1
-        if func is torch.ops.aten.nonzero.default:
-            func, args, kwargs = torch.ops.aten.new_empty.default, (args[0], (args[0].numel(), args[0].ndim)), {"dtype": torch.int64}
+        if func is _aten.nonzero.default:
+            return torch.stack(_everywhere(args[0]), dim=1)
+        if func in (_aten.index.Tensor, _aten.index_put_.default):
+            args = (args[0], _without_masks(args[1]), *args[2:])
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -95,6 +100,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def during(self, phase: str, layer: str = "") -> Iterator[None]:
         """Book what happens inside to a phase, and to a layer where it is named."""
         before, self.phase = self.phase, phase
+        if phase == "backward":
+            self._layer_of_backward = "loss"
         if layer:
             self._layers.append(layer)
         try:
@@ -147,7 +154,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 # Called when the gradient of the output is there, that is before the backward pass of this module.
-                leaf.register_hook(lambda _: setattr(self, "_layer_of_backward", name))
+                leaf.register_hook(lambda _: setattr(self, "_layer_of_backward", name))  # type: ignore[no-untyped-call]
 
     def _block(self, tensor: Tensor) -> Block:
         storage = tensor.untyped_storage()
@@ -163,3 +170,15 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         block.alive = False
         del self._blocks[key]
         self._events.append((block, -1, self.phase, self._at_work()))
+
+
+def _everywhere(mask: Tensor) -> list[Tensor]:
+    """Where a mask holds that holds everywhere: as many index tensors as it has dimensions."""
+    return [mask.new_empty(mask.numel(), dtype=torch.int64) for _ in range(mask.ndim)]
+
+
+def _without_masks(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
+    plain: list[Tensor | None] = []
+    for index in indices:
+        plain += _everywhere(index) if index is not None and index.dtype == torch.bool else [index]
+    return plain

@@ -27,9 +27,10 @@ def int8_linear_input_gradient(g: Tensor, codes: Tensor, scale: Tensor) -> Tenso
 
 
 # Opaque to the compiler, which would otherwise keep the W of the forward pass for the backward pass.
-_compiled_input_gradient = torch.library.custom_op("lowrank_optim::int8_linear_input_gradient", mutates_args=())(
-    int8_linear_input_gradient
-)
+_compiled_input_gradient = torch.library.custom_op(
+    "lowrank_optim::int8_linear_input_gradient", int8_linear_input_gradient, mutates_args=(),
+    schema="(Tensor g, Tensor codes, Tensor scale) -> Tensor",
+)  # fmt: skip
 
 
 @_compiled_input_gradient.register_fake
@@ -65,7 +66,9 @@ class Int8Linear(FactoredLinear):
     W is dequantized in the forward pass and again in the backward pass; no floating-point copy outlives either.
     Gradients arrive at ``weight``, a parameter that optimizers, hooks and parameter groups see as any other: it has
     W's shape, and the dtype of the arithmetic, but the memory of one element, which is NaN. The values are in the
-    buffers, and every optimizer of this package writes them in fp32 with stochastic rounding.
+    buffers, and every optimizer of this package writes them in fp32 with stochastic rounding. That is the same on all
+    ranks of ``DistributedDataParallel(..., init_sync=False, broadcast_buffers=False)``; with ``init_sync`` it would
+    write into the parameter, which torch refuses.
 
     Args:
         in_features: n.
@@ -123,15 +126,17 @@ class Int8Linear(FactoredLinear):
         quantize_int8_weight_(self.weight_codes, self.weight_scale, weight)
 
     def _bind(self) -> None:
-        """Tie the parameter to this module, on the device where the buffers are."""
+        """Tie the parameter to this module: one element, on the device where the buffers are."""
         _guard_against_other_optimizers()
-        weight = self.weight
-        if weight.device != self.weight_codes.device:
-            one = torch.empty(1, 1, device=self.weight_codes.device, dtype=weight.dtype)
-            weight = self.weight = nn.Parameter(one.expand(weight.shape), weight.requires_grad)
+        weight: Any = self.weight
         # Whoever takes the parameter for the values is to notice.
-        weight.detach().as_strided((1, 1), (1, 1)).fill_(torch.nan)
-        weight.int8_reference = Int8Reference(self)  # type: ignore[attr-defined]
+        one = torch.full((1, 1), torch.nan, device=self.weight_codes.device, dtype=weight.dtype).expand(weight.shape)
+        if weight.device == one.device:
+            # The same object, for an optimizer may hold it.
+            weight.data = one
+        else:
+            weight = self.weight = nn.Parameter(one, weight.requires_grad)
+        weight.int8_reference = Int8Reference(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
         def keep_format(tensor: Tensor) -> Tensor:
@@ -141,7 +146,7 @@ class Int8Linear(FactoredLinear):
             # .bfloat16() must not take the scales along.
             return moved if tensor is not self.weight_scale or moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        super()._apply(keep_format, recurse)
+        super()._apply(keep_format, recurse)  # type: ignore[no-untyped-call]
         self._bind()
         return self
 
@@ -160,15 +165,14 @@ class Int8Linear(FactoredLinear):
         self._bind()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._bind()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Int8Linear:
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
-        # Before a parameter's own way of copying, which would make a full tensor of it.
-        one = self.weight.detach().as_strided((1, 1), (1, 1)).clone()
-        memo[id(self.weight)] = nn.Parameter(one.expand(self.weight.shape), self.weight.requires_grad)
+        # Before the parameter's own way of copying makes a full tensor of it, which _bind could only shrink.
+        memo.setdefault(id(self.weight), nn.Parameter(self.weight.detach(), self.weight.requires_grad))
         clone.__setstate__(copy.deepcopy(self.__dict__, memo))
         return clone
 
@@ -194,13 +198,13 @@ def quantize_weights(model: nn.Module, targets: str | Iterable[str] = ("attn", "
     chosen = select_linears(model, [targets] if isinstance(targets, str) else list(targets))
     check_shared(model, chosen)
     made: dict[tuple[int, int], Int8Linear] = {}
-    ids = {name: sharing_key(linear) for name, linear in chosen.items()}
-    for name in ids:
+    keys = {name: sharing_key(linear) for name, linear in chosen.items()}
+    for name, key in keys.items():
         linear = chosen.pop(name)
-        if ids[name] not in made:
-            made[ids[name]] = _quantized(linear)
-        model.set_submodule(name, made[ids[name]])
-    return list(ids)
+        if key not in made:
+            made[key] = _quantized(linear)
+        model.set_submodule(name, made[key])
+    return list(keys)
 
 
 def _quantized(linear: nn.Linear) -> Int8Linear:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from lowrank_optim.ops.rounding import round_to_bfloat16
 
 
 def adam_direction(
-    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, beta1: float, beta2: float, eps: float | Tensor
-) -> Tensor:
+    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, beta1: float, beta2: float, eps: float | Tensor,
+    keys: tuple[int | Tensor, int | Tensor] | None = None, start: int = 0, norms: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Update both moments in place and return Adam's direction before bias correction.
 
         M = beta1 M + (1 - beta1) R
@@ -18,14 +22,27 @@ def adam_direction(
         grad: R, any shape and floating or complex dtype.
         exp_avg: M, shape of R, fp32 or wider (modified in place).
         exp_avg_sq: V, shape of R, real, fp32 or wider (modified in place).
+        eps: a number or a 0-d tensor.
+        keys: of the random bits that round bfloat16 moments, M's and V's; the arithmetic is fp32.
+        start: position of the first element in the counter of the random bits.
+        norms: fp32 (2, rows), where the norms of the rows of R and of N are wanted (overwritten).
 
     Returns:
-        N, with the dtype of M.
+        N, with the dtype of M; fp32 for bfloat16.
     """
+    if keys is not None:
+        wide = exp_avg.to(torch.float32), exp_avg_sq.to(torch.float32)
+        direction = adam_direction(grad, *wide, beta1=beta1, beta2=beta2, eps=eps, norms=norms)
+        for moment, value, key in zip((exp_avg, exp_avg_sq), wide, keys):
+            moment.copy_(round_to_bfloat16(value, key, start))
+        return direction
     grad = grad.to(exp_avg.dtype)
     exp_avg.lerp_(grad, 1 - beta1)
     if grad.is_complex():
         exp_avg_sq.mul_(beta2).add_((grad * grad.conj()).real, alpha=1 - beta2)
     else:
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    return exp_avg / exp_avg_sq.sqrt().add_(eps)
+    direction = exp_avg / exp_avg_sq.sqrt().add_(eps)
+    if norms is not None:
+        norms.copy_(torch.stack([torch.linalg.vector_norm(rows, dim=-1) for rows in (grad, direction)]))
+    return direction

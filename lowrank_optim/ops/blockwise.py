@@ -50,10 +50,10 @@ _TABLES = {
 
 def dynamic_map(signed: bool, device: torch.device) -> Tensor:
     """The 256 values of the format in ascending order, fp32, within [-1, 1] or [0, 1]."""
-    return _tables_on(device)[signed][0]
+    return search_tables(device)[signed][0]
 
 
-def _tables_on(device: torch.device) -> dict[bool, tuple[Tensor, Tensor, Tensor]]:
+def search_tables(device: torch.device) -> dict[bool, tuple[Tensor, Tensor, Tensor]]:
     """For signed and unsigned values: the map, and the search table with its bounds."""
     if device not in _TABLES:
         _TABLES[device] = {
@@ -78,7 +78,7 @@ def quantize_(codes: Tensor, scale: Tensor, values: Tensor, *, signed: bool) -> 
     torch.amax(blocks.abs(), dim=1, out=scale)
     # A block of zeros stays one: its values are 0 * 1e38.
     normal = (blocks * scale.clamp_min(1e-38).reciprocal().unsqueeze(1)).clamp_(-1, 1).view(-1)[:n]
-    _, table, bounds = _tables_on(codes.device)[signed]
+    _, table, bounds = search_tables(codes.device)[signed]
     code = table.index_select(0, (normal.view(torch.int32) >> 16).add_(2**15))
     code += normal > bounds.index_select(0, code)
     codes.copy_(code.view(codes.shape))

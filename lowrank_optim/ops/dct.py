@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -24,41 +23,55 @@ def dct_matrix(size: int) -> Tensor:
     return matrix
 
 
-@functools.cache
+# A dict, because torch.compile reads one; it would trace through functools.cache and make a plan in every step.
+PLANS: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
+
+
 def _plan(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Makhoul's order of the input (even, then odd descending), its inverse, and the turned, scaled roots of unity."""
-    order = torch.cat([torch.arange(0, size, 2), torch.arange(1, size, 2).flip(0)])
-    phase = torch.arange(size // 2 + 1, dtype=torch.float64) * (-math.pi / (2 * size))
-    roots = torch.polar(torch.full_like(phase, math.sqrt(2 / size)), phase)
-    roots[0] = math.sqrt(1 / size)
-    return order.to(device), order.argsort().to(device), roots.to(device=device, dtype=dtype.to_complex())
+    key = (size, dtype, device)
+    if key not in PLANS:
+        order = torch.cat([torch.arange(0, size, 2), torch.arange(1, size, 2).flip(0)])
+        phase = torch.arange(size // 2 + 1, dtype=torch.float64) * (-math.pi / (2 * size))
+        roots = torch.polar(torch.full_like(phase, math.sqrt(2 / size)), phase)
+        roots[0] = math.sqrt(1 / size)
+        PLANS[key] = order.to(device), order.argsort().to(device), roots.to(device=device, dtype=dtype.to_complex())
+    return PLANS[key]
 
 
-def dct2(x: Tensor) -> Tensor:
-    """``x @ dct_matrix(n).T`` along the last axis (length n), by a real FFT of length n.
+def add_dct2_(out: Tensor, x: Tensor) -> None:
+    """out += ``x @ dct_matrix(n).T`` along the last axis (length n), by a real FFT of length n.
 
     Args:
-        x: fp32 or wider, real or complex.
+        out: shape of ``x``, fp32 or wider, real or complex; the transform is computed in its dtype.
+        x: real where ``out`` is.
 
     Source: Makhoul 1980 (doi:10.1109/TASSP.1980.1163351).
     """
-    if x.is_complex():
-        return torch.complex(dct2(x.real), dct2(x.imag))
+    if out.is_complex():
+        add_dct2_(out.real, x.real)
+        add_dct2_(out.imag, x.imag)
+        return
     n = x.shape[-1]
-    order, _, roots = _plan(n, x.dtype, x.device)
-    z = torch.fft.rfft(x.index_select(-1, order)).mul_(roots)
+    half = n // 2 + 1
+    order, _, roots = _plan(n, out.dtype, out.device)
+    z = torch.fft.rfft(x.to(out.dtype).index_select(-1, order)).mul_(roots)
+    out[..., :half].add_(z.real)
     # Of the upper half only the imaginary parts are new: y[n - f] = -Im z[f].
-    return torch.cat([z.real, z.imag[..., 1 : (n + 1) // 2].flip(-1).neg_()], dim=-1)
+    out[..., half:].sub_(z.imag[..., 1 : (n + 1) // 2].flip(-1))
 
 
-def dct3(y: Tensor) -> Tensor:
-    """``y @ dct_matrix(n)`` along the last axis, the inverse of :func:`dct2`."""
-    if y.is_complex():
-        return torch.complex(dct3(y.real), dct3(y.imag))
+def add_dct3_(out: Tensor, y: Tensor) -> None:
+    """out += ``y @ dct_matrix(n)`` along the last axis, the inverse of :func:`add_dct2_`; arguments as there."""
+    if out.is_complex():
+        add_dct3_(out.real, y.real)
+        add_dct3_(out.imag, y.imag)
+        return
     n = y.shape[-1]
-    _, inverse, roots = _plan(n, y.dtype, y.device)
+    y = y.to(out.dtype)
+    _, inverse, roots = _plan(n, out.dtype, out.device)
     half = n // 2 + 1
     # y[n - f] for f = 0 .. n/2; that of f = 0 lies beyond the end and counts as zero.
     mirrored = torch.nn.functional.pad(y[..., n - half + 1 :].flip(-1), (1, 0))
     z = torch.complex(y[..., :half].contiguous(), mirrored.neg_()).div_(roots)
-    return torch.fft.irfft(z, n=n).index_select(-1, inverse)
+    out.add_(torch.fft.irfft(z, n=n).index_select(-1, inverse))

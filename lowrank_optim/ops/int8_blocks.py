@@ -21,7 +21,7 @@ def _by_block(values: Tensor) -> list[Tensor]:
     return [part for part in parts if part.numel()]
 
 
-def quantize_(codes: Tensor, scale: Tensor, values: Tensor, *, where: Tensor) -> None:
+def quantize_(codes: Tensor, scale: Tensor, values: Tensor, *, where: Tensor | None = None) -> None:
     """Write ``values`` as codes q and scales s with s = max|x| / 127, q = round(x / s): |x - q s| <= s / 2.
 
     Symmetric, so that zeros stay exact: error feedback would add a bias of theirs again in every step.
@@ -37,9 +37,13 @@ def quantize_(codes: Tensor, scale: Tensor, values: Tensor, *, where: Tensor) ->
         absmax = part.abs().amax(1)
         s = (absmax / 127).float()
         q = (part / torch.where(s > 0, s, 1).unsqueeze(1)).round_().clamp_(-127, 127)
-        torch.where(where, q.to(torch.int8), old, out=old)
         kept = scale[at : at + len(s)]
-        torch.where(where, s, kept, out=kept)
+        if where is None:
+            old.copy_(q)
+            kept.copy_(s)
+        else:
+            torch.where(where, q.to(torch.int8), old, out=old)
+            torch.where(where, s, kept, out=kept)
         at += len(s)
 
 

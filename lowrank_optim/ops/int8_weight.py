@@ -37,25 +37,27 @@ def quantize_int8_weight_(codes: Tensor, scale: Tensor, values: Tensor, key: int
     for block in _row_blocks(rows, columns):
         wide = values[block].to(torch.float32)
         share = None if key is None else _uniform(wide, key, block.start * columns)
-        for within, groups, shape in _spans(columns):
-            value = wide[:, within].unflatten(1, shape)
-            step = scale[block, groups].unsqueeze(-1)
-            torch.div(value.abs().amax(-1, keepdim=True), LARGEST, out=step)
-            ticks = value * step.clamp_min(torch.finfo(torch.float32).tiny).reciprocal_()
+        for within, groups, width in _spans(columns):
+            shape = (len(wide), groups.stop - groups.start, width)
+            value = wide[:, within].view(shape)
+            step = value.abs().amax(-1, keepdim=True).div_(LARGEST)
+            scale[block, groups].unsqueeze(-1).copy_(step)
+            ticks = value * step.clamp_min_(torch.finfo(torch.float32).tiny).reciprocal_()
             if share is None:
                 ticks.round_()
             else:
                 below = ticks.floor()
-                ticks = below + (share[:, within].unflatten(1, shape) < ticks - below)
-            codes[block, within].unflatten(1, shape).copy_(ticks.clamp_(-LARGEST, LARGEST))
+                ticks = below + (share[:, within].view(shape) < ticks - below)
+            codes[block, within].view(shape).copy_(ticks.clamp_(-LARGEST, LARGEST))
 
 
 def dequantize_int8_weight(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The values (m, n) that :func:`quantize_int8_weight_` wrote, each rounded once to ``dtype``."""
-    values = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    values = codes.new_empty(codes.shape, dtype=dtype)
     for block in _row_blocks(*codes.shape):
-        for within, groups, shape in _spans(codes.shape[1]):
-            code, value = (tensor[block, within].unflatten(1, shape) for tensor in (codes, values))
+        for within, groups, width in _spans(codes.shape[1]):
+            shape = (block.stop - block.start, groups.stop - groups.start, width)
+            code, value = (tensor[block, within].view(shape) for tensor in (codes, values))
             value.copy_(code * scale[block, groups].unsqueeze(-1))
     return values
 
@@ -66,13 +68,13 @@ def _row_blocks(rows: int, columns: int) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def _spans(columns: int) -> list[tuple[slice, slice, tuple[int, int]]]:
-    """Columns, scales and (groups, width) of the whole groups of a row, and of the last, shorter one."""
+def _spans(columns: int) -> list[tuple[slice, slice, int]]:
+    """Columns, scales and width of the whole groups of a row, and of the last, shorter one."""
     whole = columns // GROUP
     middle = whole * GROUP
-    spans = [(slice(0, middle), slice(0, whole), (whole, GROUP))] if whole else []
+    spans = [(slice(0, middle), slice(0, whole), GROUP)] if whole else []
     if middle < columns:
-        spans.append((slice(middle, columns), slice(whole, whole + 1), (1, columns - middle)))
+        spans.append((slice(middle, columns), slice(whole, whole + 1), columns - middle))
     return spans
 
 

@@ -12,12 +12,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from lowrank_optim.ops import pick
 from lowrank_optim.ops.autocast import compute_dtype
+from lowrank_optim.ops.sddmm import BLOCKS, sddmm, take_rows
 from lowrank_optim.ops.support import positions
-
-# Rows of G = gᵀ x that exist at a time: a quarter, so that the GEMMs stay large and the block stays below
-# W, which the backward pass has freed by then.
-BLOCKS = 4
 
 
 def sltrain_weight(
@@ -54,28 +52,70 @@ def sltrain_gradients(
         count: how many values there are.
     """
     (m, r), n = B.shape, A.shape[1]
-    flat = positions(index, row_pointers, (m, n), count)
     # From G it takes 4mnr FLOPs, from x and g directly 4Tr(m + n).
-    from_blocks = x.shape[0] * (m + n) > m * n
+    if x.shape[0] * (m + n) <= m * n:
+        dB = grad.t() @ (x @ A.t())
+        dA = (grad @ B).t() @ x
+        return dB.mul_(scale), dA.mul_(scale), _sddmm(grad, x, index, row_pointers, count)
+    flat = positions(index, row_pointers, (m, n), count)
     # The blocks' contributions to dA are summed in fp32: bf16 would round between them.
     dA = torch.zeros(r, n, dtype=torch.promote_types(A.dtype, torch.float32), device=A.device)
     dB = torch.empty_like(B)
     dv = grad.new_zeros(count)
-    if not from_blocks:
-        torch.mm(grad.t(), x @ A.t(), out=dB)
-        dA.copy_((grad @ B).t() @ x)
     size = -(-m // BLOCKS)
     for start in range(0, m, size):
         rows = slice(start, min(start + size, m))
         G = grad[:, rows].t() @ x
-        if from_blocks:
-            torch.mm(G, A.t(), out=dB[rows])
-            dA += B[rows].t() @ G
-        # Every position looks into every block: where a block's positions begin, only the device knows.
-        local = flat - start * n
-        inside = (local >= 0) & (local < G.numel())
-        dv = torch.where(inside, G.view(-1).index_select(0, local.clamp_(0, G.numel() - 1)), dv)
+        torch.mm(G, A.t(), out=dB[rows])
+        dA += B[rows].t() @ G
+        dv = take_rows(dv, flat, G, start)
     return dB.mul_(scale), dA.mul_(scale).to(A.dtype), dv
+
+
+# On CUDA the two operations that have kernels are operators, which a compiler takes as they are; on other devices it
+# sees through them.
+@torch.library.custom_op(
+    "lowrank_optim::sltrain_weight",
+    mutates_args=(),
+    schema="(Tensor B, Tensor A, Tensor values, Tensor index, Tensor row_pointers, float scale) -> Tensor",
+)
+def sltrain_weight_operator(
+    B: Tensor, A: Tensor, values: Tensor, index: Tensor, row_pointers: Tensor, scale: float
+) -> Tensor:
+    return pick(sltrain_weight, None, B.device)(B, A, values, index, row_pointers, scale=scale)
+
+
+@sltrain_weight_operator.register_fake
+def _(B: Tensor, A: Tensor, values: Tensor, index: Tensor, row_pointers: Tensor, scale: float) -> Tensor:
+    return B.new_empty(B.shape[0], A.shape[1])
+
+
+@torch.library.custom_op(
+    "lowrank_optim::sddmm",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor index, Tensor row_pointers, int count) -> Tensor",
+)
+def sddmm_operator(grad: Tensor, x: Tensor, index: Tensor, row_pointers: Tensor, count: int) -> Tensor:
+    return pick(sddmm, None, grad.device)(grad, x, index, row_pointers, count=count)
+
+
+@sddmm_operator.register_fake
+def _(grad: Tensor, x: Tensor, index: Tensor, row_pointers: Tensor, count: int) -> Tensor:
+    return grad.new_empty(count)
+
+
+def _weight(B: Tensor, A: Tensor, values: Tensor, index: Tensor, row_pointers: Tensor, scale: float) -> Tensor:
+    if B.is_cuda:
+        weight: Tensor = sltrain_weight_operator(B, A, values, index, row_pointers, scale)
+        return weight
+    return sltrain_weight(B, A, values, index, row_pointers, scale=scale)
+
+
+def _sddmm(grad: Tensor, x: Tensor, index: Tensor, row_pointers: Tensor, count: int) -> Tensor:
+    if grad.is_cuda:
+        entries: Tensor = sddmm_operator(grad, x, index, row_pointers, count)
+        return entries
+    return sddmm(grad, x, index, row_pointers, count=count)
 
 
 class _SLTrain(torch.autograd.Function):
@@ -88,7 +128,7 @@ class _SLTrain(torch.autograd.Function):
         ctx.save_for_backward(x, B, A, values, index, row_pointers)
         ctx.scale, ctx.dtype = scale, compute_dtype(B)
         B, A, values = (tensor.to(ctx.dtype) for tensor in (B, A, values))
-        W = sltrain_weight(B, A, values, index, row_pointers, scale=scale)
+        W = _weight(B, A, values, index, row_pointers, scale)
         return functional.linear(x, W, bias)
 
     @staticmethod
@@ -101,7 +141,7 @@ class _SLTrain(torch.autograd.Function):
         B, A = B.to(ctx.dtype), A.to(ctx.dtype)
         dx = dB = dA = dv = None
         if needs_x:
-            W = sltrain_weight(B, A, values.to(ctx.dtype), index, row_pointers, scale=ctx.scale)
+            W = _weight(B, A, values.to(ctx.dtype), index, row_pointers, ctx.scale)
             dx = (g @ W).view(shape)
             del W
         if needs_B or needs_A or needs_values:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.optim.base import Group, LowRankOptimizer, State, Subspace, check_choice, check_range
+from lowrank_optim.optim.fused import Norms, Terms
 from lowrank_optim.optim.galore import TopSingular
 from lowrank_optim.optim.random_bases import Gaussian
 from lowrank_optim.optim.rules import Adam
-from lowrank_optim.optim.scaling import GrowthLimiter, add_scaled_, factors, row_norms
+from lowrank_optim.optim.scaling import GrowthLimiter, add_terms_, factors, row_norms
 
 PROJECTIONS = ("random", "svd")
 SCALE_TYPES = ("channel", "tensor")
@@ -33,13 +34,22 @@ class Scaling(GrowthLimiter):
         state: State, group: Group, *, alpha: float | Tensor,
     ) -> None:  # fmt: skip
         """One pass over the gradient for its norms, one for the weight."""
-        scaling = factors(low, direction, whole=group["scale_type"] == "tensor")
+        norms = Norms(row_norms(low), row_norms(direction), row_norms(grad))
+        terms = self.terms(low, direction, None, norms, state, group, alpha=alpha)
+        add_terms_(target, grad, terms, subspace, state, group)
+
+    def terms(
+        self, low: Tensor, direction: Tensor, basis: Tensor | None, norms: Norms, state: State, group: Group,
+        *, alpha: float | Tensor,
+    ) -> Terms:  # fmt: skip
+        """The gradient alone; the norms are all that low and direction are for."""
+        scaling = factors(norms.low, norms.direction, whole=group["scale_type"] == "tensor")
         strength = group["scale"] ** 0.5
-        norm = torch.linalg.vector_norm(scaling.phi * row_norms(grad))
+        norm = torch.linalg.vector_norm(scaling.phi * norms.grad)
         if group["scale_front"]:
             norm = norm * strength
         release = self.limit(norm, scaling.direction, state, group)
-        add_scaled_(target, grad, scaling.phi * (release * strength * alpha))
+        return Terms(factor=scaling.phi * (release * strength * alpha))
 
 
 class APOLLOAdamW(LowRankOptimizer):

@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowrank_optim.ops import BACKENDS
+from lowrank_optim.optim.fused import Norms, Terms, fused_update_, fuses, measured_down
 from lowrank_optim.optim.groups import as_groups
 from lowrank_optim.optim.moments import STATE_DTYPES, slices
 from lowrank_optim.optim.storage import WEIGHT_ROUNDINGS, check_storable, init_storage, is_int8, writable
@@ -138,6 +139,8 @@ class Rule(Protocol):
 class Lift(Protocol):
     """Turns a direction into an update of the whole weight.
 
+    One whose update consists of :class:`Terms` returns them from ``terms(low, direction, basis, norms, state, group, *,
+    alpha)``, and says with ``measures`` whether it takes :class:`Norms` or None; see ``fused.py``.
     A lift that never looks at the gradient has ``reads_gradient(group)``, which then is False; others need not have it.
     """
 
@@ -188,6 +191,8 @@ class Identity:
 class Plain:
     """Lift the direction and scale it: W += alpha * scale * up(N)."""
 
+    measures = False
+
     def __init__(self, scale_key: str | None = "scale") -> None:
         self.scale_key = scale_key
 
@@ -210,6 +215,13 @@ class Plain:
     ) -> None:  # fmt: skip
         scale = 1.0 if self.scale_key is None else group[self.scale_key]
         subspace.add_up_(target, direction, state, group, alpha=alpha * scale)
+
+    def terms(
+        self, low: Tensor, direction: Tensor, basis: Tensor, norms: Norms | None, state: State, group: Group,
+        *, alpha: float | Tensor,
+    ) -> Terms:  # fmt: skip
+        scale = 1.0 if self.scale_key is None else group[self.scale_key]
+        return Terms(direction, alpha * scale)
 
 
 IDENTITY = Identity()
@@ -291,7 +303,8 @@ class LowRankOptimizer(Optimizer):
               fp32). The arithmetic is fp32 in each; complex moments stay as they are.
             - weight_rounding: how bfloat16 weights are written. "nearest" (in place), "stochastic" or "compensated"
               (an int8 correction beside the weight, 24 bits together); the latter two compute in fp32, in a copy of
-              one weight at a time. Weights of more bits are never rounded, so for them the option is without effect.
+              one weight at a time (kernels: without a copy). Weights of more bits are never rounded, so for them the
+              option is without effect.
             - maximize: ascend.
             - capturable: keep the step counter on the device, so that a CUDA graph can replay the step.
               The graph never refreshes: run one step outside of it every update_proj_gap steps.
@@ -458,15 +471,23 @@ class LowRankOptimizer(Optimizer):
         grad = self.lift.before(grad, state, group) if compressed else grad
         if compressed and refresh_due(state, group) and not self._refresh(subspace, grad, state, group):
             return
-        self.step_low(param, subspace.down(grad, state, group), group, grad=grad)
+        measures = getattr(self.lift, "measures", False)
+        if compressed and measures and fuses(param, subspace, self.rule_of(subspace), self.lift, group):
+            low, rows = measured_down(grad, subspace, state, group)
+            self.step_low(param, low, group, grad=grad, row_norms=rows)
+        else:
+            self.step_low(param, subspace.down(grad, state, group), group, grad=grad)
 
     @torch.no_grad()
-    def step_low(self, param: Tensor, low: Tensor, group: Group, *, grad: Tensor | None = None) -> None:
+    def step_low(
+        self, param: Tensor, low: Tensor, group: Group, *, grad: Tensor | None = None, row_norms: Tensor | None = None
+    ) -> None:
         """Update one parameter, whose state exists, from its low-rank gradient.
 
         Args:
             low: as ``subspace.down`` returns it.
             grad: what ``low`` is the image of; None where no lift reads it.
+            row_norms: its norms by row, where they are known.
         """
         state: State = self.state[param]
         subspace = self.subspace_of(param, group)
@@ -480,6 +501,11 @@ class LowRankOptimizer(Optimizer):
             self._warn_once("skipped an update because of a non-finite gradient")
             return
         state["step"] += 1
+        measured = row_norms is not None or not getattr(lift, "measures", False)
+        if compressed and measured and fuses(param, subspace, self.rule_of(subspace), lift, group):
+            low = torch.where(finite, low, 0) if unseen else low
+            fused_update_(self, param, grad, low, subspace, lift, state, group, row_norms=row_norms)
+            return
         # A slice of an int8 weight would not know where its values are.
         if compressed or is_int8(param) or not getattr(self.rule_of(subspace), "elementwise", False):
             low = torch.where(finite, low, 0) if unseen else low
@@ -489,18 +515,16 @@ class LowRankOptimizer(Optimizer):
             return
         init_storage(param, state, group["weight_rounding"])
         for part, (values, slope) in slices(state, subspace.orient(param, state), low):
-            slope = torch.where(finite, slope, 0) if unseen else slope
+            masked = torch.where(finite, slope, 0) if unseen else slope
             with writable(values, part, group["weight_rounding"]) as weight:
-                self.update_(weight, slope, slope, subspace, lift, part, group)
+                self.update_(weight, masked, masked, subspace, lift, part, group)
 
     def update_(
         self, target: Tensor, grad: Tensor, low: Tensor, subspace: Subspace, lift: Lift, state: State, group: Group
     ) -> None:
         """Direction, lift and decay of one parameter; ``state["step"]`` counts this update already."""
         rule = self.rule_of(subspace)
-        alpha = group["lr"] * rule.correction(state["step"], group)
-        # Every direction is odd in the gradient, so ascent is descent with the sign turned.
-        alpha = alpha if group["maximize"] else -alpha
+        alpha = self.step_size(rule, state, group)
         decays = group["weight_decay"] != 0
         if decays and self.decay_first:
             target.mul_(1 - group["lr"] * group["weight_decay"])
@@ -512,6 +536,13 @@ class LowRankOptimizer(Optimizer):
             lift.apply_(target, grad, low, direction, subspace, state, group, alpha=alpha)
         if decays and not self.decay_first:
             target.mul_(1 - group["lr"] * group["weight_decay"])
+
+    def step_size(self, rule: Rule, state: State, group: Group) -> float | Tensor:
+        """What multiplies the lifted direction, bias correction and sign included."""
+        size = group["lr"] * rule.correction(state["step"], group)
+        # Every direction is odd in the gradient, so ascent is descent with the sign turned.
+        signed: float | Tensor = size if group["maximize"] else -size
+        return signed
 
     def _refresh(self, subspace: Subspace, grad: Tensor, state: State, group: Group) -> bool:
         """Renew the basis; False where there is no usable basis, so that the update must be skipped."""

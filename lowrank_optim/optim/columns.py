@@ -2,44 +2,55 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from lowrank_optim.ops.dct import dct2, dct3, dct_matrix
+from lowrank_optim.ops import pick
+from lowrank_optim.ops.chunks import chunks
+from lowrank_optim.ops.dct import add_dct2_, add_dct3_, dct_matrix
+from lowrank_optim.ops.dct_select import dct_select
+from lowrank_optim.ops.orthonormal import orthonormalize
 from lowrank_optim.optim.base import Group, Refresh, State, check_choice
 from lowrank_optim.optim.sketches import sketch_matrix
 
-TRANSFORMS = {"dct2": dct2, "dct3": dct3}
+TRANSFORMS = {"dct2": add_dct2_, "dct3": add_dct3_}
 BASES = (*TRANSFORMS, "identity", "random")
 SIMILARITIES = ("auto", "matmul", "fft")
 ELL_NORMS = (1, 2)
 
-# The size from which similarity="auto" takes the FFT. On one core of a Xeon (fp32, MKL, torch 2.13, square) it takes
-# 0.9 ms against the product's 1.2 at 384 and 44 against 400 at 2048, but 0.6 against 0.4 at 256.
-FFT_FROM = {"cpu": 384}
+# The size from which similarity="auto" takes the FFT. Milliseconds of FFT and product on two cores of an EPYC (fp32,
+# MKL, torch 2.13, square): 0.20 and 0.18 at 256, 0.28 and 0.34 at 320, 0.42 and 1.33 at 512; on one, 0.22 and 0.34 at
+# 256.
+FFT_FROM = {"cpu": 320}
 # Not measured: where 28 bytes an element at full bandwidth equal a bf16 product on tensor cores, by data sheets.
 FFT_FROM_ELSEWHERE = 2048
 
 
-@functools.cache
+# A dict, because torch.compile reads one; it would trace through functools.cache and build a basis in every step.
+BUILT: dict[tuple[str, int, torch.dtype, torch.device], Tensor] = {}
+
+
 def basis_rows(basis: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An orthogonal basis (size, size), a basis vector a row; one for the whole process.
 
-    It is the same on every device and in every run, so that checkpoints need not hold it;
-    ``basis_rows.cache_clear()`` frees the memory.
+    It is the same on every device and in every run, so that checkpoints need not hold it; ``BUILT.clear()`` frees the
+    memory.
     """
+    key = (basis, size, dtype, device)
+    if key not in BUILT:
+        BUILT[key] = _exact_rows(basis, size).to(device=device, dtype=dtype)
+    return BUILT[key]
+
+
+def _exact_rows(basis: str, size: int) -> Tensor:
+    """The basis in fp64."""
     if basis == "random":
         generator = torch.Generator().manual_seed(size)
-        q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
         # With a positive diagonal the factorisation is unique: no LAPACK has signs of its own.
-        rows = (q * r.diagonal().sgn()).mT
-    elif basis == "identity":
-        rows = torch.eye(size, dtype=torch.float64)
-    else:
-        rows = dct_matrix(size) if basis == "dct2" else dct_matrix(size).mT
-    return rows.contiguous().to(device=device, dtype=dtype)
+        return orthonormalize(torch.randn(size, size, generator=generator, dtype=torch.float64)).mT.contiguous()
+    if basis == "identity":
+        return torch.eye(size, dtype=torch.float64)
+    return dct_matrix(size) if basis == "dct2" else dct_matrix(size).mT.contiguous()
 
 
 def uses_fft(group: Group, size: int, device: torch.device) -> bool:
@@ -55,16 +66,15 @@ def add_coefficients_(out: Tensor, tall: Tensor, group: Group) -> None:
     if group["basis"] == "identity":
         out.add_(tall)
     elif uses_fft(group, size, tall.device):
-        transform = TRANSFORMS[group["basis"]]
-        # An eighth at a time: a transform holds its input three times over.
-        for part, some in zip(out.chunk(8), tall.chunk(8)):
-            part.add_(transform(some.to(out.dtype)))
+        add_transform_ = TRANSFORMS[group["basis"]]
+        for part, some in chunks(out, tall):
+            add_transform_(part, some)
     else:
         rows = basis_rows(group["basis"], size, tall.dtype, tall.device)
         if out.dtype == tall.dtype:
             out.addmm_(tall, rows.mT)
         else:
-            for part, some in zip(out.chunk(8), tall.chunk(8)):
+            for part, some in chunks(out, tall):
                 part.add_(some @ rows.mT)
 
 
@@ -75,18 +85,17 @@ def coefficients(tall: Tensor, group: Group) -> Tensor:
     return out
 
 
-def select(scored: Tensor, rank: int, ell_norm: int) -> Tensor:
-    """The ``rank`` columns of greatest 1- or 2-norm, ascending; of equals the first.
+def pick_columns(coefficients: Tensor, indices: Tensor, group: Group) -> Tensor:
+    """Columns of the coefficients; non-finite throughout where the gradient is so anywhere.
 
-    The 2-norm keeps the most energy: what is left of a matrix is at most 1 - rank / d of it. Chunks, because
-    ``torch.linalg.vector_norm`` along columns takes 9 times as long as a square and a sum on a CPU.
+    A transform spreads a NaN over its row, so that the base sees it in the columns that were picked; without one it may
+    stand in another.
     """
-    scores = torch.zeros(scored.shape[1], dtype=scored.dtype.to_real(), device=scored.device)
-    for part in scored.chunk(8):
-        scores += (part.abs() if ell_norm == 1 else (part * part.conj()).real).sum(0)
-    # topk leaves the order of equals to the device.
-    order = scores.sort(descending=True, stable=True).indices
-    return order[:rank].sort().values
+    picked = coefficients.index_select(-1, indices)
+    if group["basis"] != "identity" or group["update_proj_gap"] == 1:
+        return picked
+    wide = torch.promote_types(coefficients.dtype, torch.float32)
+    return picked + (0 * coefficients.sum(dtype=wide)).to(picked.dtype)
 
 
 class Columns:
@@ -134,7 +143,8 @@ class Columns:
         return Refresh(renewed=False) if sketch is None else self._renew(coefficients(sketch, group), state, group)
 
     def _renew(self, scored: Tensor, state: State, group: Group) -> Refresh:
-        indices = select(scored, group["rank"], group["ell_norm"])
+        select = pick(dct_select, group.get("backend"), scored.device)
+        indices = select(scored, group["rank"], ell_norm=group["ell_norm"])
         overlap = None
         if group.get("rotate", False):
             # Dᵀ D = 1: where a column was before, or -1 for a new one, says all that a product would.
@@ -151,7 +161,7 @@ class Columns:
     def down(self, grad: Tensor, state: State, group: Group) -> Tensor:
         """(rows, rank)."""
         if group["basis"] == "identity":
-            return grad.index_select(-1, state["indices"])
+            return pick_columns(grad, state["indices"], group)
         return grad @ self._vectors(grad, state, group).mT
 
     def add_up_(self, target: Tensor, low: Tensor, state: State, group: Group, *, alpha: float | Tensor) -> None:
@@ -174,7 +184,7 @@ class Coefficients(Columns):
 
     def down(self, grad: Tensor, state: State, group: Group) -> Tensor:
         """(rows, rank), a gather."""
-        return grad.index_select(-1, state["indices"])
+        return pick_columns(grad, state["indices"], group)
 
 
 COEFFICIENTS = Coefficients()

@@ -10,7 +10,7 @@ from torch import Tensor
 from lowrank_optim.ops.int8_blocks import blocks, dequantize, quantize_
 from lowrank_optim.optim.base import IDENTITY, Group, LowRankOptimizer, State, Subspace, check_choice
 from lowrank_optim.optim.columns import COEFFICIENTS, Columns, add_coefficients_, coefficients
-from lowrank_optim.optim.moments import init_moment, load_moment, store_moment_
+from lowrank_optim.optim.moments import init_moment, load_moment, replace_moment_, unseen_finite
 from lowrank_optim.optim.rules import CorrectedAdam
 
 ERROR_FEEDBACKS = (None, "full", "int8")
@@ -74,13 +74,10 @@ class ErrorFeedback:
         subspace.add_up_(target, direction, state, group, alpha=alpha)
         if group["error_feedback"] is None:
             return
-        # A NaN that came between two refreshes on a device must not stay in the error for ever.
-        finite = grad.sum().isfinite()
+        finite = unseen_finite(grad)
         grad.index_fill_(-1, state["indices"], 0)
         if group["error_feedback"] == "full":
-            error = load_moment(state, "error", grad.dtype)
-            torch.where(finite, grad, error, out=error)
-            store_moment_(state, "error", error)
+            replace_moment_(state, "error", grad, where=finite)
         else:
             values = torch.view_as_real(grad) if grad.is_complex() else grad
             quantize_(state["error.codes"], state["error.scale"], values, where=finite)
@@ -102,7 +99,7 @@ class DCTAdamW(LowRankOptimizer):
         W = W - lr sqrt(1 - beta2^t) / (1 - beta1^t) N D_Iᵀ
 
     The state holds the ``rank`` column numbers instead of a basis. D is built once per size, dtype and device for the
-    whole process and is in no state dict; it takes n² values (``columns.basis_rows.cache_clear()`` frees them).
+    whole process and is in no state dict; it takes n² values (``columns.BUILT.clear()`` frees them).
     Parameters that are not compressed (vectors, tensors of more than two dimensions, sides not exceeding the rank,
     groups with ``rank=None``) follow the same formulas with D_I = 1.
 

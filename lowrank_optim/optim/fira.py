@@ -8,26 +8,36 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.optim.base import Group, LowRankOptimizer, State, Subspace, check_choice, check_range
+from lowrank_optim.optim.fused import Norms, Terms
 from lowrank_optim.optim.galore import TopSingular
 from lowrank_optim.optim.rules import Adam
-from lowrank_optim.optim.scaling import Factors, GrowthLimiter, add_scaled_, factors, on_host, row_norms
+from lowrank_optim.optim.scaling import Factors, GrowthLimiter, add_terms_, factors, on_host, row_norms
 
 RESIDUALS = ("reference", "paper")
 ADAM = Adam()
 
 
-def residual_norm(scaling: Factors, grad: Tensor, inner: float) -> Tensor:
+def residual_norm(scaling: Factors, grad: Tensor, inner: float, image: Tensor | None = None) -> Tensor:
     """||phi (G - inner R Pᴴ)||, 0-d, from the norms of rows: the residual itself is never formed.
 
-    With R = G P and orthonormal P, row by row ||g - inner r Pᴴ||² = ||g||² - inner (2 - inner) ||r||².
+    With R = G P, row by row ||g - inner r Pᴴ||² = ||g||² - 2 inner ||r||² + inner² ||r Pᴴ||².
 
     Args:
         scaling: of R.
-        grad: G, (rows, d).
+        grad: norms of the rows of G, (rows, 1).
+        image: ||r Pᴴ||², (rows, 1); None where P is orthonormal, so that it is ||r||².
     """
     # The difference of nearly equal numbers where hardly anything lies outside: never below zero.
-    outside = (row_norms(grad).square() - inner * (2 - inner) * scaling.low.square()).clamp_min(0)
-    return (scaling.phi.square() * outside).sum().sqrt()
+    if image is None:
+        outside = grad.square() - inner * (2 - inner) * scaling.low.square()
+    else:
+        outside = grad.square() - 2 * inner * scaling.low.square() + inner**2 * image
+    return (scaling.phi.square() * outside.clamp_min(0)).sum().sqrt()
+
+
+def inner_share(group: Group) -> float:
+    """How much of R Pᴴ the residual G - inner R Pᴴ lacks."""
+    return float(group["alpha"]) if group["residual"] == "reference" else 1.0
 
 
 class Residual(GrowthLimiter):
@@ -52,25 +62,37 @@ class Residual(GrowthLimiter):
         state: State, group: Group, *, alpha: float | Tensor,
     ) -> None:  # fmt: skip
         """One product with the basis where it is orthonormal: up(a N) + f (G - b up(R)) = up(a N - b f R) + f G."""
-        scaling = factors(low, direction)
-        inner = group["alpha"] if group["residual"] == "reference" else 1.0
-        inside = direction * (group["alpha"] * alpha)
         if torch.finfo(state["basis"].dtype).bits >= 32:
-            factor = self.factor(residual_norm(scaling, grad, inner), scaling, state, group) * alpha
-            subspace.add_up_(target, inside.addcmul_(low, factor, value=-inner), state, group, alpha=1.0)
-            add_scaled_(target, grad, factor)
+            norms = Norms(row_norms(low), row_norms(direction), row_norms(grad))
+            terms = self.terms(low, direction, state["basis"], norms, state, group, alpha=alpha)
+            add_terms_(target, grad, terms, subspace, state, group)
             return
+        scaling = factors(row_norms(low), row_norms(direction))
         # In bfloat16 the basis is orthonormal to 2e-3 and R good to 2^-9, too little for the difference of two norms
         # or of two large updates. So here the residual is formed, and what it becomes is added to the weight once.
         update = grad.clone()
-        subspace.add_up_(update, low, state, group, alpha=-inner)
+        subspace.add_up_(update, low, state, group, alpha=-inner_share(group))
         norm = torch.linalg.vector_norm(scaling.phi * row_norms(update))
         factor = self.factor(norm, scaling, state, group) * alpha
         update.mul_(factor)
         if not on_host(grad):
             update.masked_fill_(factor == 0, 0)
-        subspace.add_up_(update, inside, state, group, alpha=1.0)
+        subspace.add_up_(update, direction * (group["alpha"] * alpha), state, group, alpha=1.0)
         target.add_(update)
+
+    def terms(
+        self, low: Tensor, direction: Tensor, basis: Tensor, norms: Norms, state: State, group: Group,
+        *, alpha: float | Tensor,
+    ) -> Terms:  # fmt: skip
+        """One product with the basis: up(a N) + f (G - b up(R)) = up(a N - b f R) + f G, with R in fp32 or wider."""
+        scaling = factors(norms.low, norms.direction)
+        inner, image = inner_share(group), None
+        if torch.finfo(basis.dtype).bits < 32:
+            wide = basis.to(low.dtype)
+            image = ((low @ (wide.mT @ wide)) * low).sum(-1, keepdim=True)
+        norm = residual_norm(scaling, norms.grad, inner, image)
+        factor = self.factor(norm, scaling, state, group) * alpha
+        return Terms((direction * (group["alpha"] * alpha)).addcmul_(low, factor, value=-inner), 1.0, factor)
 
 
 class FiraAdamW(LowRankOptimizer):

@@ -58,7 +58,8 @@ def step_in_backward(
         max_norm: clip gradients to this norm, or None. The norm of all gradients is not known before the last of them,
             when the first is gone, therefore:
         clip_by: "previous" scales every gradient by max_norm / max(norm of all at the update before, its own norm)
-            where that is below 1; "layer" by max_norm / its own norm.
+            where that is below 1 (at the first update: its own norm times the root of the number of parameters);
+            "layer" by max_norm / its own norm.
         two_phase: refresh as above; None: where ``accumulate > 1``. True with 1 is what a run with
             ``accumulate > 1`` must agree with.
         sum_dtype: of R, ``torch.float32`` or ``torch.bfloat16`` (stochastically rounded).
@@ -75,8 +76,8 @@ def step_in_backward(
     Not supported: DistributedDataParallel (hooks see a process' own gradient), loss scaling, and checkpointing with
     ``use_reentrant=True``.
     """
-    return StepInBackward(optimizer, accumulate, max_norm, clip_by, accumulate != 1 if two_phase is None else two_phase,
-                          sum_dtype)  # fmt: skip
+    two_phase = accumulate != 1 if two_phase is None else two_phase
+    return StepInBackward(optimizer, accumulate, max_norm, clip_by, two_phase, sum_dtype)
 
 
 class StepInBackward:
@@ -161,7 +162,7 @@ class StepInBackward:
     def micro_batch(self, last: bool | None = None) -> Iterator[None]:
         """Around the one backward pass of a micro-batch.
 
-        An error inside abandons the whole update.
+        An error inside abandons the update; parameters that were updated before it stay so.
 
         Args:
             last: whether it completes the update; checked against the handle's own count where given.
@@ -249,7 +250,7 @@ class StepInBackward:
         if self._norms:
             device = self._norms[0].device
             self._grad_norm = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in self._norms]))
-            before = self._grad_norm if self._clip_norm is None else self._clip_norm.to(device)
+            before = torch.zeros_like(self._grad_norm) if self._clip_norm is None else self._clip_norm.to(device)
             self._clip_norm = torch.where(self._grad_norm.isfinite(), self._grad_norm, before)
         self.abandon()
 
@@ -273,8 +274,11 @@ class StepInBackward:
         if self.max_norm is None:
             return
         seen = norm
-        if self.clip_by == "previous" and self._clip_norm is not None:
-            seen = torch.maximum(norm, self._clip_norm.to(norm.device))
+        if self.clip_by == "previous":
+            # At the first update it is as if all gradients were as large as this one: Adam's second moment remembers a
+            # first gradient that is too large for a thousand updates.
+            before = norm * len(self._index) ** 0.5 if self._clip_norm is None else self._clip_norm.to(norm.device)
+            seen = torch.maximum(norm, before)
         factor = (self.max_norm / seen).clamp(max=1.0)
         values.mul_(torch.where(norm.isfinite() & (seen > 0), factor, 1.0))
 

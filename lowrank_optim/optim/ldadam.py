@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.orthonormal import orthonormalize
 from lowrank_optim.optim.base import (
     IDENTITY,
     Group,
@@ -19,7 +20,7 @@ from lowrank_optim.optim.base import (
     check_range,
 )
 from lowrank_optim.optim.galore import TopSingular, top_basis
-from lowrank_optim.optim.moments import init_moment, load_moment, store_moment_
+from lowrank_optim.optim.moments import init_moment, load_moment, replace_moment_, store_moment_, unseen_finite
 from lowrank_optim.optim.rules import MOMENT_KEYS, CorrectedAdam
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right")
@@ -68,10 +69,10 @@ class Tracking(TopSingular):
                 image = share * momentum + (1 - group["rho"]) * (grad @ old)
                 image = image / image.abs().amax().clamp_min(torch.finfo(image.dtype).tiny)
                 turned = torch.addmm(old @ (momentum.mH @ image), grad.mH, image, alpha=1 - group["rho"], beta=share)
-                basis = torch.linalg.qr(turned).Q
+                basis = orthonormalize(turned)
         if basis is None:
             basis = top_basis(grad, rank, {"refresh": "svd"}, state, left=state["left"], key="basis")
-        if basis is None or not bool(basis.isfinite().all()):
+        if basis is None or not bool(basis.sum().isfinite()):
             return Refresh(renewed=False)
         overlap = state["basis"].to(basis.dtype).mH @ basis if started else None
         state["basis"].copy_(basis)
@@ -139,12 +140,9 @@ class GeneralizedErrorFeedback:
         subspace.add_up_(target, direction, state, group, alpha=alpha)
         if not group["error_feedback"]:
             return
-        # A NaN that came between two refreshes on a device must not stay in the error for ever.
-        finite = grad.sum().isfinite()
+        finite = unseen_finite(grad)
         subspace.add_up_(grad, low, state, group, alpha=-1.0)
-        error = load_moment(state, "error", grad.dtype)
-        torch.where(finite, grad, error, out=error)
-        store_moment_(state, "error", error)
+        replace_moment_(state, "error", grad, where=finite)
 
 
 class LDAdamW(LowRankOptimizer):

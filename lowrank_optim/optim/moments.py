@@ -82,6 +82,24 @@ def store_moment_(state: dict[str, Any], key: str, moment: Tensor) -> None:
         stored.copy_(moment)
 
 
+def unseen_finite(tensor: Tensor) -> Tensor | None:
+    """Whether a gradient is finite, 0-d; None on the CPU, where the base has turned away those that are not.
+
+    Elsewhere a NaN comes unseen between two refreshes, and must not stay in a momentum or an error for ever.
+    """
+    if tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+        return None
+    return tensor.sum().isfinite()
+
+
+def replace_moment_(state: dict[str, Any], key: str, values: Tensor, *, where: Tensor | None) -> None:
+    """Overwrite a moment; a 0-d ``where`` that is False leaves it as it is."""
+    if where is not None:
+        moment = load_moment(state, key, values.dtype)
+        values = torch.where(where, values, moment, out=moment)
+    store_moment_(state, key, values)
+
+
 def slices(state: dict[str, Any], *tensors: Tensor) -> Iterator[tuple[dict[str, Any], tuple[Tensor, ...]]]:
     """Tensors and the state of their elements in flat slices; all at once where they are small or not contiguous.
 

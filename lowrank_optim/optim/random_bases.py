@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lowrank_optim.ops import pick
 from lowrank_optim.ops.gaussian import gaussian
+from lowrank_optim.ops.orthonormal import orthonormalize
 from lowrank_optim.ops.rounding import mix_key
 from lowrank_optim.optim.base import Group, Refresh, State
 from lowrank_optim.optim.galore import TopSingular
@@ -85,9 +86,8 @@ class RandomOrthonormal(TopSingular):
         basis = state["basis"]
         d, rank = basis.shape
         sketch = noise(d, rank, torch.promote_types(grad.dtype, torch.float32), grad.device, state, group)
-        # Without R's signs on the columns, the distribution would not be uniform.
-        q, r = torch.linalg.qr(sketch)
-        new = (q * r.diagonal().sgn()).to(basis.dtype)
+        # R's diagonal must be positive, or the distribution is not uniform.
+        new = orthonormalize(sketch).to(basis.dtype)
         overlap = overlap_of(basis, new, group["moments"]) if int(state["step"]) > 0 else None
         basis.copy_(new)
         return Refresh(renewed=True, overlap=overlap)

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops import pick
+from lowrank_optim.ops.adam8bit_direction import adam8bit_direction
 from lowrank_optim.ops.adam_direction import adam_direction
 from lowrank_optim.ops.fused_adam import fused_adam_, fused_adam_fits
+from lowrank_optim.ops.move_columns import move_columns_
 from lowrank_optim.optim.base import IDENTITY, Group, State, check_range
-from lowrank_optim.optim.moments import SLICE, init_moment, load_moment, slices, store_moment_
+from lowrank_optim.optim.moments import SLICE, init_moment, load_moment, rounding_key, slices, store_moment_
 
 MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
 
@@ -42,43 +44,61 @@ class Adam:
 
     def direction(self, low: Tensor, state: State, group: Group) -> Tensor:
         """M / (sqrt(V) + eps), the moments being updated in place."""
-        if "exp_avg.codes" not in state or low.numel() <= SLICE:
-            return self._direction_of(low, state, group)
+        if "exp_avg.codes" not in state or low.numel() <= SLICE or self._has_kernels(low, group):
+            return self._direction(low, state, group)
         direction = torch.empty(low.shape, dtype=torch.promote_types(low.dtype, torch.float32), device=low.device)
         for part, (some, out) in slices(state, low.contiguous(), direction):
-            out.copy_(self._direction_of(some, part, group))
+            out.copy_(self._direction(some, part, group))
         return direction
 
-    def _direction_of(self, low: Tensor, state: State, group: Group) -> Tensor:
-        moments = [load_moment(state, key, low.dtype) for key in MOMENT_KEYS]
-        direction = self._direction(low, moments, state, group)
-        for key, moment in zip(MOMENT_KEYS, moments):
-            store_moment_(state, key, moment)
-        return direction
+    def measured_direction(self, low: Tensor, state: State, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+        """The direction, and the norms of the rows of ``low`` and of it, (rows, 1) each, by kernels only."""
+        norms = torch.empty(2, low.shape[0], dtype=torch.float32, device=low.device)
+        direction = self._direction(low, state, group, norms)
+        return direction, norms[0].unsqueeze(1), norms[1].unsqueeze(1)
 
     def update_(self, target: Tensor, grad: Tensor, state: State, group: Group, *, alpha: float | Tensor) -> None:
         """target += alpha * direction(grad), without a temporary where torch has one kernel for all of it."""
-        moments = [load_moment(state, key, grad.dtype) for key in MOMENT_KEYS]
+        moments = [load_moment(state, key, grad.dtype) for key in MOMENT_KEYS if not self._has_kernels(grad, group)]
         eps = self._eps(state, group)
-        if self._fuses(group, eps, target, grad, *moments):
+        if moments and self._fuses(group, eps, target, grad, *moments):
             beta1, beta2 = group["betas"]
             fused_adam_(target, grad, *moments, beta1=beta1, beta2=beta2, eps=float(eps), alpha=float(alpha))
+            self._store_(moments, state)
         else:
-            IDENTITY.add_up_(target, self._direction(grad, moments, state, group), state, group, alpha=alpha)
-        for key, moment in zip(MOMENT_KEYS, moments):
-            store_moment_(state, key, moment)
+            IDENTITY.add_up_(target, self._direction(grad, state, group), state, group, alpha=alpha)
 
-    def _direction(self, low: Tensor, moments: list[Tensor], state: State, group: Group) -> Tensor:
+    def _direction(self, low: Tensor, state: State, group: Group, norms: Tensor | None = None) -> Tensor:
         beta1, beta2 = group["betas"]
         eps = self._eps(state, group)
+        operation = pick(adam_direction, group["backend"], low.device)
+        if self._has_kernels(low, group):
+            # They read moments as they are stored.
+            if "exp_avg.codes" in state:
+                stored = [state[f"{key}.{part}"] for key in MOMENT_KEYS for part in ("codes", "scale")]
+                by_blocks = pick(adam8bit_direction, group["backend"], low.device)
+                return by_blocks(low, *stored, beta1=beta1, beta2=beta2, eps=eps, norms=norms)
+            first, second = MOMENT_KEYS
+            moments = [state[first], state[second]]
+            rounded = moments[0].dtype == torch.bfloat16
+            keys = (rounding_key(state, first), rounding_key(state, second)) if rounded else None
+            start = state.get("start", 0)
+            return operation(low, *moments, beta1=beta1, beta2=beta2, eps=eps, keys=keys, start=start, norms=norms)
+        moments = [load_moment(state, key, low.dtype) for key in MOMENT_KEYS]
         if self._fuses(group, eps, low, *moments):
             direction = torch.zeros_like(moments[0])
             fused_adam_(direction, low, *moments, beta1=beta1, beta2=beta2, eps=float(eps), alpha=1.0)
-            return direction
-        # The kernels take eps as a number.
-        backend = "eager" if isinstance(eps, Tensor) else group["backend"]
-        operation = pick(adam_direction, backend, low.device)
-        return operation(low, *moments, beta1=beta1, beta2=beta2, eps=eps)
+        else:
+            direction = operation(low, *moments, beta1=beta1, beta2=beta2, eps=eps)
+        self._store_(moments, state)
+        return direction
+
+    def _store_(self, moments: list[Tensor], state: State) -> None:
+        for key, moment in zip(MOMENT_KEYS, moments):
+            store_moment_(state, key, moment)
+
+    def _has_kernels(self, low: Tensor, group: Group) -> bool:
+        return pick(adam_direction, group["backend"], low.device) is not adam_direction
 
     def _fuses(self, group: Group, eps: float | Tensor, *tensors: Tensor) -> bool:
         return group["backend"] is None and not isinstance(eps, Tensor) and fused_adam_fits(*tensors)
@@ -101,7 +121,8 @@ class Adam:
         for key in MOMENT_KEYS:
             moment = load_moment(state, key, torch.float32)
             if overlap.dtype == torch.int64:
-                moved = moment.index_select(-1, overlap.clamp_min(0)).masked_fill_(overlap < 0, 0)
+                pick(move_columns_, group.get("backend"), moment.device)(moment, overlap)
+                moved = moment
             elif key == "exp_avg":
                 moved = moment @ overlap.to(moment.dtype)
             else:
@@ -114,14 +135,6 @@ class CorrectedAdam(Adam):
 
     M / (sqrt(V) + eps sqrt(1 - beta2^t)), which with the correction of :class:`Adam` is M̂ / (sqrt(V̂) + eps).
     """
-
-    def validate(self, group: Group) -> None:
-        """Raise ValueError as :class:`Adam` does, and where a kernel was asked for that cannot be captured."""
-        super().validate(group)
-        if group["capturable"] and group["backend"] == "triton":
-            raise ValueError(
-                "Invalid backend: 'triton' with capturable=True, expected None or 'eager' (eps is a tensor)"
-            )
 
     def _eps(self, state: State, group: Group) -> float | Tensor:
         eps: float | Tensor = group["eps"] * (1 - group["betas"][1] ** state["step"]) ** 0.5

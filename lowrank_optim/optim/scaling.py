@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.chunks import column_norms
 from lowrank_optim.optim.base import Group, State, Subspace, check_choice, check_range
+from lowrank_optim.optim.fused import Terms
 
 SIDES = ("std", "reverse_std", "left", "right")
 
@@ -38,22 +40,18 @@ def on_host(tensor: Tensor) -> bool:
 def row_norms(tensor: Tensor) -> Tensor:
     """Norm of every row, (rows, 1), in fp32 or wider."""
     wide = torch.promote_types(tensor.dtype, torch.float32)
-    d = tensor.shape[-1]
     if on_host(tensor) and tensor.stride(-1) > 1 and not tensor.is_complex():
-        # Against the layout the CPU's norm takes 1.2 ms for a (1376, 512) matrix, sums of squares by block 0.2 ms.
-        blocks = torch.split(tensor, min(128, -(-d // 4)), dim=-1)
-        squares = torch.stack([block.to(wide).square().sum(-1, keepdim=True) for block in blocks])
-        return squares.sum(0).sqrt_()
+        # Against the layout the CPU's own norm takes 0.37 ms for a (1376, 512) matrix, this 0.08.
+        return column_norms(tensor.mT, 2).sqrt_().unsqueeze(-1)
     return torch.linalg.vector_norm(tensor, dim=-1, keepdim=True, dtype=wide)
 
 
 def factors(low: Tensor, direction: Tensor, *, whole: bool = False) -> Factors:
-    """:class:`Factors` of a low-rank gradient (rows, rank) and its direction; ``whole``: one for the matrix."""
-    low_rows, direction_rows = row_norms(low), row_norms(direction)
-    norm = torch.linalg.vector_norm(direction_rows)
+    """:class:`Factors` of the row norms (rows, 1) of R and of N; ``whole``: one for the matrix."""
+    norm = torch.linalg.vector_norm(direction)
     if whole:
-        return Factors((norm / (torch.linalg.vector_norm(low_rows) + GUARD)).view(1, 1), low_rows, norm)
-    return Factors(direction_rows / (low_rows + GUARD), low_rows, norm)
+        return Factors((norm / (torch.linalg.vector_norm(low) + GUARD)).view(1, 1), low, norm)
+    return Factors(direction / (low + GUARD), low, norm)
 
 
 class GrowthLimiter:
@@ -62,6 +60,8 @@ class GrowthLimiter:
     state["update_norm"] is the norm after limiting, fp32, 0 where there was none yet. A previous norm that is nearly
     nothing limits nothing: growth by 1 % from the 1e-8 that a zero gradient leaves would take 1600 steps.
     """
+
+    measures = True
 
     def validate(self, group: Group) -> None:
         """Raise ValueError on a limiter_gamma below 1 and on a side that has no channels."""
@@ -108,3 +108,11 @@ def add_scaled_(target: Tensor, grad: Tensor, factor: Tensor) -> None:
         grad = torch.where(factor != 0, grad, 0)
     # A mixed operation on the CPU would copy both matrices to fp32. fp16 has not the range of the factors.
     target.addcmul_(grad, factor.to(target.dtype) if target.dtype is torch.bfloat16 else factor)
+
+
+def add_terms_(target: Tensor, grad: Tensor, terms: Terms, subspace: Subspace, state: State, group: Group) -> None:
+    """target += alpha up(low) + factor grad."""
+    if terms.low is not None:
+        subspace.add_up_(target, terms.low, state, group, alpha=terms.alpha)
+    if terms.factor is not None:
+        add_scaled_(target, grad, terms.factor)

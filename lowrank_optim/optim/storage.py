@@ -10,7 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops import pick
 from lowrank_optim.ops.int8_weight import dequantize_int8_weight, quantize_int8_weight_
+from lowrank_optim.ops.lowrank_update import lowrank_update_
+from lowrank_optim.ops.lowrank_update_int8 import lowrank_update_int8_
 from lowrank_optim.ops.rounding import join_24_bits, round_to_bfloat16, split_24_bits
 from lowrank_optim.optim.moments import rounding_key
 
@@ -54,6 +57,12 @@ def is_int8(param: Tensor) -> bool:
     return hasattr(param, "int8_reference")
 
 
+def int8_parts(param: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of the weight that a parameter stands for; raises as :meth:`Int8Reference.parts` does."""
+    reference: Int8Reference = param.int8_reference  # type: ignore[attr-defined]
+    return reference.parts()
+
+
 def check_storable(param: Tensor, weight_rounding: str) -> None:
     """Raise ValueError where a parameter's dtype cannot be rounded as asked."""
     if weight_rounding != "nearest" and param.dtype == torch.float16:
@@ -80,7 +89,7 @@ def writable(param: Tensor, state: dict[str, Any], weight_rounding: str) -> Iter
     - "compensated": an fp32 copy of the bfloat16 weight plus its int8 correction (``weight_correction``).
     """
     if is_int8(param):
-        codes, scale = param.int8_reference.parts()  # type: ignore[attr-defined]
+        codes, scale = int8_parts(param)
         value = dequantize_int8_weight(codes, scale, torch.float32)
         yield value
         quantize_int8_weight_(codes, scale, value, rounding_key(state, "weight"))
@@ -102,3 +111,25 @@ def writable(param: Tensor, state: dict[str, Any], weight_rounding: str) -> Iter
     rounded, correction = split_24_bits(value, rounding_key(state, "weight"), start)
     param.copy_(rounded)
     state["weight_correction"].copy_(correction)
+
+
+def move_stored_(
+    param: Tensor, left: Tensor | None, right: Tensor | None, state: dict[str, Any], weight_rounding: str,
+    backend: str | None, *, alpha: float | Tensor, decay: float | Tensor, grad: Tensor | None, factor: Tensor | None,
+) -> None:  # fmt: skip
+    """:func:`lowrank_optim.ops.lowrank_update.lowrank_update_` of a parameter as it is stored; see :func:`writable`.
+
+    The other arguments are those of that operation; matrix units take ``left`` and ``right`` in the parameter's dtype.
+    """
+    update: dict[str, Any] = {"alpha": alpha, "decay": decay, "grad": grad, "factor": factor}
+    if is_int8(param):
+        left, right = (None if side is None else side.to(param.dtype) for side in (left, right))
+        move_int8_ = pick(lowrank_update_int8_, backend, param.device)
+        move_int8_(*int8_parts(param), left, right, key=rounding_key(state, "weight"), **update)
+        return
+    if weight_rounding != "nearest" and param.dtype == torch.bfloat16:
+        update["key"] = rounding_key(state, "weight")
+        if weight_rounding == "compensated":
+            init_storage(param, state, "compensated")
+            update["correction"] = state["weight_correction"]
+    pick(lowrank_update_, backend, param.device)(param, left, right, **update)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.ops import pick
 from lowrank_optim.ops.newton_schulz import newton_schulz
 from lowrank_optim.optim.base import (
     IDENTITY,
@@ -22,7 +21,7 @@ from lowrank_optim.optim.base import (
     check_range,
 )
 from lowrank_optim.optim.columns import Coefficients, add_coefficients_
-from lowrank_optim.optim.moments import init_moment, load_moment, store_moment_
+from lowrank_optim.optim.moments import init_moment, load_moment, replace_moment_, unseen_finite
 from lowrank_optim.optim.rules import CorrectedAdam
 
 SCALINGS = ("kj", "dion", "kimi", "none")
@@ -53,7 +52,7 @@ class NewtonSchulz:
 
     def direction(self, low: Tensor, state: State, group: Group) -> Tensor:
         """Orthogonal to within the iteration's accuracy."""
-        return pick(newton_schulz, group["backend"], low.device)(low, steps=group["ns_steps"])
+        return newton_schulz(low, steps=group["ns_steps"], backend=group["backend"])
 
     def correction(self, step: int | Tensor, group: Group) -> float | Tensor:
         """1."""
@@ -95,12 +94,9 @@ class Momentum:
         rows, columns = reversed(target.shape) if state["left"] else target.shape
         alpha = alpha * update_scale(rows, columns, group["scaling"])
         subspace.add_up_(target, direction, state, group, alpha=alpha)
-        # A NaN that came between two refreshes on a device must not stay in the momentum for ever.
-        finite = grad.sum().isfinite()
+        finite = unseen_finite(grad)
         grad.index_copy_(-1, state["indices"], low * group["momentum"])
-        momentum = load_moment(state, "momentum", grad.dtype)
-        torch.where(finite, grad, momentum, out=momentum)
-        store_moment_(state, "momentum", momentum)
+        replace_moment_(state, "momentum", grad, where=finite)
 
 
 class Trion(LowRankOptimizer):
@@ -142,7 +138,7 @@ class Trion(LowRankOptimizer):
         stagger: spread the selections of the parameters over the gap instead of one step for all.
         maximize: ascend.
         capturable: step counters on the device, for CUDA graphs; see :class:`LowRankOptimizer`.
-        backend: None, "eager" or "triton" (there is no Newton-Schulz kernel: refused in ``step``).
+        backend: None (Triton on CUDA where importable, else eager), "eager" or "triton".
 
     Raises:
         ValueError: an argument out of range, or no parameters.

@@ -82,6 +82,7 @@ class Options:
         "its options as k=v pairs, e.g. rank=128 sparsity=0.03; what is not given takes the published value",
     )
     checkpointing: bool = option(False, "model", "recompute activations in the backward pass")
+    checkpoint_every: int = option(1, "model", "with --checkpointing: of every n-th layer only, the others keep theirs")
     chunked_loss: bool = option(
         True, "model", "head and loss of 512 tokens at a time, never all logits; up to 8 %% slower at 60M, less above"
     )
@@ -187,7 +188,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(Options)}
 HINTS = get_type_hints(Options)
 # What belongs to one invocation and not to the run that it describes.
 TRANSIENT = ("config", "resume", "dry_run")
-POSITIVE = ("seq_len", "batch_size", "accumulate", "max_steps", "log_every")
+POSITIVE = ("checkpoint_every", "seq_len", "batch_size", "accumulate", "max_steps", "log_every")
 NOT_NEGATIVE = (
     *("weight_decay", "warmup_steps", "grad_clip", "seed", "eval_every", "eval_batches", "save_every"),
     *("keep", "sample_tokens"),

@@ -125,6 +125,25 @@ def build_model(
     return model
 
 
+def checkpoint_activations_(model: PreTrainedModel, *, every: int = 1) -> None:
+    """Recompute the activations of every ``every``-th decoder layer in the backward pass.
+
+    Raises:
+        ValueError: a transformers that cannot leave layers out.
+    """
+    how = {"use_reentrant": False}
+    enable: Any = getattr(model, "activation_checkpointing_enable", None)
+    if enable is not None:
+        enable(activation_checkpointing_kwargs=how, every_n_layers=every)
+    elif every == 1:
+        # Its name before transformers 5.23.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+    else:
+        raise ValueError(
+            f"Invalid checkpoint_every: {every}, expected 1 with this version of transformers (5.23 has it)"
+        )
+
+
 class _NormalInFloat32(TorchFunctionMode):
     """Lets ``normal_`` fill bfloat16 tensors with rounded fp32 numbers; its own have 256 values for each uniform."""
 

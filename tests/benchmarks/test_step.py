@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import common, step
 from benchmarks.contestants import ARGUMENTS, VARIANTS, contestants, every_svd_once, own_names
+from benchmarks.targets import Target, targets
 from tests.optimizers import OPTIMIZERS
 from tests.pretrain.conftest import documents, write_shard
 
@@ -46,6 +47,15 @@ def test_every_public_optimizer_is_measured(tmp_path: Path) -> None:
     assert set(figures["refresh"]) == {"svd", "randomized", "power"}
     refreshed = figures["stagger"]["refreshed_parameters"]
     assert refreshed["slowest"] >= refreshed["median"]
+    held = {target.name: target for target in targets(figures)}
+    assert held["GaLoreAdamW / two GEMMs"].measured == methods["GaLoreAdamW"]["to_floor"]
+    assert held["full-size tensors a matrix: GaLore"].met
+
+
+def test_a_target_says_whether_it_is_met_and_what_two_gemms_would_measure() -> None:
+    assert Target("a", 1.2, 1.2).met and not Target("a", 1.21, 1.2).met
+    assert Target("a", 20.0, 20.0, least=True).met and not Target("a", 19.9, 20.0, least=True).met
+    assert Target("a / b", 0.5, 0.45, two_gemms=0.449).line().endswith("0.50 <= 0.45 MISSED, two GEMMs alone 0.45")
 
 
 def test_who_cannot_run_is_named_with_the_reason() -> None:

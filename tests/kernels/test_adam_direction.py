@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowrank_optim import GaLoreAdamW
 from lowrank_optim.ops import pick
 from lowrank_optim.ops.adam_direction import adam_direction as eager
 
@@ -40,12 +39,30 @@ def test_moments_of_another_dtype_are_refused(device: torch.device) -> None:
         kernel(half, half, half, **BETAS_EPS)
 
 
-def test_a_whole_optimizer_is_the_same_on_both_backends(device: torch.device) -> None:
-    params = [torch.nn.Parameter(torch.ones(12, 7, device=device)) for _ in range(2)]
-    optimizers = [GaLoreAdamW([p], rank=3, backend=b) for p, b in zip(params, ("eager", "triton"))]
-    for _ in range(4):
-        grad = torch.randn(12, 7, device=device)
-        for p, optimizer in zip(params, optimizers):
-            p.grad = grad
-            optimizer.step()
-    torch.testing.assert_close(*params, rtol=1e-5, atol=1e-7)
+@pytest.mark.parametrize("on_device", [False, True])
+def test_bfloat16_moments_are_rounded_as_in_the_eager_operation(on_device: bool, device: torch.device) -> None:
+    """With betas of 0 the moments are R and R², the same bits before they are rounded."""
+    grad = torch.randn(41, 30, device=device)
+    keys = (5, -6)
+    results = []
+    for operation in (eager, pick(eager, "triton", device)):
+        moments = [torch.zeros(41, 30, dtype=torch.bfloat16, device=device) for _ in range(2)]
+        words = tuple(torch.tensor(k, dtype=torch.int32, device=device) if on_device else k for k in keys)
+        eps = torch.tensor(1e-6, device=device) if on_device else 1e-6
+        results.append([operation(grad, *moments, beta1=0.0, beta2=0.0, eps=eps, keys=words, start=77), *moments])
+    (direction, *theirs), (our_direction, *ours) = results
+    torch.testing.assert_close(our_direction, direction, rtol=1e-6, atol=0)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+    assert not torch.equal(ours[0], grad.bfloat16())
+
+
+@pytest.mark.parametrize("shape", [(41, 30), (3, 700), (1100, 1), (5, 256)], ids=str)
+def test_norms_of_rows(shape: tuple[int, int], device: torch.device) -> None:
+    grad = torch.randn(shape, device=device)
+    norms = torch.empty(2, shape[0], device=device)
+    moments = [torch.zeros(shape, device=device) for _ in range(2)]
+    direction = pick(eager, "triton", device)(grad, *moments, **BETAS_EPS, norms=norms)
+    torch.testing.assert_close(norms, torch.stack([grad.norm(dim=1), direction.norm(dim=1)]))
+    theirs = torch.empty(2, shape[0], device=device)
+    eager(grad, *(torch.zeros(shape, device=device) for _ in range(2)), **BETAS_EPS, norms=theirs)
+    torch.testing.assert_close(norms, theirs)

@@ -43,18 +43,16 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(
-    "archs", [(90,), pytest.param(tuple(SHARED_LIMIT), marks=pytest.mark.slow)], ids=["sm_90", "all"]
-)
-def test_no_kernel_spills_or_takes_too_much_shared_memory(archs: tuple[int, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("chosen", [("--arch", "90"), pytest.param((), marks=pytest.mark.slow)], ids=["sm_90", "all"])
+def test_no_kernel_spills_or_takes_too_much_shared_memory(chosen: tuple[str, ...], tmp_path: Path) -> None:
     written = tmp_path / "aot.json"
-    result = run("-m", "lowrank_kernels.compile", "--arch", *map(str, archs), "--json", str(written))
+    result = run("-m", "lowrank_kernels.compile", *chosen, "--json", str(written))
     assert result.returncode == 0, result.stderr
     rows = [Usage(**row) for row in json.loads(written.read_text())["kernels"]]
-    # Every module is among them, on every architecture, and what is printed is what is written.
-    modules = {info.name for info in pkgutil.iter_modules(lowrank_kernels.__path__)} - {"compile"}
-    assert {row.kernel.split()[0].strip(",") for row in rows} == modules
-    assert {row.arch for row in rows} == set(archs)
+    # Every module is among them, but for parts of kernels; what is printed is what is written.
+    modules = {info.name for info in pkgutil.iter_modules(lowrank_kernels.__path__) if not info.name.startswith("_")}
+    assert {row.kernel.split()[0].strip(",") for row in rows} == modules - {"compile", "rounding", "tiles"}
+    assert {row.arch for row in rows} >= ({90} if chosen else {80, 89, 90})
     assert all(0 < row.registers <= 255 for row in rows)
     assert result.stdout.strip() == markdown(rows)
 

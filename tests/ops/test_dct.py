@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lowrank_optim.ops.dct import dct2, dct3, dct_matrix
+from lowrank_optim.ops.dct import add_dct2_, add_dct3_, dct_matrix
 
 SIZES = [1, 2, 3, 4, 7, 64, 97, 255, 256]
 
@@ -38,7 +38,15 @@ def test_a_large_matrix_is_exact() -> None:
 def test_the_fft_equals_the_product(size: int, dtype: torch.dtype, atol: float, transposed: bool) -> None:
     x = torch.randn(size, 5, dtype=dtype).mT if transposed else torch.randn(5, size, dtype=dtype)
     matrix = dct_matrix(size).to(dtype)
-    for result, expected in ((dct2(x), x @ matrix.mT), (dct3(x), x @ matrix)):
-        assert result.dtype == dtype
-        torch.testing.assert_close(result, expected, atol=atol, rtol=0)
-    torch.testing.assert_close(dct3(dct2(x)), x, atol=atol, rtol=0)
+    for add_, expected in ((add_dct2_, x @ matrix.mT), (add_dct3_, x @ matrix)):
+        start = torch.randn(5, size, dtype=dtype)
+        result = start.clone()
+        add_(result, x)
+        torch.testing.assert_close(result, start + expected, atol=atol, rtol=0)
+
+
+def test_a_narrow_input_is_transformed_in_the_type_of_the_result() -> None:
+    x = torch.randn(5, 12).bfloat16()
+    result = torch.zeros(5, 12)
+    add_dct2_(result, x)
+    torch.testing.assert_close(result, x.float() @ dct_matrix(12).float().mT, atol=1e-6, rtol=0)

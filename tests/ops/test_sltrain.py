@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.peak import peak_bytes
-from lowrank_optim.ops.sltrain import BLOCKS, sltrain_gradients, sltrain_linear, sltrain_weight
+from lowrank_optim.ops.sltrain import (
+    BLOCKS,
+    sddmm_operator,
+    sltrain_gradients,
+    sltrain_linear,
+    sltrain_weight,
+    sltrain_weight_operator,
+)
 from lowrank_optim.ops.support import draw_positions, empty_support, pack_
 from tests.ops.products import Sizes, gradients, saved
 
@@ -191,3 +198,14 @@ def test_compiles_into_one_graph() -> None:
     compiled = torch.compile(ours(p), backend="aot_eager", fullgraph=True)
     for a, b in zip(gradients(compiled, leaves, direction), gradients(ours(p), leaves, direction), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sparsity", [0.05, 0.3])
+def test_what_a_compiler_is_told_about_the_operators_is_true(sparsity: float, dtype: torch.dtype) -> None:
+    p = problem(70, 300, 5, sparsity, dtype)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    B, A, values, index, row_pointers = (t.to(device) for t in (*p["parts"][:3], p["index"], p["row_pointers"]))
+    torch.library.opcheck(sltrain_weight_operator, (B, A, values, index, row_pointers, SCALE))
+    grad, x = torch.randn(6, 70, device=device).to(dtype), torch.randn(6, 300, device=device).to(dtype)
+    torch.library.opcheck(sddmm_operator, (grad, x, index, row_pointers, values.numel()))

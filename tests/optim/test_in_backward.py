@@ -260,8 +260,9 @@ def test_clipped_gradients(clip_by: str) -> None:
     optimizer = GaLoreAdamW([first, second], rank=None, betas=(0.0, 0.0))
     step_in_backward(optimizer, max_norm=1.0, clip_by=clip_by)
     norms = [(3.0, 0.5), (1.0, 2.0)]
-    # The first update has none before it.
-    factors = {"layer": [(1 / 3, 1.0), (1.0, 0.5)], "previous": [(1 / 3, 1.0), (1 / 9.25**0.5, 1 / 9.25**0.5)]}
+    # The first update has none before it: no more than if both were as large.
+    first_factors = (1 / (3 * 2**0.5), 1.0)
+    factors = {"layer": [(1 / 3, 1.0), (1.0, 0.5)], "previous": [first_factors, (1 / 9.25**0.5, 1 / 9.25**0.5)]}
     for (a, b), expected in zip(norms, factors[clip_by], strict=True):
         (first[0] * a + second[0] * b).backward()
         for p, norm, factor in zip((first, second), (a, b), expected, strict=True):
@@ -281,6 +282,16 @@ def test_a_gradient_that_is_not_finite_leaves_the_parameter_and_the_clipping_alo
     assert torch.equal(handle.state_dict()["clip_norm"], norm)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_clipping_after_a_first_norm_that_is_not_finite() -> None:
+    weight = nn.Parameter(torch.zeros(3))
+    optimizer = GaLoreAdamW([weight], rank=None, betas=(0.0, 0.0))
+    step_in_backward(optimizer, max_norm=1.0)
+    with pytest.warns(RuntimeWarning, match="non-finite"):
+        (weight.sum() * float("inf")).backward()
+    (weight[0] * 5).backward()
+    assert optimizer.state[weight]["exp_avg"].norm().item() == pytest.approx(1.0)
 
 
 def test_a_first_micro_batch_without_a_gradient() -> None:

@@ -14,7 +14,9 @@ import yaml
 
 import train_llama
 from lowrank_optim.pretrain import checkpoint
-from lowrank_optim.pretrain.llama import build_config, build_model
+from lowrank_optim.pretrain.data import Batch
+from lowrank_optim.pretrain.llama import build_config, build_model, checkpoint_activations_
+from lowrank_optim.pretrain.steps import loss_sum
 from tests.pretrain.test_train import rows, weights
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +126,27 @@ def test_bfloat16_models_are_built_as_rounded_float32_models() -> None:
         assert torch.equal(value, whole[name].bfloat16()), name
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_checkpointed_layers_compute_the_same(tiny_model: Path) -> None:
+    model = build_model(build_config(str(tiny_model))).train()
+    ids = torch.randint(320, (2, 9))
+
+    def gradients(chunked: bool) -> list[torch.Tensor]:
+        model.zero_grad()
+        loss_sum(model, Batch(ids, ids), chunked=chunked).backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    plain = gradients(False)
+    calls: list[int] = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    # Of two layers, those that are recomputed run twice.
+    for every, number in ((1, 4), (2, 3)):
+        checkpoint_activations_(model, every=every)
+        calls.clear()
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain, gradients(True), strict=True))
+        assert len(calls) == number
 
 
 @pytest.mark.parametrize("gigabytes", [24, 16, 12])

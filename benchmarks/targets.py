@@ -1,0 +1,54 @@
+"""What the optimizers are held to, beside what was measured: the end of ``benchmarks.step``'s output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+
+class Target(NamedTuple):
+    """``measured`` is to be at most ``limit``, or at least that where ``least``.
+
+    two_gemms: what projecting and back-projecting alone would measure, where that says how far the limit is away.
+    """
+
+    name: str
+    measured: float
+    limit: float
+    least: bool = False
+    two_gemms: float | None = None
+
+    @property
+    def met(self) -> bool:
+        return self.measured >= self.limit if self.least else self.measured <= self.limit
+
+    def line(self) -> str:
+        """For a terminal."""
+        bound = f", two GEMMs alone {self.two_gemms:.2f}" if self.two_gemms is not None else ""
+        sign = ">=" if self.least else "<="
+        return f"{self.name:52}{self.measured:9.2f} {sign} {self.limit:g} {'met' if self.met else 'MISSED'}{bound}"
+
+
+def targets(figures: Mapping[str, Any]) -> Iterator[Target]:
+    """Every target that the figures of one model say something about."""
+    methods = figures["methods"]
+    to_floor = {name: row["to_floor"] for name, row in methods.items()}
+
+    def step(ours: str, theirs: str | None, limit: float) -> Iterator[Target]:
+        if ours in to_floor and (theirs is None or theirs in to_floor):
+            base = 1.0 if theirs is None else to_floor[theirs]
+            yield Target(f"{ours} / {theirs or 'two GEMMs'}", to_floor[ours] / base, limit, two_gemms=1 / base)
+
+    yield from step("GaLoreAdamW", None, 1.35)
+    yield from step("GaLoreAdamW", "galore-torch GaLoreAdamW", 0.85)
+    yield from step("FiraAdamW", "GaLoreAdamW", 1.2)
+    yield from step("FiraAdamW", "fira FiraAdamW", 0.45)
+    # A subspace iteration projects and back-projects once as well.
+    svd, power = (figures["refresh"][kind] for kind in ("svd", "power"))
+    bound = svd["seconds"]["median"] / figures["floor_seconds"]["median"]
+    yield Target("SVD / power refresh", power["svd_to_this"], 20.0, least=True, two_gemms=bound)
+    yield Target("staggered, slowest / median step", figures["stagger"]["slowest_to_median"], 1.5)
+    for families, limit in ((("GaLore",), 0.0), (("Fira", "APOLLO", "DCT"), 1.0)):
+        counts = [row["full_size_temporaries"] for name, row in methods.items() if name.startswith(families)]
+        if counts:
+            yield Target(f"full-size tensors a matrix: {', '.join(families)}", max(counts), limit)

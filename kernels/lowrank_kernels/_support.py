@@ -1,0 +1,66 @@
+"""Where the stored entries of a tile of a sparse matrix stand; see ``lowrank_optim.ops.support`` for the packings.
+
+Entries are sorted by position. A tile finds its share of each of its rows by bisection, so that neither atomics
+nor an order of their own are needed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowrank_optim.ops.support import positions
+
+
+@triton.jit
+def load_entries(index_ptr, places, mask, FLAT: tl.constexpr):
+    entries = tl.load(index_ptr + places, mask=mask, other=0)
+    if FLAT:
+        return entries.to(tl.int64)
+    # Columns are stored as the bytes of uint16.
+    return entries.to(tl.int64) & 0xFFFF
+
+
+@triton.jit
+def lower_bound(index_ptr, begin, end, key, FLAT: tl.constexpr):
+    # The first place in [begin, end) whose entry is not below key, a row a lane.
+    span = tl.max(end - begin, 0)
+    while span > 0:
+        middle = begin + (end - begin) // 2
+        searching = begin < end
+        less = load_entries(index_ptr, middle, searching, FLAT) < key
+        begin = tl.where(searching & less, middle + 1, begin)
+        end = tl.where(searching & (less == 0), middle, end)
+        span = span // 2
+    return begin
+
+
+@triton.jit
+def tile_entries(
+    index_ptr, row_pointers_ptr, row, first_column, m, n, count, FLAT: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    # For rows (BLOCK_M,) and columns from first_column: the places [begin, end), and what to subtract from an entry
+    # for its column within the tile.
+    inside = row < m
+    if FLAT:
+        origin = row.to(tl.int64) * n
+        begin = tl.zeros_like(origin)
+        end = tl.where(inside, begin + count, begin)
+    else:
+        origin = tl.zeros_like(row).to(tl.int64)
+        begin = tl.load(row_pointers_ptr + row, mask=inside, other=0).to(tl.int64)
+        end = tl.load(row_pointers_ptr + row + 1, mask=inside, other=0).to(tl.int64)
+    start = origin + first_column
+    stop = origin + tl.minimum(first_column + BLOCK_N, n)
+    begin = lower_bound(index_ptr, begin, end, start, FLAT)
+    end = lower_bound(index_ptr, begin, end, stop, FLAT)
+    return begin, end, start
+
+
+def unpacked(index: Tensor, row_pointers: Tensor, shape: tuple[int, int], count: int) -> tuple[Tensor, bool]:
+    """The index as the kernels read it, and whether it holds positions rather than columns."""
+    if index.dtype == torch.uint8 and row_pointers.numel():
+        return index.view(torch.int16), False
+    return positions(index, row_pointers, shape, count), True

@@ -1,0 +1,116 @@
+"""Triton twin of ``lowrank_optim.ops.adam8bit_direction``: moments are wide in registers only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowrank_kernels.adam_direction import adam
+from lowrank_optim.ops.blockwise import BLOCK, search_tables
+
+# Blocks of 256 values a program: 4 values a thread of 4 warps.
+BLOCKS = 2
+
+
+@triton.jit
+def quantize(values, table_ptr, bounds_ptr):
+    """The codes of the rows of a tile, one block each, and their scales (rows, 1)."""
+    scale = tl.max(tl.abs(values), axis=1)[:, None]
+    # A block of zeros stays one: its values are 0 * 1e38.
+    least = tl.full(scale.shape, 1e-38, tl.float32)
+    normal = values * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.maximum(scale, least))
+    normal = tl.minimum(tl.maximum(normal, -1.0), 1.0)
+    # The smallest code that a number with these upper 16 bits may have; it or the next one is the nearest.
+    code = tl.load(table_ptr + ((normal.to(tl.int32, bitcast=True) >> 16) + 32768))
+    code += (normal > tl.load(bounds_ptr + code)).to(tl.int32)
+    return code.to(tl.uint8), scale
+
+
+@triton.jit
+def adam8bit_direction_kernel(
+    grad_ptr,  # (n,) R, any floating dtype
+    exp_avg_ptr,  # (n,) codes of M, modified in place
+    exp_avg_scale_ptr,  # (ceil(n / 256),) likewise
+    exp_avg_sq_ptr,  # (n,) codes of V, likewise
+    exp_avg_sq_scale_ptr,  # (ceil(n / 256),) likewise
+    direction_ptr,  # (n,) N, fp32
+    signed_map_ptr,  # (256,) the values of codes
+    signed_table_ptr,  # (65536,) int32
+    signed_bounds_ptr,  # (256,)
+    unsigned_map_ptr,
+    unsigned_table_ptr,
+    unsigned_bounds_ptr,
+    n,
+    beta1,
+    beta2,
+    one_minus_beta1,
+    one_minus_beta2,
+    eps,  # a number, or a pointer to one
+    EPS_ON_DEVICE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    if EPS_ON_DEVICE:
+        eps = tl.load(eps).to(tl.float32)
+    # int64: a 7B embedding has 1.3e8 elements, a larger vocabulary passes 2^31.
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[:, None]
+    offsets = block * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = offsets < n
+    used = block * BLOCK < n
+    grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    code = tl.load(exp_avg_ptr + offsets, mask=mask, other=0).to(tl.int32)
+    exp_avg = tl.load(signed_map_ptr + code) * tl.load(exp_avg_scale_ptr + block, mask=used, other=0.0)
+    code = tl.load(exp_avg_sq_ptr + offsets, mask=mask, other=0).to(tl.int32)
+    exp_avg_sq = tl.load(unsigned_map_ptr + code) * tl.load(exp_avg_sq_scale_ptr + block, mask=used, other=0.0)
+    exp_avg, exp_avg_sq, direction = adam(
+        grad, exp_avg, exp_avg_sq, beta1, beta2, one_minus_beta1, one_minus_beta2, eps
+    )
+    tl.store(direction_ptr + offsets, direction, mask=mask)
+    # A last block that is not full must not get its scale from what is past the end.
+    code, scale = quantize(tl.where(mask, exp_avg, 0.0), signed_table_ptr, signed_bounds_ptr)
+    tl.store(exp_avg_ptr + offsets, code, mask=mask)
+    tl.store(exp_avg_scale_ptr + block, scale, mask=used)
+    code, scale = quantize(tl.where(mask, exp_avg_sq, 0.0), unsigned_table_ptr, unsigned_bounds_ptr)
+    tl.store(exp_avg_sq_ptr + offsets, code, mask=mask)
+    tl.store(exp_avg_sq_scale_ptr + block, scale, mask=used)
+
+
+def adam8bit_direction(
+    grad: Tensor, exp_avg_codes: Tensor, exp_avg_scale: Tensor, exp_avg_sq_codes: Tensor, exp_avg_sq_scale: Tensor,
+    *, beta1: float, beta2: float, eps: float | Tensor, norms: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """See ``lowrank_optim.ops.adam8bit_direction``; computed in fp32."""
+    direction = torch.empty(exp_avg_codes.shape, dtype=torch.float32, device=exp_avg_codes.device)
+    n = exp_avg_codes.numel()
+    if n:
+        tables = search_tables(grad.device)
+        adam8bit_direction_kernel[(triton.cdiv(n, BLOCK * BLOCKS),)](
+            grad.contiguous(), exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale, direction,
+            *tables[True], *tables[False], n, beta1, beta2, 1 - beta1, 1 - beta2, eps,
+            EPS_ON_DEVICE=isinstance(eps, Tensor), BLOCK=BLOCK, BLOCKS=BLOCKS,
+        )  # fmt: skip
+    if norms is not None:
+        # Not in the kernel: blocks do not end where rows do.
+        for out, rows in zip(norms, (grad, direction)):
+            torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32, out=out)
+    return direction
+
+
+def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
+    """fp32 and bf16 gradients: label, kernel, signature, constants, options."""
+    constants = {"EPS_ON_DEVICE": False, "BLOCK": BLOCK, "BLOCKS": BLOCKS}
+    types = {"exp_avg_ptr": "*u8", "exp_avg_sq_ptr": "*u8", "n": "i32"}
+    types |= {"signed_table_ptr": "*i32", "unsigned_table_ptr": "*i32"}
+    cases: list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]] = []
+    for grad in ("fp32", "bf16"):
+        signature = {
+            name: "constexpr" if name in constants else types.get(name, "*fp32" if name.endswith("_ptr") else "fp32")
+            for name in adam8bit_direction_kernel.arg_names
+        }
+        signature["grad_ptr"] = f"*{grad}"
+        cases.append((f"adam8bit_direction {grad}", adam8bit_direction_kernel, signature, dict(constants), {}))
+    return cases

@@ -1,0 +1,84 @@
+"""Triton twin of ``lowrank_optim.ops.gram``: the tiles on and below the diagonal, each stored twice."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowrank_optim.ops.gram import gram as eager
+
+BLOCK = 64
+BLOCK_K = 64
+# Below it the triangle has fewer tiles than an H100 has multiprocessors (136 at 1024), and a library's product, which
+# can also split the sum over the rows, wins. From data sheets: not measured.
+SYMMETRIC_FROM = 1024
+
+
+@triton.jit
+def gram_kernel(
+    x_ptr,  # (rows, columns)
+    addend_ptr,  # (columns, columns), symmetric, contiguous; not read without ADD
+    out_ptr,  # (columns, columns), contiguous
+    rows,
+    columns,
+    row_stride,
+    column_stride,
+    alpha,
+    beta,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Tile t of the triangle is (i, j), t = i (i + 1) / 2 + j with j <= i; the root may be off by one.
+    tile = tl.program_id(0)
+    i = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) / 2.0).to(tl.int32)
+    i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
+    i = tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)
+    j = tile - i * (i + 1) // 2
+    left = i * BLOCK + tl.arange(0, BLOCK)
+    right = j * BLOCK + tl.arange(0, BLOCK)
+    ks = tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in range(0, rows, BLOCK_K):
+        k = start + ks
+        at = x_ptr + k[:, None].to(tl.int64) * row_stride
+        inside = k[:, None] < rows
+        a = tl.load(at + left[None, :] * column_stride, mask=inside & (left[None, :] < columns), other=0.0)
+        b = tl.load(at + right[None, :] * column_stride, mask=inside & (right[None, :] < columns), other=0.0)
+        total = tl.dot(tl.trans(a), b, total)
+    total = alpha * total
+    place = left[:, None] * columns + right[None, :]
+    mask = (left[:, None] < columns) & (right[None, :] < columns)
+    if ADD:
+        total += beta * tl.load(addend_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + place, total, mask=mask)
+    if i != j:
+        tl.store(out_ptr + right[:, None] * columns + left[None, :], tl.trans(total), mask=tl.trans(mask))
+
+
+def gram(x: Tensor, addend: Tensor | None = None, *, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+    """See ``lowrank_optim.ops.gram``; small products and those of more than 16 bits stay with torch."""
+    rows, columns = x.shape
+    if columns < SYMMETRIC_FROM or x.dtype not in (torch.bfloat16, torch.float16):
+        return eager(x, addend, alpha=alpha, beta=beta)
+    out = torch.empty(columns, columns, dtype=x.dtype, device=x.device)
+    blocks = triton.cdiv(columns, BLOCK)
+    gram_kernel[(blocks * (blocks + 1) // 2,)](
+        x, out if addend is None else addend.contiguous(), out, rows, columns, x.stride(0), x.stride(1), alpha, beta,
+        ADD=addend is not None, BLOCK=BLOCK, BLOCK_K=BLOCK_K, num_warps=8, num_stages=2,
+    )  # fmt: skip
+    return out
+
+
+def aot_cases():
+    cases = []
+    for add in (False, True):
+        signature = dict.fromkeys(("x_ptr", "addend_ptr", "out_ptr"), "*bf16")
+        signature |= {"rows": "i32", "columns": "i32", "row_stride": "i32", "alpha": "fp32", "beta": "fp32"}
+        constants = {"column_stride": 1, "ADD": add, "BLOCK": BLOCK, "BLOCK_K": BLOCK_K}
+        signature |= dict.fromkeys(constants, "constexpr")
+        label = f"gram{', addend' if add else ''}"
+        cases.append((label, gram_kernel, signature, constants, {"num_warps": 8, "num_stages": 2}))
+    return cases

@@ -1,0 +1,238 @@
+"""Triton twin of ``lowrank_optim.ops.lowrank_update_int8``: one product whose tile owns whole groups of the weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowrank_kernels.lowrank_update import halves, on_device, strides
+from lowrank_kernels.rounding import random_bits
+from lowrank_kernels.tiles import add_product, grouped_tile
+
+GROUP = 256
+QUARTER = tl.constexpr(64)
+
+
+@triton.jit
+def moved(
+    product, rows, columns, codes_ptr, grad_ptr, factor_ptr, step, decay, m, n,
+    grad_stride_m, grad_stride_n, factor_stride, FACTOR_BY_COLUMN: tl.constexpr,
+):  # fmt: skip
+    """decay weight + product + factor grad in fp32, for some columns of a group; 0 outside of the weight."""
+    mask = (rows < m)[:, None] & (columns < n)[None, :]
+    code = tl.load(codes_ptr + rows[:, None] * n + columns[None, :], mask=mask, other=0)
+    value = code.to(tl.float32) * step[:, None] * decay + tl.where(mask, product, 0.0)
+    if grad_ptr is not None:
+        grad = tl.load(
+            grad_ptr + rows[:, None] * grad_stride_m + columns[None, :] * grad_stride_n, mask=mask, other=0.0
+        )
+        if FACTOR_BY_COLUMN:
+            factor = tl.load(factor_ptr + columns * factor_stride, mask=columns < n, other=0.0)[None, :]
+        else:
+            factor = tl.load(factor_ptr + rows * factor_stride, mask=rows < m, other=0.0)[:, None]
+        factor = factor.to(tl.float32)
+        # Zero times NaN is NaN.
+        value += tl.where(factor != 0, factor * grad.to(tl.float32), 0.0)
+    return value
+
+
+@triton.jit
+def moved_half(
+    product, rows, first, codes_ptr, grad_ptr, factor_ptr, step, decay, m, n,
+    grad_stride_m, grad_stride_n, factor_stride, FACTOR_BY_COLUMN: tl.constexpr,
+):  # fmt: skip
+    """Two quarters of a group, one after the other to save registers, and the largest magnitudes of their rows."""
+    one, two = halves(product)
+    columns = first + tl.arange(0, QUARTER)
+    one = moved(
+        one, rows, columns, codes_ptr, grad_ptr, factor_ptr, step, decay, m, n,
+        grad_stride_m, grad_stride_n, factor_stride, FACTOR_BY_COLUMN,
+    )  # fmt: skip
+    two = moved(
+        two, rows, columns + QUARTER, codes_ptr, grad_ptr, factor_ptr, step, decay, m, n,
+        grad_stride_m, grad_stride_n, factor_stride, FACTOR_BY_COLUMN,
+    )  # fmt: skip
+    return one, two, tl.maximum(tl.max(tl.abs(one), axis=1), tl.max(tl.abs(two), axis=1))
+
+
+@triton.jit
+def keep(value, rows, columns, codes_ptr, per_unit, key, m, n):
+    """Round stochastically and store."""
+    position = rows[:, None] * n + columns[None, :]
+    ticks = value * per_unit[:, None]
+    below = tl.floor(ticks)
+    # 24 bits, all of which fp32 has.
+    up = (random_bits(position, tl.zeros_like(position) + key) >> 8).to(tl.float32) * (1.0 / 16777216.0)
+    ticks = below + tl.where(up < ticks - below, 1.0, 0.0)
+    ticks = tl.minimum(tl.maximum(ticks, -127.0), 127.0)
+    tl.store(codes_ptr + position, ticks.to(tl.int8), mask=(rows < m)[:, None] & (columns < n)[None, :])
+
+
+@triton.jit(do_not_specialize=["key"])
+def lowrank_update_int8_kernel(
+    codes_ptr,  # (m, n) int8, modified in place
+    scale_ptr,  # (m, groups) fp32, modified in place
+    left_ptr,  # (m, rank), or None
+    right_ptr,  # (n, rank), dtype of left, or None
+    grad_ptr,  # (m, n), any floating dtype, or None
+    factor_ptr,  # (m,) or (n,), or None
+    key,  # an int32, or a pointer to one
+    alpha,  # a number, or a pointer to one
+    decay,  # likewise
+    m,
+    n,
+    rank,
+    left_stride_m,
+    left_stride_k,
+    right_stride_n,
+    right_stride_k,
+    grad_stride_m,
+    grad_stride_n,
+    factor_stride,
+    FACTOR_BY_COLUMN: tl.constexpr,
+    KEY_ON_DEVICE: tl.constexpr,
+    ALPHA_ON_DEVICE: tl.constexpr,
+    DECAY_ON_DEVICE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # one group
+    BLOCK_K: tl.constexpr,
+):
+    tile_m, group = grouped_tile(m, n, BLOCK_M, BLOCK_N)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = group * BLOCK_N
+    if KEY_ON_DEVICE:
+        key = tl.load(key)
+    if ALPHA_ON_DEVICE:
+        alpha = tl.load(alpha).to(tl.float32)
+    if DECAY_ON_DEVICE:
+        decay = tl.load(decay).to(tl.float32)
+
+    product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if left_ptr is not None:
+        steps, columns = tl.arange(0, BLOCK_K), first + tl.arange(0, BLOCK_N)
+        # Rows past the end are read from the start instead: no mask, and nobody looks at the result.
+        left = left_ptr + (rows % m)[:, None] * left_stride_m + steps[None, :] * left_stride_k
+        right = right_ptr + steps[:, None] * right_stride_k + (columns % n)[None, :] * right_stride_n
+        for k in range(0, rank, BLOCK_K):
+            inside = steps < rank - k
+            a = tl.load(left, mask=inside[None, :], other=0.0)
+            b = tl.load(right, mask=inside[:, None], other=0.0)
+            product = add_product(a, b, product, PRECISION)
+            left += BLOCK_K * left_stride_k
+            right += BLOCK_K * right_stride_k
+
+    scale = scale_ptr + rows * tl.cdiv(n, BLOCK_N) + group
+    step = tl.load(scale, mask=rows < m, other=0.0)
+    left_half, right_half = halves(product * alpha)
+    v0, v1, largest = moved_half(
+        left_half, rows, first, codes_ptr, grad_ptr, factor_ptr, step, decay, m, n,
+        grad_stride_m, grad_stride_n, factor_stride, FACTOR_BY_COLUMN,
+    )  # fmt: skip
+    v2, v3, largest_right = moved_half(
+        right_half, rows, first + 2 * QUARTER, codes_ptr, grad_ptr, factor_ptr, step, decay, m, n,
+        grad_stride_m, grad_stride_n, factor_stride, FACTOR_BY_COLUMN,
+    )  # fmt: skip
+    step = tl.div_rn(tl.maximum(largest, largest_right), tl.full((BLOCK_M,), 127.0, tl.float32))
+    tl.store(scale, step, mask=rows < m)
+    # The smallest normal number keeps the reciprocal finite.
+    per_unit = tl.div_rn(tl.full((BLOCK_M,), 1.0, tl.float32), tl.maximum(step, 1.1754943508222875e-38))
+    columns = first + tl.arange(0, QUARTER)
+    keep(v0, rows, columns, codes_ptr, per_unit, key, m, n)
+    keep(v1, rows, columns + QUARTER, codes_ptr, per_unit, key, m, n)
+    keep(v2, rows, columns + 2 * QUARTER, codes_ptr, per_unit, key, m, n)
+    keep(v3, rows, columns + 3 * QUARTER, codes_ptr, per_unit, key, m, n)
+
+
+def lowrank_update_int8_(
+    codes: Tensor,
+    scale: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    *,
+    alpha: float | Tensor = 1.0,
+    decay: float | Tensor = 1.0,
+    grad: Tensor | None = None,
+    factor: Tensor | None = None,
+    key: int | Tensor,
+) -> None:
+    """See ``lowrank_optim.ops.lowrank_update_int8``.
+
+    Raises:
+        ValueError: 2^31 elements or more, which a 32-bit counter cannot tell apart.
+    """
+    if codes.numel() >= 2**31:
+        raise ValueError(f"Invalid shape: {tuple(codes.shape)}, expected fewer than 2^31 elements")
+    if not codes.numel():
+        return
+    m, n = codes.shape
+    rank = 0 if left is None else left.shape[1]
+    alpha, decay = (on_device(codes.device, x) for x in (alpha, decay))
+    by_column = factor is not None and factor.shape[0] == 1 and factor.shape[1] > 1
+    factor_stride = 0 if factor is None or factor.numel() == 1 else factor.stride(1 if by_column else 0)
+    options = launch_options(None if left is None else left.dtype, rank, scaled=grad is not None)
+    tiles = triton.cdiv(m, options["BLOCK_M"]) * triton.cdiv(n, GROUP)
+    lowrank_update_int8_kernel[(tiles,)](
+        codes, scale, left, right, grad, factor, key, alpha, decay, m, n, rank,
+        *strides(left), *strides(right), *strides(grad), factor_stride,
+        FACTOR_BY_COLUMN=by_column, KEY_ON_DEVICE=isinstance(key, Tensor),
+        ALPHA_ON_DEVICE=isinstance(alpha, Tensor), DECAY_ON_DEVICE=isinstance(decay, Tensor), **options,
+    )  # fmt: skip
+
+
+def launch_options(dtype: torch.dtype | None, rank: int, *, scaled: bool) -> dict[str, Any]:
+    """Tiles, warps and stages.
+
+    The values of a whole group stay in registers until its scale is known: with the gradient beside them that is room
+    for half as many rows.
+
+    Args:
+        dtype: of the operands, None for no product.
+        rank: length of the sum.
+        scaled: whether there is a gradient.
+    """
+    options: dict[str, Any] = {"BLOCK_N": GROUP, "PRECISION": "tf32", "num_warps": 8, "num_stages": 4}
+    options["BLOCK_K"] = min(32, max(16, triton.next_power_of_2(rank)))
+    if dtype is None:
+        return {**options, "BLOCK_M": 8}
+    if dtype != torch.float32:
+        return {**options, "BLOCK_M": 32 if scaled else 64}
+    # Without tensor cores, unless torch allows TF32, the operands stand in registers too.
+    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return {**options, "BLOCK_M": 16, "num_stages": 2, "PRECISION": precision}
+
+
+def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
+    """What Q-GaLore, Fira and APOLLO launch on LLaMA's matrices: label, kernel, signature, constants, options."""
+    cases = []
+    for dtype, pointer, scaled in [
+        (torch.bfloat16, "*bf16", False),
+        (torch.bfloat16, "*bf16", True),
+        (None, "*bf16", True),
+        (torch.float32, "*fp32", True),
+    ]:
+        options = launch_options(dtype, 256, scaled=scaled)
+        launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+        constants: dict[str, object] = {
+            **options,
+            **dict.fromkeys(("FACTOR_BY_COLUMN", "KEY_ON_DEVICE", "ALPHA_ON_DEVICE", "DECAY_ON_DEVICE"), False),
+            **dict.fromkeys(("left_stride_k", "right_stride_k", "grad_stride_n", "factor_stride"), 1),
+        }
+        if dtype is None:
+            constants |= {"left_ptr": None, "right_ptr": None}
+        if not scaled:
+            constants |= {"grad_ptr": None, "factor_ptr": None}
+        types = {"codes_ptr": "*i8", "scale_ptr": "*fp32", "factor_ptr": "*fp32", "alpha": "fp32", "decay": "fp32"}
+        types |= dict.fromkeys(("left_ptr", "right_ptr", "grad_ptr"), pointer)
+        signature = {
+            name: "constexpr" if name in constants else types.get(name, "i32")
+            for name in lowrank_update_int8_kernel.arg_names
+        }
+        operands = "" if dtype is None else f" {dtype} product".replace("torch.", "")
+        label = f"lowrank_update_int8{operands}{' gradient' if scaled else ''}"
+        cases.append((label, lowrank_update_int8_kernel, signature, constants, launch))
+    return cases

@@ -1,0 +1,54 @@
+"""Triton twin of ``lowrank_optim.ops.move_columns_``: whole rows at a time, without a copy of the matrix."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowrank_optim.ops.move_columns import move_columns_ as eager
+
+# Values of a program; a longer row stays with torch.
+BLOCK = 4096
+
+
+@triton.jit
+def move_columns_kernel(
+    matrix_ptr,  # (rows, r), contiguous, modified in place
+    source_ptr,  # (r,) int64
+    rows,
+    r,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    source = tl.load(source_ptr + column, mask=column < r, other=-1)
+    at = matrix_ptr + row[:, None].to(tl.int64) * r
+    mask = (row[:, None] < rows) & (column[None, :] < r)
+    values = tl.load(at + source[None, :], mask=mask & (source[None, :] >= 0), other=0.0)
+    # All of these rows have been read before any of them is written.
+    tl.debug_barrier()
+    tl.store(at + column[None, :], values, mask=mask)
+
+
+def move_columns_(matrix: Tensor, source: Tensor) -> None:
+    """See ``lowrank_optim.ops.move_columns_``; long rows, complex and strided matrices stay with torch."""
+    rows, r = matrix.shape
+    block = triton.next_power_of_2(r)
+    if block > BLOCK or not matrix.is_contiguous() or matrix.is_complex():
+        eager(matrix, source)
+        return
+    lines = BLOCK // block
+    grid = (triton.cdiv(rows, lines),)
+    move_columns_kernel[grid](matrix, source, rows, r, ROWS=lines, BLOCK=block, num_warps=8)
+
+
+def aot_cases():
+    cases = []
+    for block in (128, BLOCK):
+        signature = {"matrix_ptr": "*fp32", "source_ptr": "*i64", "rows": "i32", "r": "i32"}
+        constants = {"ROWS": BLOCK // block, "BLOCK": block}
+        signature |= dict.fromkeys(constants, "constexpr")
+        cases.append((f"move_columns, {block}", move_columns_kernel, signature, constants, {"num_warps": 8}))
+    return cases

@@ -1,0 +1,53 @@
+"""The kernel against the eager operation: the same bits where the arithmetic leaves no choice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowrank_optim.ops import pick
+from lowrank_optim.ops.adam8bit_direction import adam8bit_direction as eager
+from lowrank_optim.ops.blockwise import BLOCK, dequantize
+
+SHAPES = [(1, 1), (61, 37), (4, 256), (3, 400), (0, 4)]
+
+
+def state(shape: tuple[int, int], device: torch.device) -> list[Tensor]:
+    n = shape[0] * shape[1]
+    codes = [torch.zeros(shape, dtype=torch.uint8, device=device) for _ in range(2)]
+    scales = [torch.zeros(-(-n // BLOCK), device=device) for _ in range(2)]
+    return [codes[0], scales[0], codes[1], scales[1]]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_codes_are_the_same_bits(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    """With betas of 0 the moments are R and R², of every magnitude and in the middle between two codes."""
+    grad = (torch.randn(shape, device=device) * 10.0 ** torch.randint(-9, 3, shape, device=device)).to(dtype)
+    grad[:, ::3] = 0
+    ours, theirs = state(shape, device), state(shape, device)
+    kwargs = {"beta1": 0.0, "beta2": 0.0, "eps": 1e-8}
+    direction = pick(eager, "triton", device)(grad, *ours, **kwargs)
+    torch.testing.assert_close(direction, eager(grad, *theirs, **kwargs))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_run_stays_within_a_code(on_device: bool, device: torch.device) -> None:
+    shape = (61, 37)
+    ours, theirs = state(shape, device), state(shape, device)
+    eps = torch.tensor(1e-8, device=device) if on_device else 1e-8
+    norms, expected = torch.empty(2, 61, device=device), torch.empty(2, 61, device=device)
+    for _ in range(3):
+        grad = torch.randn(shape, device=device).T.contiguous().T
+        kwargs = {"beta1": 0.9, "beta2": 0.999, "eps": eps}
+        direction = pick(eager, "triton", device)(grad, *ours, **kwargs, norms=norms)
+        other = eager(grad, *theirs, **kwargs, norms=expected)
+        # Moments that differ in the last bit may fall to two sides of a bound.
+        assert float((ours[0] != theirs[0]).float().mean()) < 1e-2
+        a, b = (dequantize(*moments[:2], signed=True) for moments in (ours, theirs))
+        torch.testing.assert_close(a, b, rtol=0.2, atol=1e-3)
+        torch.testing.assert_close(norms, torch.stack([grad.norm(dim=1), direction.norm(dim=1)]))
+        torch.testing.assert_close(norms[0], expected[0])
+        assert float((direction - other).norm() / other.norm()) < 1e-2
