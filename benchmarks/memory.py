@@ -52,7 +52,7 @@ def _row(model: str, dtype: str, name: str, options: argparse.Namespace, device:
         "simulated_bytes": peak.peak_bytes,
         "measured_bytes": run.peak_bytes,
         "ratio": peak.peak_bytes / run.peak_bytes,
-        "where": f"{peak.phase} of {peak.layer}, {peak.update} update",
+        "where": f"{peak.phase} of {peak.layer} ({peak.update})",
         "by_category": peak.by_category,
     }
 

@@ -52,7 +52,7 @@ def simulated(job: Job, peak: Peak) -> str:
     lines += [
         _line("peak", peak.peak_bytes),
         "",
-        f"The peak is in the {peak.phase} of {peak.layer or 'the model'}, {peak.update} update.",
+        f"The peak is in the {peak.phase} of {peak.layer} ({peak.update}).",
         "Largest apart from weights and optimizer state, by the layer at work when they were made:",
         *(_line(f"  {layer}", size) for layer, size in islice(peak.by_layer.items(), 8)),
         "",

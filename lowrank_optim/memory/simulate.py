@@ -20,7 +20,7 @@ from lowrank_optim.optim.in_backward import StepInBackward
 from lowrank_optim.pretrain.optimizers import accepted_arguments
 
 # With a gap of two, these are an update of each kind.
-UPDATES = ("first", "between refreshes", "refresh")
+UPDATES = ("first update", "update between refreshes", "update with a refresh")
 
 
 def simulate(job: Job) -> Peak:
