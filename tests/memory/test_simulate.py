@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lowrank_optim.memory.cli import main
 from lowrank_optim.memory.job import Job, train_update
-from lowrank_optim.memory.simulate import simulate
+from lowrank_optim.memory.simulate import UPDATES, simulate
 from lowrank_optim.memory.tracker import Tracker
 from lowrank_optim.ops.dct import add_dct2_
 from lowrank_optim.pretrain.optimizers import low_rank_names
@@ -105,8 +105,8 @@ def test_what_stays_is_the_estimate(name, small):
     buffers = sum(buffer.nbytes for buffer in job.build_model("meta").buffers())
     assert peak.by_category["weights"] == expected.by_category["weights"] + buffers
     assert peak.by_category["gradients"] <= expected.by_category["gradients"]
-    # Tables that all parameters share are in no state.
-    assert expected.by_category["optimizer"] <= peak.by_category["optimizer"]
+    # Tables that all parameters share are in no state; within the first update not every state is made yet.
+    assert peak.update == UPDATES[0] or expected.by_category["optimizer"] <= peak.by_category["optimizer"]
     assert simulate(job) == peak
 
 
