@@ -9,9 +9,10 @@ from torch import Tensor
 
 from lowrank_optim.ops import pick
 from lowrank_optim.ops.adafactor_direction import adafactor_direction, clip_rms_, root_mean_square, square_of
-from lowrank_optim.optim.base import Group, Lift, State, Subspace, check_choice, check_range
+from lowrank_optim.optim.checks import check_choice, check_range
 from lowrank_optim.optim.galore import GaLore
 from lowrank_optim.optim.moments import init_moment, load_moment, store_moment_
+from lowrank_optim.optim.protocols import Group, Lift, State, Subspace
 
 
 class Adafactor:

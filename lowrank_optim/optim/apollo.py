@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.optim.base import Group, LowRankOptimizer, State, Subspace, check_choice, check_range
+from lowrank_optim.optim.base import LowRankOptimizer
+from lowrank_optim.optim.checks import check_choice, check_range
 from lowrank_optim.optim.fused import Norms, Terms
 from lowrank_optim.optim.galore import TopSingular
+from lowrank_optim.optim.protocols import Group, State, Subspace
 from lowrank_optim.optim.random_bases import Gaussian
 from lowrank_optim.optim.rules import Adam
 from lowrank_optim.optim.scaling import GrowthLimiter, add_terms_, factors, row_norms

@@ -10,7 +10,8 @@ from lowrank_optim.ops.chunks import chunks
 from lowrank_optim.ops.dct import add_dct2_, add_dct3_, dct_matrix
 from lowrank_optim.ops.dct_select import dct_select
 from lowrank_optim.ops.orthonormal import orthonormalize
-from lowrank_optim.optim.base import Group, Refresh, State, check_choice
+from lowrank_optim.optim.checks import check_choice
+from lowrank_optim.optim.protocols import Group, Refresh, State
 from lowrank_optim.optim.sketches import sketch_matrix
 
 TRANSFORMS = {"dct2": add_dct2_, "dct3": add_dct3_}

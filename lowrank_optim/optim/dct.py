@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops.int8_blocks import blocks, dequantize, quantize_
-from lowrank_optim.optim.base import IDENTITY, Group, LowRankOptimizer, State, Subspace, check_choice
+from lowrank_optim.optim.base import LowRankOptimizer
+from lowrank_optim.optim.checks import check_choice
 from lowrank_optim.optim.columns import COEFFICIENTS, Columns, add_coefficients_, coefficients
 from lowrank_optim.optim.moments import init_moment, load_moment, replace_moment_, unseen_finite
+from lowrank_optim.optim.protocols import IDENTITY, Group, State, Subspace
 from lowrank_optim.optim.rules import CorrectedAdam
 
 ERROR_FEEDBACKS = (None, "full", "int8")

@@ -7,20 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.optim.base import (
-    IDENTITY,
-    Explanation,
-    Group,
-    LowRankOptimizer,
-    Refresh,
-    Rule,
-    State,
-    Subspace,
-    check_choice,
-    check_range,
-)
+from lowrank_optim.optim.base import Explanation, LowRankOptimizer
+from lowrank_optim.optim.checks import check_choice, check_range
 from lowrank_optim.optim.columns import Columns
 from lowrank_optim.optim.galore import TopSingular
+from lowrank_optim.optim.protocols import IDENTITY, Group, Refresh, Rule, State, Subspace
 from lowrank_optim.optim.random_bases import RandomColumns, RandomOrthonormal
 from lowrank_optim.optim.rules import CorrectedAdam
 from lowrank_optim.optim.scaling import SIDES, on_host

@@ -16,7 +16,8 @@ from lowrank_optim.ops.project import project
 from lowrank_optim.optim.storage import move_stored_
 
 if TYPE_CHECKING:
-    from lowrank_optim.optim.base import Group, LowRankOptimizer, State, Subspace
+    from lowrank_optim.optim.base import LowRankOptimizer
+    from lowrank_optim.optim.protocols import Group, State, Subspace
 
 # Matrix units multiply these and sum in fp32.
 NARROW = (torch.bfloat16, torch.float16)

@@ -8,15 +8,9 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops.orthonormal import orthonormalize, range_finder, subspace_iteration
-from lowrank_optim.optim.base import (
-    Group,
-    LowRankOptimizer,
-    Plain,
-    Refresh,
-    State,
-    Subspace,
-    check_choice,
-)
+from lowrank_optim.optim.base import LowRankOptimizer
+from lowrank_optim.optim.checks import check_choice
+from lowrank_optim.optim.protocols import Group, Plain, Refresh, State, Subspace
 from lowrank_optim.optim.rules import Adam
 from lowrank_optim.optim.sketches import sketch_matrix
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lowrank_optim.optim.base import Group, LowRankOptimizer, check_choice, check_positive_int, check_range
+from lowrank_optim.optim.base import LowRankOptimizer
+from lowrank_optim.optim.checks import check_choice, check_positive_int, check_range
+from lowrank_optim.optim.protocols import Group
 from lowrank_optim.optim.sums import SUM_DTYPES, Sums, can_sum
 
 CLIPS = ("previous", "layer")

@@ -8,19 +8,11 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops.orthonormal import orthonormalize
-from lowrank_optim.optim.base import (
-    IDENTITY,
-    Group,
-    LowRankOptimizer,
-    Refresh,
-    Rule,
-    State,
-    Subspace,
-    check_choice,
-    check_range,
-)
+from lowrank_optim.optim.base import LowRankOptimizer
+from lowrank_optim.optim.checks import check_choice, check_range
 from lowrank_optim.optim.galore import TopSingular, top_basis
 from lowrank_optim.optim.moments import init_moment, load_moment, replace_moment_, store_moment_, unseen_finite
+from lowrank_optim.optim.protocols import IDENTITY, Group, Refresh, Rule, State, Subspace
 from lowrank_optim.optim.rules import MOMENT_KEYS, CorrectedAdam
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right")

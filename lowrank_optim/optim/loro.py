@@ -13,17 +13,9 @@ from torch import Tensor, nn
 
 from lowrank_optim.nn.convert import factored_layers
 from lowrank_optim.ops.factors import retracted_step
-from lowrank_optim.optim.base import (
-    IDENTITY,
-    UNSCALED,
-    Explanation,
-    Group,
-    LowRankOptimizer,
-    State,
-    Subspace,
-    check_choice,
-    check_range,
-)
+from lowrank_optim.optim.base import Explanation, LowRankOptimizer
+from lowrank_optim.optim.checks import check_choice, check_range
+from lowrank_optim.optim.protocols import IDENTITY, UNSCALED, Group, State, Subspace
 from lowrank_optim.optim.rules import Adam
 from lowrank_optim.optim.storage import writable
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops.int4 import dequantize_int4, group_count, packed_shape, quantize_int4_
-from lowrank_optim.optim.base import Group, Refresh, State, check_choice, check_positive_int, check_range
+from lowrank_optim.optim.checks import check_choice, check_positive_int, check_range
 from lowrank_optim.optim.galore import GaLore, TopSingular
+from lowrank_optim.optim.protocols import Group, Refresh, State
 from lowrank_optim.optim.rules import Adam
 
 

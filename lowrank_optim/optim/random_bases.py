@@ -9,8 +9,8 @@ from lowrank_optim.ops import pick
 from lowrank_optim.ops.gaussian import gaussian
 from lowrank_optim.ops.orthonormal import orthonormalize
 from lowrank_optim.ops.rounding import mix_key
-from lowrank_optim.optim.base import Group, Refresh, State
 from lowrank_optim.optim.galore import TopSingular
+from lowrank_optim.optim.protocols import Group, Refresh, State
 
 # Sets these random bits apart from those that round moments and weights.
 SALT = 5

@@ -10,8 +10,9 @@ from lowrank_optim.ops.adam8bit_direction import adam8bit_direction
 from lowrank_optim.ops.adam_direction import adam_direction
 from lowrank_optim.ops.fused_adam import fused_adam_, fused_adam_fits
 from lowrank_optim.ops.move_columns import move_columns_
-from lowrank_optim.optim.base import IDENTITY, Group, State, check_range
+from lowrank_optim.optim.checks import check_range
 from lowrank_optim.optim.moments import SLICE, init_moment, load_moment, rounding_key, slices, store_moment_
+from lowrank_optim.optim.protocols import IDENTITY, Group, State
 
 MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops.chunks import column_norms
-from lowrank_optim.optim.base import Group, State, Subspace, check_choice, check_range
+from lowrank_optim.optim.checks import check_choice, check_range
 from lowrank_optim.optim.fused import Terms
+from lowrank_optim.optim.protocols import Group, State, Subspace
 
 SIDES = ("std", "reverse_std", "left", "right")
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from lowrank_optim.ops import pick
 from lowrank_optim.ops.gaussian import gaussian
 from lowrank_optim.ops.rounding import mix_key
-from lowrank_optim.optim.base import Group, State
+from lowrank_optim.optim.protocols import Group, State
 
 # Sets these random bits apart from those of moments, weights and random bases.
 SALT = 6

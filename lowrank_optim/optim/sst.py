@@ -13,19 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim.ops.triplets import Triplets, activate_, compose, decompose_, draw_slots, normalize_columns_
-from lowrank_optim.optim.base import (
-    IDENTITY,
-    UNSCALED,
-    Explanation,
-    Group,
-    Lift,
-    LowRankOptimizer,
-    State,
-    Subspace,
-    check_choice,
-    check_positive_int,
-)
+from lowrank_optim.optim.base import Explanation, LowRankOptimizer
+from lowrank_optim.optim.checks import check_choice, check_positive_int
 from lowrank_optim.optim.moments import load_moment, store_moment_
+from lowrank_optim.optim.protocols import IDENTITY, UNSCALED, Group, Lift, State, Subspace
 from lowrank_optim.optim.rules import MOMENT_KEYS, Adam
 from lowrank_optim.optim.storage import writable
 

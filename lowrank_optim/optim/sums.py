@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops.rounding import mix_key, round_to_bfloat16
-from lowrank_optim.optim.base import IDENTITY, Group, LowRankOptimizer, State, SummedSubspace, refresh_due
+from lowrank_optim.optim.base import LowRankOptimizer, refresh_due
+from lowrank_optim.optim.protocols import IDENTITY, Group, State, SummedSubspace
 
 SUM_DTYPES = (torch.float32, torch.bfloat16)
 # Sets these random bits apart from all others of a parameter.

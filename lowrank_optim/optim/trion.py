@@ -9,19 +9,11 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops.newton_schulz import newton_schulz
-from lowrank_optim.optim.base import (
-    IDENTITY,
-    Group,
-    LowRankOptimizer,
-    Rule,
-    State,
-    Subspace,
-    check_choice,
-    check_positive_int,
-    check_range,
-)
+from lowrank_optim.optim.base import LowRankOptimizer
+from lowrank_optim.optim.checks import check_choice, check_positive_int, check_range
 from lowrank_optim.optim.columns import Coefficients, add_coefficients_
 from lowrank_optim.optim.moments import init_moment, load_moment, replace_moment_, unseen_finite
+from lowrank_optim.optim.protocols import IDENTITY, Group, Rule, State, Subspace
 from lowrank_optim.optim.rules import CorrectedAdam
 
 SCALINGS = ("kj", "dion", "kimi", "none")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lowrank_optim import DCTAdamW
 from lowrank_optim.ops.dct_select import dct_select
 from lowrank_optim.ops.int8_blocks import dequantize
-from lowrank_optim.optim.base import Group, State
 from lowrank_optim.optim.columns import BASES, basis_rows, coefficients, uses_fft
+from lowrank_optim.optim.protocols import Group, State
 from lowrank_optim.optim.rules import Adam, CorrectedAdam
 from tests.conftest import GOLDEN
 from tests.reference.columns import cosine_basis, dct_adamw
