@@ -1,8 +1,8 @@
 """The README's tables from the measured figures: ``python -m benchmarks.table [--check]``.
 
 Reads ``results/step.json`` (``benchmarks.step``) and ``results/reference.json`` (``benchmarks.reference``) and replaces
-what stands between the two markers in README.md. State bytes are computed by :mod:`lowrank_optim.memory`. The tables
-of parameterized layers are :mod:`benchmarks.parameterizations_table`'s.
+what stands between the two markers in README.md. State bytes are computed by :mod:`lowrank_optim.memory`. The other
+tables are those of the modules that it imports.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import lowrank_optim
-from benchmarks import aot_table, parameterizations_table
+from benchmarks import aot_table, memory_7b, parameterizations_table
 from benchmarks.common import read_result
 from benchmarks.contestants import ARGUMENTS, own_names
 from lowrank_optim.memory.plan import estimate
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = README.read_text(encoding="utf-8")
     try:
         new = replaced(text, current())
-        for table in (parameterizations_table, aot_table):
+        for table in (memory_7b, parameterizations_table, aot_table):
             new = replaced(new, table.current(), table.BEGIN)
     except ValueError as error:
         raise SystemExit(f"benchmarks.table: error: {error}") from error
