@@ -1,6 +1,7 @@
 """Simulated against measured peaks on this machine: ``python -m benchmarks.memory``.
 
-Every optimizer on small LLaMAs; each measurement is a process of its own. Writes ``results/memory.json`` as it goes.
+Every optimizer on small LLaMAs; each measurement is a process of its own. Writes ``results/memory_MODEL.json`` as it
+goes; do not change the code meanwhile, or the two peaks of a row are not of the same.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ def main() -> None:
     parser.add_argument("--per-layer", action="store_true")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows: list[dict[str, Any]] = []
     for model in options.models:
+        rows: list[dict[str, Any]] = []
         for dtype in options.dtypes:
             for name in options.optimizers:
                 row = _row(model, dtype, name, options, device)
                 rows.append(row)
                 print(f"{model} {dtype} {name}: simulate / measure {row['ratio']:.3f}", flush=True)
-                write_result("memory", torch.device(device), {"rows": rows})
+                write_result(f"memory_{model}", torch.device(device), {"rows": rows})
 
 
 def _row(model: str, dtype: str, name: str, options: argparse.Namespace, device: str) -> dict[str, Any]:
