@@ -12,6 +12,8 @@ TRAIN = [
     "transformers>=4.48",
 ]
 
+PLOTS = "matplotlib>=3.9"
+
 setup(
     name="lowrank-optim",
     version="0.1.0",
@@ -38,6 +40,7 @@ setup(
         "test": [
             *TRAIN,
             "hypothesis>=6.120",
+            PLOTS,
             "mypy>=1.14",
             "pytest>=8.3",
             "pytest-xdist>=3.6",
@@ -45,7 +48,7 @@ setup(
             "types-PyYAML",
             "types-tqdm",
         ],
-        "plots": ["matplotlib>=3.9"],
+        "plots": [PLOTS],
         "peers": ["galore-torch==1.0", "apollo-torch==1.0.3", "fira==1.0.2"],
     },
     entry_points={"console_scripts": ["lowrank-memory = lowrank_optim.memory.cli:main"]},
