@@ -127,7 +127,7 @@ def test_autocast_and_checkpointing_compute_as_linear_does() -> None:
         torch.testing.assert_close(p.grad, theirs[name].grad)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.7", reason="the compiler of torch 2.6 cannot ask about autocast")
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="the compilers of older torch cannot ask about autocast")
 def test_a_compiled_model_is_one_graph_that_saves_no_dense_weight() -> None:
     torch._dynamo.reset()
     model, saved = int8_block(torch.bfloat16), []
