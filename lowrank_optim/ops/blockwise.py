@@ -74,7 +74,8 @@ def quantize_(codes: Tensor, scale: Tensor, values: Tensor, *, signed: bool) -> 
     """
     flat = values.reshape(-1).to(torch.float32)
     n = flat.numel()
-    blocks = torch.nn.functional.pad(flat, (0, -n % BLOCK)).view(-1, BLOCK)
+    # Padding copies, even by nothing.
+    blocks = (torch.nn.functional.pad(flat, (0, -n % BLOCK)) if n % BLOCK else flat).view(-1, BLOCK)
     torch.amax(blocks.abs(), dim=1, out=scale)
     # A block of zeros stays one: its values are 0 * 1e38.
     normal = (blocks * scale.clamp_min(1e-38).reciprocal().unsqueeze(1)).clamp_(-1, 1).view(-1)[:n]
