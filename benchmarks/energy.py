@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks import common, training
 from lowrank_optim import GaLoreAdamW
-from lowrank_optim.optim.protocols import Group, State
+from lowrank_optim.optim.parts import Group, State
 from lowrank_optim.pretrain.config import Options, UserError
 
 REFRESHES = ("svd", "randomized", "power")

@@ -5,8 +5,7 @@ from lowrank_optim.optim.apollo import APOLLOAdamW, APOLLOMini
 from lowrank_optim.optim.dct import DCTAdamW
 from lowrank_optim.optim.fira import FiraAdamW
 from lowrank_optim.optim.frugal import FRUGALAdamW
-from lowrank_optim.optim.galore import GaLoreAdamW
-from lowrank_optim.optim.galore_8bit import GaLoreAdamW8bit
+from lowrank_optim.optim.galore import GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_optim.optim.groups import low_rank_groups
 from lowrank_optim.optim.in_backward import step_in_backward
 from lowrank_optim.optim.ldadam import LDAdamW

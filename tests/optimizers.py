@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 import lowrank_optim
-from lowrank_optim.optim.base import LowRankOptimizer
+from lowrank_optim.optim.engine import LowRankOptimizer
 
 OPTIMIZERS: dict[str, type[LowRankOptimizer]] = {
     name: cls

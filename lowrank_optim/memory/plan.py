@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowrank_optim.optim.base import LowRankOptimizer
+from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.pretrain.llama import build_config, build_model
 from lowrank_optim.pretrain.optimizers import build_optimizer
 from lowrank_optim.pretrain.parameterizations import parameterize_, plan_parameterization, published

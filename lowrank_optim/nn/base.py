@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim.optim.checks import check_positive_int
+from lowrank_optim.optim.validation import check_positive_int
 
 
 class Parameterization(ABC):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim.nn.base import Parameterization, uniform_
-from lowrank_optim.optim.checks import check_range
+from lowrank_optim.optim.validation import check_range
 
 
 class LorentzLinear(nn.Module):

@@ -17,8 +17,8 @@ from lowrank_optim.nn.base import FactoredLinear, check_weight, uniform_, workin
 from lowrank_optim.nn.convert import check_shared, select_linears, sharing_key
 from lowrank_optim.ops.autocast import compute_dtype
 from lowrank_optim.ops.int8_weight import dequantize_int8_weight, quantize_int8_weight_, scale_shape
-from lowrank_optim.optim.base import LowRankOptimizer
-from lowrank_optim.optim.storage import Int8Reference, is_int8
+from lowrank_optim.optim.engine import LowRankOptimizer
+from lowrank_optim.optim.weight_storage import Int8Reference, is_int8
 
 
 def int8_linear_input_gradient(g: Tensor, codes: Tensor, scale: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from lowrank_optim.nn.base import (
 from lowrank_optim.nn.lowrank import factors_through_silu, scaled_product
 from lowrank_optim.nn.sltrain import check_sparsity
 from lowrank_optim.ops.lost import lost_linear
-from lowrank_optim.optim.checks import check_choice, check_positive_int, check_range
+from lowrank_optim.optim.validation import check_choice, check_positive_int, check_range
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from lowrank_optim.nn.base import (
     uniform_,
     working_dtype,
 )
-from lowrank_optim.optim.checks import check_choice, check_positive_int, check_range
+from lowrank_optim.optim.validation import check_choice, check_positive_int, check_range
 
 INITS = ("normal", "spectral", "kaiming", "xavier")
 

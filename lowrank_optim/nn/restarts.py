@@ -19,7 +19,7 @@ from lowrank_optim.nn.base import FactoredLinear, working_dtype
 from lowrank_optim.nn.convert import factored_layers, layer_generator, layer_positions
 from lowrank_optim.nn.lowrank import ReLoRALinear
 from lowrank_optim.ops.factors import balance_factors
-from lowrank_optim.optim.checks import check_choice, check_positive_int, check_range
+from lowrank_optim.optim.validation import check_choice, check_positive_int, check_range
 
 SCOPES = ("all", "factors")
 PRUNING = ("random", "magnitude")

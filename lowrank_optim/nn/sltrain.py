@@ -18,7 +18,7 @@ from lowrank_optim.nn.base import (
 from lowrank_optim.nn.lowrank import balanced_factors, check_alpha, scale_of
 from lowrank_optim.ops.sltrain import sltrain_linear, sltrain_weight
 from lowrank_optim.ops.support import draw_positions, empty_support, pack_, positions
-from lowrank_optim.optim.checks import check_positive_int
+from lowrank_optim.optim.validation import check_positive_int
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lowrank_optim.nn.base import FactoredLinear, Parameterization, check_rank, check_weight, normal_, working_dtype
 from lowrank_optim.ops.spectral_linear import spectral_linear
 from lowrank_optim.ops.triplets import Triplets, activate_, compose, decompose_, draw_slots
-from lowrank_optim.optim.checks import check_positive_int, check_range
+from lowrank_optim.optim.validation import check_positive_int, check_range
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,8 @@ def clip_rms_(direction: Tensor, threshold: float) -> Tensor:
     return direction.div_((root_mean_square(direction) / threshold).clamp_(min=1.0))
 
 
-def root_mean_square(tensor: Tensor) -> Tensor:
-    """||X||_F / sqrt(elements), in fp32 or wider, a scalar on the tensor's device."""
+def root_mean_square(tensor: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
+    """||X||_F / sqrt(elements), in fp32 or wider, of all elements or along the axes ``dim``, which are kept."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
-    return torch.linalg.vector_norm(tensor, dtype=dtype) / tensor.numel() ** 0.5
+    count = tensor.numel() if dim is None else math.prod(tensor.shape[axis] for axis in dim)
+    return torch.linalg.vector_norm(tensor, dim=dim, keepdim=dim is not None, dtype=dtype) / count**0.5

@@ -1,21 +1,38 @@
-"""The low-rank image of a gradient and the norms of its rows, of one reading."""
+"""The low-rank image of a gradient, summed in fp32 whatever the dtype of the gradient."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.chunks import chunks
 
-def project(grad: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """R = G P and the norm of every row of G.
+# matmul(..., out_dtype=) came with torch 2.8.
+_WIDE_PRODUCT = torch.__version__ >= torch.torch_version.TorchVersion("2.8")
+
+
+def project(grad: Tensor, basis: Tensor) -> Tensor:
+    """R = G P, in fp32 or wider: in float16 the image of a finite gradient may overflow.
 
     Args:
-        grad: G (rows, d), real, of any strides.
-        basis: P (d, rank), dtype of G.
+        grad: G (..., rows, d), of any strides.
+        basis: P (..., d, rank), dtype of G.
 
     Returns:
-        R (rows, rank) and the norms (rows, 1), both in fp32, or fp64 for fp64.
+        R (..., rows, rank), without a temporary of G's size.
     """
     wide = torch.promote_types(grad.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(grad, dim=-1, keepdim=True, dtype=wide)
-    return grad.to(wide) @ basis.to(wide), norms
+    if grad.dtype == wide:
+        return grad @ basis
+    if grad.device.type == "cuda" and _WIDE_PRODUCT and not torch.compiler.is_compiling():
+        product = torch.mm if grad.ndim == 2 else torch.bmm
+        if grad.ndim <= 3 and basis.ndim == grad.ndim:
+            return product(grad, basis, out_dtype=wide)
+    basis = basis.to(wide)
+    if torch.compiler.is_compiling() or grad.is_meta:
+        # The compiler fuses the conversion itself.
+        return grad.to(wide) @ basis
+    low = torch.empty((*grad.shape[:-1], basis.shape[-1]), dtype=wide, device=grad.device)
+    for out, part in chunks(low, grad):
+        torch.matmul(part.to(wide), basis, out=out) if grad.ndim == 2 else out.copy_(part.to(wide) @ basis)
+    return low

@@ -4,54 +4,39 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from lowrank_optim.optim.base import LowRankOptimizer
-from lowrank_optim.optim.checks import check_choice, check_range
-from lowrank_optim.optim.fused import Norms, Terms
-from lowrank_optim.optim.galore import TopSingular
-from lowrank_optim.optim.protocols import Group, State, Subspace
-from lowrank_optim.optim.random_bases import Gaussian
-from lowrank_optim.optim.rules import Adam
-from lowrank_optim.optim.scaling import GrowthLimiter, add_terms_, factors, row_norms
+from lowrank_optim.optim.engine import LowRankOptimizer
+from lowrank_optim.optim.lifts.norm_scaling import GrowthLimiter, factors, norm_of
+from lowrank_optim.optim.options import Common, arguments, flag, number, one_of
+from lowrank_optim.optim.parts import Group, Option, Parts, State, Step, Update, View
+from lowrank_optim.optim.rules.adam import Adam
+from lowrank_optim.optim.subspaces.random import Gaussian
+from lowrank_optim.optim.subspaces.singular import TopSingular
 
-PROJECTIONS = ("random", "svd")
-SCALE_TYPES = ("channel", "tensor")
 TOP = TopSingular()
 
 
-class Scaling(GrowthLimiter):
-    """W += alpha sqrt(scale) phi G, its growth limited; nothing is lifted."""
+class ChannelScaling(GrowthLimiter):
+    """W += size sqrt(scale) phi G, its growth limited; nothing is projected back."""
 
-    def validate(self, group: Group) -> None:
-        """Raise ValueError on a negative scale, an unknown proj or scale_type, or what the limiter refuses."""
-        super().validate(group)
-        check_range("scale", group["scale"], low=0.0)
-        check_choice("proj", group["proj"], PROJECTIONS)
-        check_choice("scale_type", group["scale_type"], SCALE_TYPES)
+    options = {
+        **GrowthLimiter.options,
+        "scale": Option(number(), 1.0),
+        "scale_type": Option(one_of("channel", "tensor"), "channel"),
+        "scale_front": Option(flag, False),
+    }
 
-    def apply_(
-        self, target: Tensor, grad: Tensor, low: Tensor, direction: Tensor, subspace: Subspace,
-        state: State, group: Group, *, alpha: float | Tensor,
-    ) -> None:  # fmt: skip
-        """One pass over the gradient for its norms, one for the weight."""
-        norms = Norms(row_norms(low), row_norms(direction), row_norms(grad))
-        terms = self.terms(low, direction, None, norms, state, group, alpha=alpha)
-        add_terms_(target, grad, terms, subspace, state, group)
-
-    def terms(
-        self, low: Tensor, direction: Tensor, basis: Tensor | None, norms: Norms, state: State, group: Group,
-        *, alpha: float | Tensor,
-    ) -> Terms:  # fmt: skip
-        """The gradient alone; the norms are all that low and direction are for."""
-        scaling = factors(norms.low, norms.direction, whole=group["scale_type"] == "tensor")
+    def update(self, step: Step, state: State, group: Group) -> Update:
+        """The gradient alone; the norms are all that the low-rank gradient and its direction are for."""
+        assert step.norms is not None
+        scaling = factors(step.norms, whole=group["scale_type"] == "tensor")
         strength = group["scale"] ** 0.5
-        norm = torch.linalg.vector_norm(scaling.phi * norms.grad)
+        norm = norm_of(scaling.phi * step.norms.grad)
         if group["scale_front"]:
             norm = norm * strength
-        release = self.limit(norm, scaling.direction, state, group)
-        return Terms(factor=scaling.phi * (release * strength * alpha))
+        return Update(row_scale=scaling.phi * (self.limit(norm, scaling.direction, state, group) * strength))
 
 
 class APOLLOAdamW(LowRankOptimizer):
@@ -88,12 +73,8 @@ class APOLLOAdamW(LowRankOptimizer):
         limiter_gamma: how much ||S|| may grow in a step, >= 1; None is no limit.
         refresh: with ``proj="svd"``: "power", "randomized" or "svd", as for :class:`GaLoreAdamW`.
         moments: "keep" (as published), "align" or "rotate", as for :class:`GaLoreAdamW`.
-        stagger: spread the refreshes of the parameters over the gap instead of one step for all.
-        state_dtype: storage of the moments: "float32", "bfloat16" (stochastically rounded) or "int8" (blockwise).
-        weight_rounding: of bfloat16 weights: "nearest", "stochastic" or "compensated" (an int8 correction is kept).
-        maximize: ascend.
-        capturable: step counters on the device, for CUDA graphs; see :class:`LowRankOptimizer`.
-        backend: None (Triton on CUDA where importable, else eager), "eager" or "triton".
+        common: stagger, state_dtype, weight_rounding, maximize, capturable, backend; see
+            :class:`lowrank_optim.optim.options.Common`.
 
     Raises:
         ValueError: an argument out of range, or no parameters.
@@ -105,13 +86,14 @@ class APOLLOAdamW(LowRankOptimizer):
     Deviations: seeds come from the parameter's position in the groups and the count of refreshes, not from a
     generator that later draws advance; P is never stored. Every ``proj_type`` has its channels on the side that is
     not compressed, where the published code is right for "std" only. The limiter passes an update whose predecessor
-    was nearly nothing; see :class:`FiraAdamW`. Only matrices are compressed.
+    was nearly nothing; see :class:`FiraAdamW`. Convolutions are matrices
+    (out, in * kernel).
     ``proj="svd", refresh="svd"`` reproduces the published trajectories.
     """
 
-    subspace: Subspace = Gaussian()
-    rule = Adam()
-    lift = Scaling()
+    triple = Parts(Gaussian(), Adam(), ChannelScaling())
+    others = (TOP,)
+    options = {"proj": Option(one_of("random", "svd"), "random")}
 
     def __init__(
         self,
@@ -131,49 +113,21 @@ class APOLLOAdamW(LowRankOptimizer):
         limiter_gamma: float | None = 1.01,
         refresh: str = "power",
         moments: str = "keep",
-        stagger: bool = False,
-        state_dtype: str = "float32",
-        weight_rounding: str = "nearest",
-        maximize: bool = False,
-        capturable: bool = False,
-        backend: str | None = None,
+        **common: Unpack[Common],
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "rank": rank,
-                "update_proj_gap": update_proj_gap,
-                "scale": scale,
-                "proj_type": proj_type,
-                "proj": proj,
-                "scale_type": scale_type,
-                "scale_front": scale_front,
-                "limiter_gamma": limiter_gamma,
-                "refresh": refresh,
-                "moments": moments,
-                "stagger": stagger,
-                "state_dtype": state_dtype,
-                "weight_rounding": weight_rounding,
-                "maximize": maximize,
-                "capturable": capturable,
-                "backend": backend,
-            },
-        )
+        super().__init__(params, arguments(locals()))
 
-    def subspace_of(self, param: Tensor, group: Group) -> Subspace:
+    def parts(self, view: View, group: Group) -> Parts:
         """GaLore's subspace for ``proj="svd"``."""
-        found = super().subspace_of(param, group)
-        return TOP if found is self.subspace and group["proj"] == "svd" else found
+        return self.triple._replace(subspace=TOP) if group["proj"] == "svd" else self.triple
 
 
 class APOLLOMini(APOLLOAdamW):
     """APOLLO with a sketch of rank 1 and one step size a matrix: the optimizer state of plain SGD, almost.
 
-    ``APOLLOAdamW(rank=1, scale_type="tensor", scale=128)``; its formulas, arguments, errors and deviations apply.
+    ``APOLLOAdamW(rank=1, scale_type="tensor", scale=128)``; its formulas, errors and deviations apply, and so do its
+    arguments params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, proj_type, proj, scale_front,
+    limiter_gamma, refresh, moments, stagger, state_dtype, weight_rounding, maximize, capturable and backend.
 
     Source: Zhu et al. 2024 (arXiv 2412.05270), section 4.2.
     """
@@ -195,33 +149,6 @@ class APOLLOMini(APOLLOAdamW):
         limiter_gamma: float | None = 1.01,
         refresh: str = "power",
         moments: str = "keep",
-        stagger: bool = False,
-        state_dtype: str = "float32",
-        weight_rounding: str = "nearest",
-        maximize: bool = False,
-        capturable: bool = False,
-        backend: str | None = None,
+        **common: Unpack[Common],
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            rank=rank,
-            update_proj_gap=update_proj_gap,
-            scale=scale,
-            proj_type=proj_type,
-            proj=proj,
-            scale_type="tensor",
-            scale_front=scale_front,
-            limiter_gamma=limiter_gamma,
-            refresh=refresh,
-            moments=moments,
-            stagger=stagger,
-            state_dtype=state_dtype,
-            weight_rounding=weight_rounding,
-            maximize=maximize,
-            capturable=capturable,
-            backend=backend,
-        )
+        super().__init__(params, **{"scale_type": "tensor", **arguments(locals())})

@@ -4,85 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from lowrank_optim.ops.int8_blocks import blocks, dequantize, quantize_
-from lowrank_optim.optim.base import LowRankOptimizer
-from lowrank_optim.optim.checks import check_choice
-from lowrank_optim.optim.columns import COEFFICIENTS, Columns, add_coefficients_, coefficients
-from lowrank_optim.optim.moments import init_moment, load_moment, replace_moment_, unseen_finite
-from lowrank_optim.optim.protocols import IDENTITY, Group, State, Subspace
-from lowrank_optim.optim.rules import CorrectedAdam
+from lowrank_optim.optim.engine import LowRankOptimizer
+from lowrank_optim.optim.lifts.error_feedback import ErrorFeedback, transforms
+from lowrank_optim.optim.options import Common, arguments
+from lowrank_optim.optim.parts import Group, Parts, View
+from lowrank_optim.optim.rules.adam import CorrectedAdam
+from lowrank_optim.optim.subspaces.fixed_basis import Coefficients, Columns
 
-ERROR_FEEDBACKS = (None, "full", "int8")
-
-
-def transforms(group: Group) -> bool:
-    """Whether every step needs all coefficients of the gradient: for a selection, or to keep those left out."""
-    return group["update_proj_gap"] == 1 or group["error_feedback"] is not None
-
-
-class ErrorFeedback:
-    """What the selected columns leave of a gradient is added to the next one.
-
-    All of it happens in coefficients, S = G D + E, where the error is S with the selected columns set to zero:
-    no product forms the residual, and S is the only full-size temporary. ``error`` is E, stored as
-    ``state_dtype`` says; or ``error.codes`` and ``error.scale`` hold it in linear blockwise int8.
-    """
-
-    def validate(self, group: Group) -> None:
-        """Raise ValueError on an unknown error_feedback."""
-        check_choice("error_feedback", group["error_feedback"], ERROR_FEEDBACKS)
-
-    def init(self, param: Tensor, subspace: Subspace, state: State, group: Group) -> None:
-        """A zero error, (rows, d)."""
-        if group["error_feedback"] is None:
-            return
-        shape = subspace.orient(param, state).shape
-        dtype = torch.promote_types(param.dtype, torch.float32)
-        if group["error_feedback"] == "full":
-            init_moment(state, "error", shape, dtype, param.device, group["state_dtype"])
-            return
-        # A complex number is two values.
-        shape = torch.Size((*shape, 2)) if dtype.is_complex else shape
-        state["error.codes"] = torch.zeros(shape, dtype=torch.int8, device=param.device)
-        state["error.scale"] = torch.zeros(blocks(state["error.codes"].numel()), device=param.device)
-
-    def before(self, grad: Tensor, state: State, group: Group) -> Tensor:
-        """The gradient's coefficients and the error, where the step needs all of them; else the gradient."""
-        if not transforms(group):
-            return grad
-        if group["error_feedback"] is None:
-            return coefficients(grad, group)
-        dtype = torch.promote_types(grad.dtype, torch.float32)
-        if group["error_feedback"] == "full":
-            total = load_moment(state, "error", grad.dtype).clone()
-        else:
-            total = dequantize(state["error.codes"], state["error.scale"], dtype.to_real())
-            total = torch.view_as_complex(total) if dtype.is_complex else total
-        add_coefficients_(total, grad, group)
-        return total
-
-    def reads_gradient(self, group: Group) -> bool:
-        """Only for its transform."""
-        return transforms(group)
-
-    def apply_(
-        self, target: Tensor, grad: Tensor, low: Tensor, direction: Tensor, subspace: Subspace,
-        state: State, group: Group, *, alpha: float | Tensor,
-    ) -> None:  # fmt: skip
-        """target += alpha * up(direction); the error becomes what was not selected. ``grad`` is used up."""
-        subspace.add_up_(target, direction, state, group, alpha=alpha)
-        if group["error_feedback"] is None:
-            return
-        finite = unseen_finite(grad)
-        grad.index_fill_(-1, state["indices"], 0)
-        if group["error_feedback"] == "full":
-            replace_moment_(state, "error", grad, where=finite)
-        else:
-            values = torch.view_as_real(grad) if grad.is_complex() else grad
-            quantize_(state["error.codes"], state["error.scale"], values, where=finite)
+COEFFICIENTS = Coefficients()
 
 
 class DCTAdamW(LowRankOptimizer):
@@ -120,13 +52,8 @@ class DCTAdamW(LowRankOptimizer):
         rotate: move the moments with their columns; False leaves them where they are.
         error_feedback: None, "full" (E stored as the moments are) or "int8" (E in int8, one fp32 scale for 128 values).
         similarity: how S is computed: "matmul", "fft" (a DCT basis only) or "auto", the faster by measurement.
-        state_dtype: storage of moments and of a full error: "float32", "bfloat16" (stochastically rounded) or
-            "int8" (blockwise).
-        weight_rounding: of bfloat16 weights: "nearest", "stochastic" or "compensated" (an int8 correction is kept).
-        stagger: spread the selections of the parameters over the gap instead of one step for all.
-        maximize: ascend.
-        capturable: step counters on the device, for CUDA graphs; see :class:`LowRankOptimizer`.
-        backend: None (Triton on CUDA where importable, else eager), "eager" or "triton".
+        common: stagger, state_dtype, weight_rounding, maximize, capturable, backend; see
+            :class:`lowrank_optim.optim.options.Common`.
 
     Raises:
         ValueError: an argument out of range, or no parameters.
@@ -141,9 +68,8 @@ class DCTAdamW(LowRankOptimizer):
     has a basis of its own size. A rank of at least the smaller side is the full-rank rule. Gradients stay as they are.
     """
 
-    subspace = Columns()
-    rule = CorrectedAdam()
-    lift = ErrorFeedback()
+    triple = Parts(Columns(), CorrectedAdam(), ErrorFeedback())
+    full_rank = CorrectedAdam()
     decay_first = True
 
     def __init__(
@@ -161,37 +87,10 @@ class DCTAdamW(LowRankOptimizer):
         rotate: bool = True,
         error_feedback: str | None = None,
         similarity: str = "auto",
-        state_dtype: str = "float32",
-        weight_rounding: str = "nearest",
-        stagger: bool = False,
-        maximize: bool = False,
-        capturable: bool = False,
-        backend: str | None = None,
+        **common: Unpack[Common],
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "rank": rank,
-                "update_proj_gap": update_proj_gap,
-                "basis": basis,
-                "ell_norm": ell_norm,
-                "rotate": rotate,
-                "error_feedback": error_feedback,
-                "similarity": similarity,
-                "state_dtype": state_dtype,
-                "weight_rounding": weight_rounding,
-                "stagger": stagger,
-                "maximize": maximize,
-                "capturable": capturable,
-                "backend": backend,
-            },
-        )
+        super().__init__(params, arguments(locals()))
 
-    def subspace_of(self, param: Tensor, group: Group) -> Subspace:
+    def parts(self, view: View, group: Group) -> Parts:
         """On coefficients where the lift has transformed the gradient."""
-        subspace = super().subspace_of(param, group)
-        return COEFFICIENTS if subspace is not IDENTITY and transforms(group) else subspace
+        return self.triple._replace(subspace=COEFFICIENTS) if transforms(group) else self.triple

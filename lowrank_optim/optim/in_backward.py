@@ -6,16 +6,17 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lowrank_optim.optim.base import LowRankOptimizer
-from lowrank_optim.optim.checks import check_choice, check_positive_int, check_range
-from lowrank_optim.optim.protocols import Group
-from lowrank_optim.optim.sums import SUM_DTYPES, Sums, can_sum
+from lowrank_optim.optim.accumulation import SUM_DTYPES, Accumulator
+from lowrank_optim.optim.engine import LowRankOptimizer, can_accumulate
+from lowrank_optim.optim.parts import Group
+from lowrank_optim.optim.validation import check_choice, check_positive_int, check_range
 
 CLIPS = ("previous", "layer")
 
@@ -55,7 +56,7 @@ def step_in_backward(
     ``proj_type="full"``, ``refresh="svd"``, DCTAdamW with ``update_proj_gap=1`` or ``ell_norm=1``.
 
     Args:
-        optimizer: any of this package; its parameters as they are now. Frozen ones get no hook.
+        optimizer: any of this package. Parameters that are unfrozen or added later are updated too.
         accumulate: micro-batches an update. Divide their losses: gradients are added.
         max_norm: clip gradients to this norm, or None. The norm of all gradients is not known before the last of them,
             when the first is gone, therefore:
@@ -67,7 +68,8 @@ def step_in_backward(
         sum_dtype: of R, ``torch.float32`` or ``torch.bfloat16`` (stochastically rounded).
 
     Returns:
-        A handle: ``micro_batch()``, ``grad_norm``, ``state_dict()``, ``remove()``.
+        A handle: ``micro_batch()``, ``grad_norm``, ``abandon()``, ``remove()``. The norm that ``clip_by="previous"``
+        remembers is in the optimizer's own ``state_dict()``.
 
     Raises:
         TypeError: an optimizer of another package.
@@ -115,18 +117,17 @@ class StepInBackward:
         self.max_norm, self.clip_by = max_norm, clip_by
         self.two_phase, self.sum_dtype = two_phase, sum_dtype
         self._grad_norm: Tensor | None = None
-        # Of the last update whose norm was finite.
-        self._clip_norm: Tensor | None = None
         self._done = 0
         self._task: int | None = None
         self._inside = False
         self._seen: set[Tensor] = set()
         self._norms: list[Tensor] = []
-        self._sums: dict[Tensor, Sums] = {}
-        self._index = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        self._handles: list[Any] = [
-            p.register_post_accumulate_grad_hook(self._on_gradient) for p in self._index if p.requires_grad
-        ]
+        self._sums: dict[Tensor, Accumulator] = {}
+        self._handles: list[Any] = []
+        optimizer.defaults["two_phase"] = two_phase
+        for group in optimizer.param_groups:
+            self._attach(group)
+        optimizer.on_new_group = self._attach
         for register, action in (
             (optimizer.register_step_pre_hook, "step"),
             (optimizer.register_state_dict_pre_hook, "save"),
@@ -134,9 +135,22 @@ class StepInBackward:
             self._handles.append(register(partial(self._check_complete, action)))
         _attached.add(optimizer)
 
+    def _attach(self, group: Group) -> None:
+        group["two_phase"] = self.two_phase
+        for p in group["params"]:
+            # A frozen parameter may be unfrozen later, and takes a hook only while it is not frozen.
+            frozen = not p.requires_grad
+            self._handles.append(p.requires_grad_().register_post_accumulate_grad_hook(self._on_gradient))
+            if frozen:
+                p.requires_grad_(False)
+
+    def _params(self) -> Iterator[Tensor]:
+        return chain.from_iterable(group["params"] for group in self.optimizer.param_groups)
+
     def remove(self) -> None:
         """Return to the ordinary loop; what an unfinished update has summed is dropped."""
         self.abandon()
+        self.optimizer.on_new_group = None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -152,13 +166,13 @@ class StepInBackward:
         return self._grad_norm
 
     def state_dict(self) -> dict[str, Tensor | None]:
-        """What ``clip_by="previous"`` remembers; all else is in the optimizer's own."""
+        """What ``clip_by="previous"`` remembers, which the optimizer's own state dict holds as well."""
         self._end_implicit()
-        return {"clip_norm": self._clip_norm}
+        return {"clip_norm": self.optimizer.param_groups[0].get("clip_norm")}
 
     def load_state_dict(self, state: dict[str, Tensor | None]) -> None:
         """Continue from :meth:`state_dict`."""
-        self._clip_norm = state["clip_norm"]
+        self.optimizer.param_groups[0]["clip_norm"] = state["clip_norm"]
 
     @contextmanager
     def micro_batch(self, last: bool | None = None) -> Iterator[None]:
@@ -188,8 +202,8 @@ class StepInBackward:
             self._seen.clear()
             if completes:
                 # Those that had a gradient in earlier micro-batches only.
-                for p in self._index:
-                    self._step(p, self.optimizer.param_groups[self._index[p]])
+                for p in self._params():
+                    self._step(p, self.optimizer.entry(p).group)
                 self._end()
         except BaseException:
             self.abandon()
@@ -200,7 +214,7 @@ class StepInBackward:
     def abandon(self) -> None:
         """Drop what an unfinished update has summed; the next micro-batch is the first of a new one."""
         if self._done or self._inside:
-            for p in self._index:
+            for p in self._params():
                 p.grad = None
         self._sums.clear()
         self._norms.clear()
@@ -224,10 +238,10 @@ class StepInBackward:
                 "backward pass in each micro_batch(), and checkpoint with use_reentrant=False"
             )
         self._seen.add(param)
-        group = self.optimizer.param_groups[self._index[param]]
-        if self.two_phase and can_sum(self.optimizer, param, group):
+        group = self.optimizer.entry(param).group
+        if self.two_phase and can_accumulate(self.optimizer.parts_of(param, group), group):
             if param not in self._sums:
-                self._sums[param] = Sums(self.optimizer, param, group, self.sum_dtype)
+                self._sums[param] = Accumulator(self.optimizer, param, group, self.sum_dtype)
             self._sums[param].add()
         if self._done + 1 == self.accumulate:
             self._step(param, group)
@@ -248,12 +262,26 @@ class StepInBackward:
             self._end()
 
     def _end(self) -> None:
-        """Take the norm of an update that is complete."""
+        """Take the norm of an update that is complete.
+
+        Raises:
+            RuntimeError: a parameter got a gradient and no hook saw it.
+        """
         if self._norms:
             device = self._norms[0].device
             self._grad_norm = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in self._norms]))
-            before = torch.zeros_like(self._grad_norm) if self._clip_norm is None else self._clip_norm.to(device)
-            self._clip_norm = torch.where(self._grad_norm.isfinite(), self._grad_norm, before)
+            if self.max_norm is not None and self.clip_by == "previous":
+                group, norm = self.optimizer.param_groups[0], self._grad_norm
+                before = group.get("clip_norm")
+                before = norm.new_tensor(torch.nan) if before is None else before.to(device)
+                # Of the last update whose norm was finite.
+                group["clip_norm"] = torch.where(norm.isfinite(), norm, before)
+        for p in self._params():
+            if p.grad is not None:
+                raise RuntimeError(
+                    f"{self.optimizer.entry(p).name or 'A parameter'} of shape {tuple(p.shape)} has a gradient that no "
+                    "hook saw: it replaced another one in a group; remove() the handle and attach the optimizer anew"
+                )
         self.abandon()
 
     @torch.no_grad()
@@ -279,8 +307,12 @@ class StepInBackward:
         if self.clip_by == "previous":
             # At the first update it is as if all gradients were as large as this one: Adam's second moment remembers a
             # first gradient that is too large for a thousand updates.
-            before = norm * len(self._index) ** 0.5 if self._clip_norm is None else self._clip_norm.to(norm.device)
-            seen = torch.maximum(norm, before)
+            first = norm * sum(1 for _ in self._params()) ** 0.5
+            before = self.optimizer.param_groups[0].get("clip_norm")
+            if before is not None:
+                before = before.to(norm.device)
+                first = torch.where(before.isnan(), first, before.to(norm.dtype))
+            seen = torch.maximum(norm, first)
         factor = (self.max_norm / seen).clamp(max=1.0)
         values.mul_(torch.where(norm.isfinite() & (seen > 0), factor, 1.0))
 

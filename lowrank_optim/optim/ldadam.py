@@ -6,84 +6,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from lowrank_optim.ops.orthonormal import orthonormalize
-from lowrank_optim.optim.base import LowRankOptimizer
-from lowrank_optim.optim.checks import check_choice, check_range
-from lowrank_optim.optim.galore import TopSingular, top_basis
-from lowrank_optim.optim.moments import init_moment, load_moment, replace_moment_, store_moment_, unseen_finite
-from lowrank_optim.optim.protocols import IDENTITY, Group, Refresh, Rule, State, Subspace
-from lowrank_optim.optim.rules import MOMENT_KEYS, CorrectedAdam
-
-PROJ_TYPES = ("std", "reverse_std", "left", "right")
-PROJ_METHODS = ("power_iteration", "svd")
-FULL_RANK = CorrectedAdam()
-
-
-def carried_momentum(group: Group) -> float:
-    """How many times the momentum is in what :class:`GeneralizedErrorFeedback` hands on: beta1 / (1 - beta1) or 0.
-
-    (1 - beta1) A + beta1 M Pᵀ is the momentum of the whole matrix; its share outside of the new subspace, over
-    1 - beta1, is the published generalized error A - P ĝ + beta1 / (1 - beta1) (P' M' - P M).
-    """
-    beta1: float = group["betas"][0]
-    return beta1 / (1 - beta1) if group["error_feedback"] else 0.0
-
-
-class Tracking(TopSingular):
-    """The dominant subspace of a mean of momentum and gradient, one block power iteration a step."""
-
-    def validate(self, group: Group) -> None:
-        """Raise ValueError on an unknown proj_type or proj_method, or a rho outside [0, 1]."""
-        check_choice("proj_type", group["proj_type"], PROJ_TYPES)
-        check_choice("proj_method", group["proj_method"], PROJ_METHODS)
-        check_range("rho", group["rho"], low=0.0, high=1.0)
-
-    def init(self, param: Tensor, state: State, group: Group) -> torch.Size:
-        """As in GaLore, but "std" compresses the rows of a square matrix."""
-        square = param.shape[0] == param.shape[1] and group["proj_type"] == "std"
-        return super().init(param, state, {**group, "proj_type": "left"} if square else group)
-
-    def refresh(self, grad: Tensor, state: State, group: Group) -> Refresh:
-        """Turn the basis towards rho P M̂ᵀ + (1 - rho) A; the first is taken from A alone by an SVD."""
-        rank, started = group["rank"], int(state["step"]) > 0
-        grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        basis: Tensor | None = None
-        if started:
-            # grad is A + carried M Pᴴ; in terms of it, the mean has this much of M Pᴴ.
-            beta1 = group["betas"][0]
-            share = group["rho"] / (1 - beta1 ** int(state["step"])) - (1 - group["rho"]) * carried_momentum(group)
-            old, momentum = state["basis"].to(grad.dtype), load_moment(state, "exp_avg", grad.dtype)
-            if group["proj_method"] == "svd":
-                grad = torch.addmm(grad, momentum, old.mH, alpha=share, beta=1 - group["rho"])
-            else:
-                # B = share M Pᴴ + (1 - rho) A is never formed: B P and Bᴴ (B P) by their terms.
-                image = share * momentum + (1 - group["rho"]) * (grad @ old)
-                image = image / image.abs().amax().clamp_min(torch.finfo(image.dtype).tiny)
-                turned = torch.addmm(old @ (momentum.mH @ image), grad.mH, image, alpha=1 - group["rho"], beta=share)
-                basis = orthonormalize(turned)
-        if basis is None:
-            basis = top_basis(grad, rank, {"refresh": "svd"}, state, left=state["left"], key="basis")
-        if basis is None or not bool(basis.sum().isfinite()):
-            return Refresh(renewed=False)
-        overlap = state["basis"].to(basis.dtype).mH @ basis if started else None
-        state["basis"].copy_(basis)
-        return Refresh(renewed=True, overlap=overlap)
-
-    def down(self, grad: Tensor, state: State, group: Group) -> Tensor:
-        """(rows, rank)."""
-        return grad @ state["basis"].to(grad.dtype)
+from lowrank_optim.optim.engine import LowRankOptimizer
+from lowrank_optim.optim.options import Common, arguments, flag
+from lowrank_optim.optim.parts import Group, Lift, Option, Parts, Slots, State, Step, Update, View
+from lowrank_optim.optim.rules.adam import MOMENT_KEYS, CorrectedAdam
+from lowrank_optim.optim.state_storage import load_moment, moment_slots, replace_moment_, store_moment_
+from lowrank_optim.optim.subspaces.tracking import Tracking, carried_momentum
 
 
 class ProjectionAwareAdam(CorrectedAdam):
     """Adam whose second moment is moved as that of a random gradient with the mean and variance seen so far."""
 
-    def direction(self, low: Tensor, state: State, group: Group) -> Tensor:
+    def direction(self, low: Tensor, state: State, group: Group, norms: Tensor | None = None) -> Tensor:
         """Adam's, on what of ``low`` is not carried momentum."""
         carried = carried_momentum(group)
         if carried:
             low = low - carried * load_moment(state, "exp_avg", low.dtype)
-        return super().direction(low, state, group)
+        return super().direction(low, state, group, norms)
 
     def transport(self, state: State, overlap: Tensor, group: Group) -> None:
         """M <- M O ; V <- c |(V̂ - M̂²) O² + (M̂ O)²|, with c = 1 - beta2^t and moments corrected at step t."""
@@ -99,22 +40,22 @@ class ProjectionAwareAdam(CorrectedAdam):
         store_moment_(state, "exp_avg_sq", moved.abs() * unbias)
 
 
-class GeneralizedErrorFeedback:
+class GeneralizedErrorFeedback(Lift):
     """What the new subspace misses of gradient and momentum is added to the next gradient.
 
     A = G + E and the old momentum go into one matrix, A + beta1 / (1 - beta1) M Pᵀ, the only full-size temporary;
     the error, in ``error``, is what the new subspace leaves of it.
     """
 
-    def validate(self, group: Group) -> None:
-        """Raise ValueError unless error_feedback is a bool."""
-        check_choice("error_feedback", group["error_feedback"], (True, False))
+    options = {"error_feedback": Option(flag, True)}
 
-    def init(self, param: Tensor, subspace: Subspace, state: State, group: Group) -> None:
-        """A zero error, oriented."""
-        if group["error_feedback"]:
-            shape, dtype = subspace.orient(param, state).shape, torch.promote_types(param.dtype, torch.float32)
-            init_moment(state, "error", shape, dtype, param.device, group["state_dtype"])
+    def reads_gradient(self, group: Group) -> bool:
+        return True
+
+    def slots(self, view: View, shape: tuple[int, ...], group: Group) -> Slots:
+        if not group["error_feedback"]:
+            return {}
+        return moment_slots("error", shape, view.wide, group["state_dtype"], "elements")
 
     def before(self, grad: Tensor, state: State, group: Group) -> Tensor:
         """A and the old momentum; the gradient itself without error feedback."""
@@ -122,19 +63,17 @@ class GeneralizedErrorFeedback:
             return grad
         total = load_moment(state, "error", grad.dtype) + grad
         basis, momentum = state["basis"].to(total.dtype), load_moment(state, "exp_avg", grad.dtype)
-        return total.addmm_(momentum, basis.mH, alpha=carried_momentum(group))
+        product_ = torch.Tensor.addmm_ if total.ndim == 2 else torch.Tensor.baddbmm_
+        return product_(total, momentum, basis.mH, alpha=carried_momentum(group))
 
-    def apply_(
-        self, target: Tensor, grad: Tensor, low: Tensor, direction: Tensor, subspace: Subspace,
-        state: State, group: Group, *, alpha: float | Tensor,
-    ) -> None:  # fmt: skip
-        """target += alpha * up(direction); the error becomes grad - up(low). ``grad`` is used up."""
-        subspace.add_up_(target, direction, state, group, alpha=alpha)
-        if not group["error_feedback"]:
-            return
-        finite = unseen_finite(grad)
-        subspace.add_up_(grad, low, state, group, alpha=-1.0)
-        replace_moment_(state, "error", grad, where=finite)
+    def update(self, step: Step, state: State, group: Group) -> Update:
+        return Update(step.direction)
+
+    def after(self, step: Step, state: State, group: Group) -> None:
+        """The error becomes grad - project_back(low)."""
+        if group["error_feedback"]:
+            step.subspace.project_back_(step.grad, step.low, state, group, alpha=-1.0)
+            replace_moment_(state, "error", step.grad, step.ok)
 
 
 class LDAdamW(LowRankOptimizer):
@@ -155,7 +94,7 @@ class LDAdamW(LowRankOptimizer):
         W = W - lr (M / (1 - beta1^t)) / (sqrt(V / (1 - beta2^t)) + eps) Pᵀ
 
     with the squares of matrices taken by element, and M̂, V̂ the moments before the step, bias-corrected. Parameters
-    that are not compressed (vectors, tensors of more than two dimensions, sides not exceeding the rank, groups with
+    that are not compressed (vectors, sides not exceeding the rank, groups with
     ``rank=None``) follow AdamW.
 
     Args:
@@ -172,13 +111,8 @@ class LDAdamW(LowRankOptimizer):
         proj_method: "power_iteration" as above, or "svd": P holds the dominant singular vectors of B.
         error_feedback: False drops E, and with it a state as large as the weight, stored as ``state_dtype`` says.
         update_proj_gap: updates from one P to the next, >= 1; published: 1.
-        state_dtype: storage of moments and error: "float32", "bfloat16" (stochastically rounded) or
-            "int8" (blockwise).
-        weight_rounding: of bfloat16 weights: "nearest", "stochastic" or "compensated" (an int8 correction is kept).
-        stagger: spread the refreshes of the parameters over the gap instead of one step for all.
-        maximize: ascend.
-        capturable: step counters on the device, for CUDA graphs; see :class:`LowRankOptimizer`.
-        backend: None (Triton on CUDA where importable, else eager), "eager" or "triton".
+        common: stagger, state_dtype, weight_rounding, maximize, capturable, backend; see
+            :class:`lowrank_optim.optim.options.Common`.
 
     Raises:
         ValueError: an argument out of range, or no parameters.
@@ -191,9 +125,8 @@ class LDAdamW(LowRankOptimizer):
     gradient's dtype; each group's betas count. A rank of at least the smaller side is the full-rank rule.
     """
 
-    subspace = Tracking()
-    rule = ProjectionAwareAdam()
-    lift = GeneralizedErrorFeedback()
+    triple = Parts(Tracking(), ProjectionAwareAdam(), GeneralizedErrorFeedback())
+    full_rank = CorrectedAdam()
     decay_first = True
 
     def __init__(
@@ -210,35 +143,6 @@ class LDAdamW(LowRankOptimizer):
         proj_method: str = "power_iteration",
         error_feedback: bool = True,
         update_proj_gap: int = 1,
-        state_dtype: str = "float32",
-        weight_rounding: str = "nearest",
-        stagger: bool = False,
-        maximize: bool = False,
-        capturable: bool = False,
-        backend: str | None = None,
+        **common: Unpack[Common],
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "rank": rank,
-                "rho": rho,
-                "proj_type": proj_type,
-                "proj_method": proj_method,
-                "error_feedback": error_feedback,
-                "update_proj_gap": update_proj_gap,
-                "state_dtype": state_dtype,
-                "weight_rounding": weight_rounding,
-                "stagger": stagger,
-                "maximize": maximize,
-                "capturable": capturable,
-                "backend": backend,
-            },
-        )
-
-    def rule_of(self, subspace: Subspace) -> Rule:
-        """Plain AdamW for what is not compressed: there is no basis to follow."""
-        return FULL_RANK if subspace is IDENTITY else self.rule
+        super().__init__(params, arguments(locals()))

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from lowrank_optim.nn.convert import factored_layers
 from lowrank_optim.ops.factors import retracted_step
-from lowrank_optim.optim.base import Explanation, LowRankOptimizer
-from lowrank_optim.optim.checks import check_choice, check_range
-from lowrank_optim.optim.protocols import IDENTITY, UNSCALED, Group, State, Subspace
-from lowrank_optim.optim.rules import Adam
-from lowrank_optim.optim.storage import writable
-
-# Switches of the common loop that have one setting here.
-_FIXED = {"moments": "keep", "stagger": False, "capturable": False}
+from lowrank_optim.optim.layers import LayerOptimizer
+from lowrank_optim.optim.lifts.plain import Unscaled
+from lowrank_optim.optim.options import Common, arguments, number, optional
+from lowrank_optim.optim.parts import Group, Option, Parts, Scalar
+from lowrank_optim.optim.rules.adam import Adam
+from lowrank_optim.optim.weight_storage import writable
 
 
 def factor_groups(model: nn.Module | Iterable[tuple[str, Tensor]], **options: Any) -> list[dict[str, Any]]:
@@ -38,8 +34,9 @@ def factor_groups(model: nn.Module | Iterable[tuple[str, Tensor]], **options: An
         ValueError: a model without factors, or with an activation between them.
     """
     if isinstance(model, nn.Module):
-        for name, layer in factored_layers(model).items():
-            if layer.nonlinear:
+        for name, layer in model.named_modules():
+            # Layers of lowrank_optim.nn say so; nothing else has an activation between two parameters.
+            if getattr(layer, "nonlinear", False):
                 raise ValueError(f"Invalid model: {name!r} has an activation between its factors, so it has no W = B A")
         model = model.named_parameters()
     named = {name: p for name, p in model if p.requires_grad}
@@ -75,7 +72,7 @@ def _pair(b: Tensor, a: Tensor) -> bool:
 class FactorAdam(Adam):
     """Adam whose step on a factor is scaled by r / min(m, n), or by the group's ``scale``."""
 
-    def correction(self, step: int | Tensor, group: Group) -> float | Tensor:
+    def correction(self, step: int | Tensor, group: Group) -> Scalar:
         """The bias correction, times the scale of factors."""
         factor = super().correction(step, group)
         if group["rank"] is None:
@@ -91,7 +88,7 @@ def factor_scale(group: Group) -> float:
     return float(group["rank"] / min(b.shape[0], a.shape[1]))
 
 
-class LOROAdamW(LowRankOptimizer):
+class LOROAdamW(LayerOptimizer):
     """AdamW for the factors of W = B A, with a step on the manifold of rank-r matrices every so many updates.
 
     With D_B and D_A, the bias-corrected directions of Adam for the two factors:
@@ -113,10 +110,8 @@ class LOROAdamW(LowRankOptimizer):
         weight_decay: decoupled, >= 0; of factors and ordinary parameters.
         update_proj_gap: updates from one step on the manifold to the next, >= 1.
         scale: of all other steps on factors, >= 0; None is r / min(m, n), the published r / hidden_size for LLaMA.
-        state_dtype: "float32", "bfloat16" or "int8", see :class:`lowrank_optim.optim.base.LowRankOptimizer`.
-        weight_rounding: "nearest", "stochastic" or "compensated", likewise.
-        maximize: ascend.
-        backend: None (Triton on CUDA where importable, else eager), "eager" or "triton".
+        common: state_dtype, weight_rounding, maximize and backend of :class:`lowrank_optim.optim.options.Common`;
+            stagger and capturable must be False.
 
     Raises:
         ValueError: an argument out of range, no parameters, or a group with a rank that is no pair of factors.
@@ -129,9 +124,12 @@ class LOROAdamW(LowRankOptimizer):
     decomposes for itself, which agrees where the processes run the same software on the same kind of device.
     """
 
-    subspace = IDENTITY
-    rule = FactorAdam()
-    lift = UNSCALED
+    triple = Parts(None, FactorAdam(), Unscaled())
+    full_rank = FactorAdam()
+    layer, maker = "factors", "factor_groups"
+    options = {**LayerOptimizer.options, "scale": Option(optional(number()), None)}
+    # Gradients of first factors whose step on the manifold waits for the second one.
+    _waiting: dict[Tensor, Tensor] | None = None
 
     def __init__(
         self,
@@ -143,94 +141,41 @@ class LOROAdamW(LowRankOptimizer):
         *,
         update_proj_gap: int = 500,
         scale: float | None = None,
-        state_dtype: str = "float32",
-        weight_rounding: str = "nearest",
-        maximize: bool = False,
-        backend: str | None = None,
+        **common: Unpack[Common],
     ) -> None:
         if not isinstance(params, (Tensor, dict, str)):
             params = list(params)
             if params and isinstance(params[0], tuple) and _layers(dict(params)):
                 params = factor_groups(params)
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "rank": None,
-                "update_proj_gap": update_proj_gap,
-                "scale": scale,
-                "state_dtype": state_dtype,
-                "weight_rounding": weight_rounding,
-                "maximize": maximize,
-                "backend": backend,
-                **_FIXED,
-            },
-        )
+        super().__init__(params, {"rank": None, **arguments(locals())})
 
-    def _validate(self, group: Group) -> None:
-        super()._validate(group)
-        if group["scale"] is not None:
-            check_range("scale", group["scale"], low=0.0)
-        for key, only in _FIXED.items():
-            check_choice(key, group[key], (only,))
+    def is_layer(self, params: list[Tensor], rank: int) -> bool:
+        """Whether parameters are B and A of this rank."""
+        return len(params) == 2 and _pair(*params) and params[0].shape[1] == rank
+
+    def _explain(self, param: Tensor, group: Group) -> tuple[str, str]:
         if group["rank"] is None:
-            return
-        params = group["params"]
-        if len(params) != 2 or not _pair(*params) or params[0].shape[1] != group["rank"]:
-            raise ValueError(
-                f"Invalid rank: {group['rank']}, expected None: the rank of LORO belongs to the layers; "
-                "make groups with factor_groups(model)"
-            )
+            return super()._explain(param, group)
+        return f"rank {group['rank']}", "a factor of W = B A"
 
-    def _warn_if_nothing_is_compressed(self) -> None:
-        if all(group["rank"] is None for group in self.param_groups):
-            warnings.warn(
-                f"{type(self).__name__}: no factors among the parameters, all get the full-rank rule; "
-                "pass factor_groups(model)",
-                stacklevel=4,
-            )
-
-    def subspace_of(self, param: Tensor, group: Group) -> Subspace:
-        """Always :data:`IDENTITY`: the factors are the low-rank part."""
-        return IDENTITY
-
-    def explain(self) -> list[Explanation]:
-        """Which parameter gets which method and why, in the order of the groups."""
-        ranks = [group["rank"] for group in self.param_groups for _ in group["params"]]
-        return [
-            row if rank is None else row._replace(method=f"rank {rank}", reason="a factor of W = B A")
-            for row, rank in zip(super().explain(), ranks, strict=True)
-        ]
-
-    def init_state(self, param: Tensor, group: Group) -> State:
-        """Create the state of one parameter; that of a factor counts its ``updates`` as well."""
-        state = super().init_state(param, group)
-        if group["rank"] is not None:
-            state["updates"] = 0
-        return state
-
-    @torch.no_grad()
-    def step_param(self, param: Tensor, group: Group) -> None:
+    def _step_param(self, param: Tensor, grad: Tensor, group: Group, key: tuple[Any, ...] | None) -> None:
         """Update one parameter; a step on the manifold is made when the second factor's turn comes."""
-        if group["rank"] is None or param.grad is None:
-            super().step_param(param, group)
+        if group["rank"] is None:
+            super()._step_param(param, grad, group, key)
             return
-        state = self.state[param] or self.init_state(param, group)
-        # Unlike ``step`` this counts skipped updates too, so that the factors of a layer cannot come apart.
+        state = self._plan(param, group, key).state
         state["updates"] += 1
+        self._waiting = {} if self._waiting is None else self._waiting
         # Left over where the other factor had no gradient.
-        state.pop("grad", None)
+        self._waiting.pop(param, None)
         if state["updates"] % group["update_proj_gap"]:
-            super().step_param(param, group)
+            super()._step_param(param, grad, group, key)
             return
-        state["grad"] = param.grad
-        pair = [self.state.get(p, {}) for p in group["params"]]
-        if any(s.get("updates") != state["updates"] or "grad" not in s for s in pair):
+        self._waiting[param] = grad
+        counts = {self.state.get(p, {}).get("updates") for p in group["params"]}
+        if counts != {state["updates"]} or not all(p in self._waiting for p in group["params"]):
             return
-        grads = [s.pop("grad") for s in pair]
+        grads = [self._waiting.pop(p) for p in group["params"]]
         start = time.perf_counter()
         if not all(grad.isfinite().all() for grad in grads):
             self._warn_once("skipped an update because of a non-finite gradient")
@@ -245,8 +190,8 @@ class LOROAdamW(LowRankOptimizer):
         directions = []
         for state, grad in zip(states, grads, strict=True):
             state["step"] += 1
-            correction = Adam.correction(self.rule, state["step"], group)
-            directions.append(self.rule.direction(grad, state, group) * correction)
+            correction = Adam.correction(self.full_rank, state["step"], group)
+            directions.append(self.full_rank.direction(grad, state, group) * correction)
         with ExitStack() as stack:
             weights = [
                 stack.enter_context(writable(p, state, group["weight_rounding"]))

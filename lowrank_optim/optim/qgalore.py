@@ -6,77 +6,85 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lowrank_optim.ops.int4 import dequantize_int4, group_count, packed_shape, quantize_int4_
-from lowrank_optim.optim.checks import check_choice, check_positive_int, check_range
-from lowrank_optim.optim.galore import GaLore, TopSingular
-from lowrank_optim.optim.protocols import Group, Refresh, State
-from lowrank_optim.optim.rules import Adam
+from lowrank_optim.optim.galore import GaLore
+from lowrank_optim.optim.lifts.plain import Plain
+from lowrank_optim.optim.options import Common, arguments, number, one_of, positive_int
+from lowrank_optim.optim.parts import Group, Number, Option, Parts, Refresh, Slot, Slots, State, View, Which
+from lowrank_optim.optim.rules.adam import Adam
+from lowrank_optim.optim.subspaces.singular import TopSingular
 
 
 class LazyInt4(TopSingular):
     """:class:`TopSingular` with a basis of two 4-bit values a byte and a gap that grows with the overlap of the bases.
 
-    The basis is used as it comes back from 4 bits, for both directions; it is orthonormal to about 0.1.
+    The basis is used as it comes back from 4 bits, in both directions; it is orthonormal to about 0.1.
     """
 
-    def validate(self, group: Group) -> None:
-        """Raise ValueError on hyper-parameters out of range, or on a quantization that is not this one."""
-        super().validate(group)
-        check_range("cos_threshold", group["cos_threshold"], low=0.0, high=1.0)
-        check_range("gamma_proj", group["gamma_proj"], low=1.0)
-        check_positive_int("queue_size", group["queue_size"])
-        check_positive_int("quant_group_size", group["quant_group_size"])
+    accumulation = TopSingular.accumulation
+    options = {
+        **TopSingular.options,
+        "refresh": TopSingular.options["refresh"]._replace(default="randomized"),
+        "cos_threshold": Option(number(0.0, 1.0), 0.4),
+        "gamma_proj": Option(number(1.0), 2),
+        "queue_size": Option(positive_int, 5),
+        "quant_group_size": Option(positive_int, 256),
         # The keys of the published package that have one meaningful value here.
-        check_choice("quant", group.get("quant", True), (True,))
-        check_choice("quant_n_bit", group.get("quant_n_bit", 4), (4,))
+        "quant": Option(one_of(True), True),
+        "quant_n_bit": Option(one_of(4), 4),
+    }
 
-    def init(self, param: Tensor, state: State, group: Group) -> torch.Size:
-        """``left``, the packed basis, ``gap`` and ``overlaps`` (queue_size,), of which NaN are still to come."""
-        shape = super().init(param, state, group)
-        d, columns = _as_real(state.pop("basis")).shape
-        groups = group_count(d, columns, group["quant_group_size"])
-        state["basis.codes"] = torch.zeros(packed_shape(d, columns), dtype=torch.uint8, device=param.device)
-        state["basis.scale"] = torch.zeros(groups, dtype=torch.float32, device=param.device)
-        state["basis.zero"] = torch.zeros(groups, dtype=torch.uint8, device=param.device)
-        state["gap"] = group["update_proj_gap"]
-        state["overlaps"] = torch.full((group["queue_size"],), torch.nan, dtype=torch.float32, device=param.device)
-        return shape
+    def slots(self, view: View, group: Group) -> Slots:
+        """The packed basis, ``gap``, and ``overlaps`` (queue_size,); NaN marks entries that are not filled yet."""
+        slots = super().slots(view, group)
+        basis = slots.pop("basis")
+        assert isinstance(basis, Slot)
+        d, columns = basis.shape[-2:]
+        columns *= 2 if view.dtype.is_complex else 1
+        groups = (*view.batch, group_count(d, columns, group["quant_group_size"]))
+        return {
+            **slots,
+            "basis.codes": Slot((*view.batch, *packed_shape(d, columns)), torch.uint8, basis.along),
+            "basis.scale": Slot(groups, torch.float32),
+            "basis.zero": Slot(groups, torch.uint8),
+            "gap": Number(group["update_proj_gap"]),
+            "overlaps": Slot((group["queue_size"],), torch.float32, fill=torch.nan),
+        }
 
     def basis(self, like: Tensor, state: State, group: Group) -> Tensor:
-        """The basis (d, rank) from 4 bits, in the dtype of ``like``."""
+        """The (..., d, rank) basis from 4 bits, in the dtype of ``like``."""
         values = dequantize_int4(
             state["basis.codes"],
             state["basis.scale"],
             state["basis.zero"],
-            group["rank"] * (2 if like.is_complex() else 1),
+            state["rank"] * (2 if like.is_complex() else 1),
             group_size=group["quant_group_size"],
         )
         if like.is_complex():
-            values = torch.view_as_complex(values.view(len(values), -1, 2))
+            values = torch.view_as_complex(values.view(*values.shape[:-1], -1, 2))
         return values.to(like.dtype)
 
     def keep_basis_(self, basis: Tensor, state: State, group: Group) -> None:
         """Quantize and pack."""
+        values = torch.view_as_real(basis.resolve_conj()).flatten(-2) if basis.is_complex() else basis
         quantize_int4_(
-            state["basis.codes"], state["basis.scale"], state["basis.zero"], _as_real(basis),
+            state["basis.codes"], state["basis.scale"], state["basis.zero"], values,
             group_size=group["quant_group_size"],
         )  # fmt: skip
 
-    def replace_basis_(self, old: Tensor, basis: Tensor, state: State, group: Group) -> Refresh:
+    def replace_basis_(self, basis: Tensor, state: State, group: Group, which: Which) -> Refresh:
         """Renew the basis; lengthen ``gap`` where the last ``queue_size`` bases kept ``cos_threshold`` on average."""
-        result = super().replace_basis_(old, basis, state, group)
-        if int(state["step"]) > 0:
-            shared = (old.mH @ self.basis(old, state, group)).abs().float()
-            state["overlaps"].copy_(torch.cat((state["overlaps"][1:], shared.square().sum().view(1) / group["rank"])))
+        old = self.basis(basis, state, group)
+        result = super().replace_basis_(basis, state, group, which)
+        if which.warm is not False:
+            shared = (old.mH @ self.basis(basis, state, group)).abs().float().square().sum((-2, -1)).mean()
+            state["overlaps"].copy_(torch.cat((state["overlaps"][1:], shared.view(1) / state["rank"])))
             # A NaN, that is a queue that is not full, compares as False.
             if float(state["overlaps"].mean()) >= group["cos_threshold"]:
                 state["gap"] = int(state["gap"] * group["gamma_proj"])
         return result
-
-
-def _as_real(basis: Tensor) -> Tensor:
-    return torch.view_as_real(basis.resolve_conj()).flatten(1) if basis.is_complex() else basis
 
 
 class QGaLoreAdamW8bit(GaLore):
@@ -88,12 +96,13 @@ class QGaLoreAdamW8bit(GaLore):
         if mean of the last queue_size c >= cos_threshold:
             gap = int(gap gamma_proj)      # refreshes follow the steps 1, 1 + gap, 1 + 2 gap, ...
 
-    Tensors of more dimensions, and ``proj_type="full"``, keep GaLore's bases and a constant gap. The weights become
+    Convolutions, and ``proj_type="full"``, keep GaLore's bases and a constant gap; a stack of matrices has one gap,
+    which follows the mean of their overlaps. The weights become
     int8 by :func:`lowrank_optim.nn.quantize_weights`, before the optimizer is made.
 
     Args:
-        params, lr, betas, rank, scale, proj_type, refresh, moments, stagger: as in :class:`GaLoreAdamW`, and so are
-            weight_rounding, maximize, capturable, backend.
+        params, lr, betas, rank, scale, proj_type, refresh, moments: as in :class:`GaLoreAdamW`, and so are the common
+            stagger, state_dtype ("int8" here), weight_rounding, maximize, capturable and backend.
         eps: added to the uncorrected sqrt(V), >= 0.
         weight_decay: decoupled, >= 0; not zero by default, as published.
         update_proj_gap: updates between two refreshes at the start, >= 1.
@@ -115,8 +124,7 @@ class QGaLoreAdamW8bit(GaLore):
     moments are as in ``GaLoreAdamW8bit``.
     """
 
-    subspace = LazyInt4()
-    rule = Adam()
+    triple = Parts(LazyInt4(), Adam(), Plain())
 
     def __init__(
         self,
@@ -136,34 +144,6 @@ class QGaLoreAdamW8bit(GaLore):
         queue_size: int = 5,
         quant_group_size: int = 256,
         moments: str = "keep",
-        stagger: bool = False,
-        weight_rounding: str = "nearest",
-        maximize: bool = False,
-        capturable: bool = False,
-        backend: str | None = None,
+        **common: Unpack[Common],
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "rank": rank,
-                "update_proj_gap": update_proj_gap,
-                "scale": scale,
-                "proj_type": proj_type,
-                "refresh": refresh,
-                "cos_threshold": cos_threshold,
-                "gamma_proj": gamma_proj,
-                "queue_size": queue_size,
-                "quant_group_size": quant_group_size,
-                "moments": moments,
-                "stagger": stagger,
-                "state_dtype": "int8",
-                "weight_rounding": weight_rounding,
-                "maximize": maximize,
-                "capturable": capturable,
-                "backend": backend,
-            },
-        )
+        super().__init__(params, {"state_dtype": "int8", **arguments(locals())})

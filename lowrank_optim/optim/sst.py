@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
@@ -11,17 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from lowrank_optim.ops.triplets import Triplets, activate_, compose, decompose_, draw_slots, normalize_columns_
-from lowrank_optim.optim.base import Explanation, LowRankOptimizer
-from lowrank_optim.optim.checks import check_choice, check_positive_int
-from lowrank_optim.optim.moments import load_moment, store_moment_
-from lowrank_optim.optim.protocols import IDENTITY, UNSCALED, Group, Lift, State, Subspace
-from lowrank_optim.optim.rules import MOMENT_KEYS, Adam
-from lowrank_optim.optim.storage import writable
-
-# Switches of the common loop that have one setting here: a sample is drawn on the host, for new moments.
-_FIXED = {"moments": "keep", "stagger": False, "capturable": False}
+from lowrank_optim.optim.layers import LayerOptimizer
+from lowrank_optim.optim.lifts.plain import Unscaled
+from lowrank_optim.optim.options import Common, arguments, natural, optional, optional_positive_int
+from lowrank_optim.optim.parts import Group, Option, Parts, Scalar, State
+from lowrank_optim.optim.rules.adam import MOMENT_KEYS, Adam
+from lowrank_optim.optim.state_storage import load_moment, store_moment_
+from lowrank_optim.optim.weight_storage import writable
 
 
 def spectral_groups(model: nn.Module | Iterable[tuple[str, Tensor]], **options: Any) -> list[dict[str, Any]]:
@@ -77,7 +75,7 @@ class RampedAdam(Adam):
     # Vectors are normalised after their update, which takes all of them.
     elementwise = False
 
-    def correction(self, step: int | Tensor, group: Group) -> float | Tensor:
+    def correction(self, step: int | Tensor, group: Group) -> Scalar:
         """The bias correction, times 0.001 + 0.999 (t - 1) / (warmup - 1) in the first updates of a layer's part."""
         factor = super().correction(step, group)
         warmup = group["update_proj_gap"] // 10 if group["warmup"] is None else group["warmup"]
@@ -86,7 +84,7 @@ class RampedAdam(Adam):
         return factor * (0.001 + 0.999 * (step - 1) / (warmup - 1))
 
 
-class SSTAdamW(LowRankOptimizer):
+class SSTAdamW(LayerOptimizer):
     """AdamW for models with layers of :class:`lowrank_optim.nn.SST`, W = Σ_i s_i u_i v_iᵀ over q triplets.
 
     With a sample I of r triplets for ``update_proj_gap`` updates:
@@ -111,10 +109,8 @@ class SSTAdamW(LowRankOptimizer):
         samples_per_round: samples between two decompositions, >= 1; None is ceil(q / r).
         warmup: updates of the ramp, >= 0; None is a tenth of update_proj_gap.
         seed: of the draws; each depends on this, on the layer's position and on how many it drew before.
-        state_dtype: "float32", "bfloat16" or "int8", see :class:`lowrank_optim.optim.base.LowRankOptimizer`.
-        weight_rounding: "nearest", "stochastic" or "compensated", likewise.
-        maximize: ascend.
-        backend: None (Triton on CUDA where importable, else eager), "eager" or "triton".
+        common: state_dtype, weight_rounding, maximize and backend of :class:`lowrank_optim.optim.options.Common`;
+            stagger and capturable must be False.
 
     Raises:
         ValueError: an argument out of range, no parameters, or a group with a rank that is no layer.
@@ -128,9 +124,15 @@ class SSTAdamW(LowRankOptimizer):
     the same kind of device.
     """
 
-    subspace = IDENTITY
-    rule = RampedAdam()
-    lift = UNSCALED
+    triple = Parts(None, RampedAdam(), Unscaled())
+    full_rank = RampedAdam()
+    layer, maker = "SST layer", "spectral_groups"
+    options = {
+        **LayerOptimizer.options,
+        "samples_per_round": Option(optional_positive_int, None),
+        "warmup": Option(optional(natural), None),
+        "seed": Option(natural, 0),
+    }
 
     def __init__(
         self,
@@ -144,90 +146,31 @@ class SSTAdamW(LowRankOptimizer):
         samples_per_round: int | None = None,
         warmup: int | None = None,
         seed: int = 0,
-        state_dtype: str = "float32",
-        weight_rounding: str = "nearest",
-        maximize: bool = False,
-        backend: str | None = None,
+        **common: Unpack[Common],
     ) -> None:
         if not isinstance(params, (Tensor, dict, str)):
             params = list(params)
             if params and isinstance(params[0], tuple) and _layers(params):
                 params = spectral_groups(params)
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "rank": None,
-                "update_proj_gap": update_proj_gap,
-                "samples_per_round": samples_per_round,
-                "warmup": warmup,
-                "seed": seed,
-                "state_dtype": state_dtype,
-                "weight_rounding": weight_rounding,
-                "maximize": maximize,
-                "backend": backend,
-                **_FIXED,
-            },
-        )
+        super().__init__(params, {"rank": None, **arguments(locals())})
 
-    def _validate(self, group: Group) -> None:
-        super()._validate(group)
-        check_positive_int("samples_per_round", group["samples_per_round"], optional=True)
-        for key in ("warmup", "seed"):
-            value = group[key]
-            if key == "warmup" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"Invalid {key}: {value!r}, expected a non-negative int")
-        for key, only in _FIXED.items():
-            check_choice(key, group[key], (only,))
-        if group["rank"] is not None and not _is_layer(group["params"], group["rank"]):
-            raise ValueError(
-                f"Invalid rank: {group['rank']}, expected None: the rank of SST belongs to the layers; "
-                "make groups with spectral_groups(model)"
-            )
+    def is_layer(self, params: list[Tensor], rank: int) -> bool:
+        """Whether parameters are the five parts of a layer that samples ``rank`` triplets."""
+        return _is_layer(params, rank)
 
-    def _warn_if_nothing_is_compressed(self) -> None:
-        if all(group["rank"] is None for group in self.param_groups):
-            warnings.warn(
-                f"{type(self).__name__}: no SST layer among the parameters, all get the full-rank rule; "
-                "pass spectral_groups(model)",
-                stacklevel=4,
-            )
+    def _explain(self, param: Tensor, group: Group) -> tuple[str, str]:
+        rank = group["rank"]
+        if rank is None:
+            return super()._explain(param, group)
+        number = self.entry(param).number
+        if number == 1:
+            return "full-rank", "singular values"
+        if number < 3:
+            return f"rank {rank}", f"a sample of {rank} pairs of vectors"
+        return "frozen", "outside of the sample"
 
-    def subspace_of(self, param: Tensor, group: Group) -> Subspace:
-        """Always :data:`IDENTITY`: the layers themselves hold what is sampled apart from the rest."""
-        return IDENTITY
-
-    def explain(self) -> list[Explanation]:
-        """Which parameter gets which method and why, in the order of the groups."""
-        rows = super().explain()
-        at = 0
-        for group in self.param_groups:
-            rank = group["rank"]
-            if rank is not None:
-                vectors, sample = (f"rank {rank}", f"a sample of {rank} pairs of vectors"), "outside of the sample"
-                kinds = (vectors, ("full-rank", "singular values"), vectors, ("frozen", sample), ("frozen", sample))
-                for i, (method, reason) in enumerate(kinds, start=at):
-                    rows[i] = rows[i]._replace(method=method, reason=reason)
-            at += len(group["params"])
-        return rows
-
-    def init_state(self, param: Tensor, group: Group) -> State:
-        """Create the state of one parameter; that of a layer's part counts its ``updates`` as well."""
-        state = super().init_state(param, group)
-        if group["rank"] is not None:
-            state["updates"] = 0
-        return state
-
-    def update_(
-        self, target: Tensor, grad: Tensor, low: Tensor, subspace: Subspace, lift: Lift, state: State, group: Group
-    ) -> None:
-        """As the common loop's; then S is clamped and vectors are normalised, before either is rounded."""
-        super().update_(target, grad, low, subspace, lift, state, group)
+    def finish_(self, target: Tensor, group: Group) -> None:
+        """S is clamped and vectors are normalised, before either is rounded."""
         if group["rank"] is None:
             return
         if target.ndim == 1:
@@ -235,13 +178,11 @@ class SSTAdamW(LowRankOptimizer):
         else:
             normalize_columns_(target)
 
-    @torch.no_grad()
-    def step_param(self, param: Tensor, group: Group) -> None:
+    def _step_param(self, param: Tensor, grad: Tensor, group: Group, key: tuple[Any, ...] | None) -> None:
         """Update one parameter; the last one of a layer to be updated also draws the layer's next sample."""
-        super().step_param(param, group)
-        if group["rank"] is None or param.grad is None:
+        super()._step_param(param, grad, group, key)
+        if group["rank"] is None:
             return
-        # Unlike ``step`` this counts skipped updates too, so that the parts of a layer cannot come apart.
         self.state[param]["updates"] += 1
         draw, rest = divmod(self.state[param]["updates"], group["update_proj_gap"])
         counts = {self.state.get(p, {}).get("updates") for p in group["params"] if p.requires_grad}
@@ -256,7 +197,7 @@ class SSTAdamW(LowRankOptimizer):
         u, s, v = states[:3]
         position = next(state["seed"] for state in states if state)
         mixed = np.random.SeedSequence([group["seed"], position, draw]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(mixed >> np.uint64(1)))
+        generator = torch.Generator(device="cpu").manual_seed(int(mixed >> np.uint64(1)))
         with ExitStack() as stack:
             parts = Triplets(
                 *(

@@ -2,93 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from lowrank_optim.ops.newton_schulz import newton_schulz
-from lowrank_optim.optim.base import LowRankOptimizer
-from lowrank_optim.optim.checks import check_choice, check_positive_int, check_range
-from lowrank_optim.optim.columns import Coefficients, add_coefficients_
-from lowrank_optim.optim.moments import init_moment, load_moment, replace_moment_, unseen_finite
-from lowrank_optim.optim.protocols import IDENTITY, Group, Rule, State, Subspace
-from lowrank_optim.optim.rules import CorrectedAdam
-
-SCALINGS = ("kj", "dion", "kimi", "none")
-FULL_RANK = CorrectedAdam()
+from lowrank_optim.optim.engine import LowRankOptimizer, Plan
+from lowrank_optim.optim.lifts.momentum import Momentum
+from lowrank_optim.optim.options import Common, arguments, number
+from lowrank_optim.optim.parts import Group, Option, Parts, Scalar
+from lowrank_optim.optim.rules.adam import CorrectedAdam
+from lowrank_optim.optim.rules.newton_schulz import NewtonSchulz
+from lowrank_optim.optim.subspaces.fixed_basis import Coefficients, Settings
 
 
-def update_scale(rows: int, columns: int, scaling: str) -> float:
-    """The factor of an update whose singular values are about 1, from the weight's shape (out, in)."""
-    return {
-        "kj": math.sqrt(max(1, rows / columns)),
-        "dion": math.sqrt(rows / columns),
-        "kimi": 0.2 * math.sqrt(max(rows, columns)),
-        "none": 1.0,
-    }[scaling]
+class Unrotated(Coefficients):
+    """Selected coefficients of a momentum that is kept in all of them: there are no moments to move."""
 
+    options = {key: option for key, option in Coefficients.options.items() if key != "rotate"}
 
-class NewtonSchulz:
-    """The low-rank momentum with its singular values set to about 1. Without state or bias correction."""
-
-    def validate(self, group: Group) -> None:
-        """Raise ValueError on ns_steps below 1, or on what the full-rank rule refuses."""
-        check_positive_int("ns_steps", group["ns_steps"])
-        check_range("adamw_lr", group["adamw_lr"], low=0.0)
-        FULL_RANK.validate(group)
-
-    def init(self, like: Tensor, shape: torch.Size, state: State, group: Group) -> None:
-        """Nothing: the momentum is the lift's."""
-
-    def direction(self, low: Tensor, state: State, group: Group) -> Tensor:
-        """Orthogonal to within the iteration's accuracy."""
-        return newton_schulz(low, steps=group["ns_steps"], backend=group["backend"])
-
-    def correction(self, step: int | Tensor, group: Group) -> float | Tensor:
-        """1."""
-        return 1.0
-
-    def transport(self, state: State, overlap: Tensor, group: Group) -> None:
-        """Nothing to move: the momentum is kept in all coordinates."""
-
-
-class Momentum:
-    """A momentum of the whole matrix, of which only the part that is used decays.
-
-    In coefficients, S = B + G D, of which the step takes the selected columns; then B is S with these scaled down.
-    The state ``momentum`` is B. S is the only full-size temporary.
-    """
-
-    def validate(self, group: Group) -> None:
-        """Raise ValueError on a momentum outside [0, 1) or an unknown scaling."""
-        check_range("momentum", group["momentum"], low=0.0, high=1.0, high_open=True)
-        check_choice("scaling", group["scaling"], SCALINGS)
-
-    def init(self, param: Tensor, subspace: Subspace, state: State, group: Group) -> None:
-        """A zero momentum, (rows, d)."""
-        dtype = torch.promote_types(param.dtype, torch.float32)
-        shape = subspace.orient(param, state).shape
-        init_moment(state, "momentum", shape, dtype, param.device, group["state_dtype"])
-
-    def before(self, grad: Tensor, state: State, group: Group) -> Tensor:
-        """The coefficients of momentum and gradient."""
-        total = load_moment(state, "momentum", grad.dtype).clone()
-        add_coefficients_(total, grad, group)
-        return total
-
-    def apply_(
-        self, target: Tensor, grad: Tensor, low: Tensor, direction: Tensor, subspace: Subspace,
-        state: State, group: Group, *, alpha: float | Tensor,
-    ) -> None:  # fmt: skip
-        """target += alpha * scale * up(direction); the selected part of the momentum decays. ``grad`` is used up."""
-        rows, columns = reversed(target.shape) if state["left"] else target.shape
-        alpha = alpha * update_scale(rows, columns, group["scaling"])
-        subspace.add_up_(target, direction, state, group, alpha=alpha)
-        finite = unseen_finite(grad)
-        grad.index_copy_(-1, state["indices"], low * group["momentum"])
-        replace_moment_(state, "momentum", grad, where=finite)
+    def settings(self, group: Group) -> Settings:
+        return Settings(group["basis"], group["ell_norm"], group["similarity"], rotate=False)
 
 
 class Trion(LowRankOptimizer):
@@ -104,10 +38,9 @@ class Trion(LowRankOptimizer):
         W = (1 - lr weight_decay) W
         W = W - lr scale N D_Iᵀ
 
-    Embeddings, heads, vectors, tensors of more than two dimensions, matrices whose smaller side does not exceed the
-    rank and groups with ``rank=None`` get AdamW, with a learning rate of its own: a group that names no ``lr`` and
-    holds both kinds becomes two groups, of which the second has ``lr=adamw_lr``, so that schedulers drive both. A group
-    that names its ``lr`` keeps it for all of its parameters.
+    Embeddings, heads, vectors, matrices whose smaller side does not exceed the rank and groups with ``rank=None`` get
+    AdamW, with a learning rate of its own: it stays at the ratio adamw_lr / lr of the group's ``lr``, so that a
+    schedule drives both. A group that names its ``lr`` and no ``adamw_lr`` keeps it for all of its parameters.
 
     Args:
         params: tensors (every matrix is compressed), ``model.named_parameters()`` (embeddings, head, norms and
@@ -123,14 +56,9 @@ class Trion(LowRankOptimizer):
             "none" 1.
         basis, ell_norm, similarity: as in :class:`DCTAdamW`.
         update_proj_gap: updates between two selections, >= 1.
-        adamw_lr: learning rate of AdamW, as ``lr``.
-        state_dtype: storage of momentum and of AdamW's moments: "float32", "bfloat16" (stochastically rounded) or
-            "int8" (blockwise).
-        weight_rounding: of bfloat16 weights: "nearest", "stochastic" or "compensated" (an int8 correction is kept).
-        stagger: spread the selections of the parameters over the gap instead of one step for all.
-        maximize: ascend.
-        capturable: step counters on the device, for CUDA graphs; see :class:`LowRankOptimizer`.
-        backend: None (Triton on CUDA where importable, else eager), "eager" or "triton".
+        adamw_lr: learning rate of AdamW while ``lr`` has its initial value.
+        common: stagger, state_dtype, weight_rounding, maximize, capturable, backend; see
+            :class:`lowrank_optim.optim.options.Common`.
 
     Raises:
         ValueError: an argument out of range, or no parameters.
@@ -143,9 +71,9 @@ class Trion(LowRankOptimizer):
     1 + k gap; published is a gap of 1.
     """
 
-    subspace = Coefficients()
-    rule = NewtonSchulz()
-    lift = Momentum()
+    triple = Parts(Unrotated(), NewtonSchulz(), Momentum())
+    full_rank = CorrectedAdam()
+    options = {"adamw_lr": Option(number()), "adamw_share": Option(number(), 1.0)}
     decay_first = True
 
     def __init__(
@@ -165,56 +93,24 @@ class Trion(LowRankOptimizer):
         similarity: str = "auto",
         update_proj_gap: int = 1,
         adamw_lr: float | Tensor = 3e-4,
-        state_dtype: str = "float32",
-        weight_rounding: str = "nearest",
-        stagger: bool = False,
-        maximize: bool = False,
-        capturable: bool = False,
-        backend: str | None = None,
+        **common: Unpack[Common],
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "rank": rank,
-                "momentum": momentum,
-                "ns_steps": ns_steps,
-                "scaling": scaling,
-                "basis": basis,
-                "ell_norm": ell_norm,
-                "similarity": similarity,
-                "update_proj_gap": update_proj_gap,
-                "adamw_lr": adamw_lr,
-                "state_dtype": state_dtype,
-                "weight_rounding": weight_rounding,
-                "stagger": stagger,
-                "maximize": maximize,
-                "capturable": capturable,
-                "backend": backend,
-            },
-        )
-
-    def rule_of(self, subspace: Subspace) -> Rule:
-        """AdamW for what is not compressed."""
-        return FULL_RANK if subspace is IDENTITY else self.rule
+        super().__init__(params, arguments(locals()))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; without an ``lr`` of its own, what gets AdamW is split off with ``lr=adamw_lr``."""
-        keeps_lr = "lr" in param_group
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        full_rank = [self.subspace_of(p, group) is IDENTITY for p in group["params"]]
-        if keeps_lr or not any(full_rank):
-            return
-        rest = {**group, "lr": group["adamw_lr"]}
-        for key in ("params", "param_names"):
-            if key in group:
-                rest[key] = [value for value, full in zip(group[key], full_rank) if full]
-                group[key] = [value for value, full in zip(group[key], full_rank) if not full]
-        if group["params"]:
-            self.param_groups.append(rest)
-        else:
-            self.param_groups[-1] = rest
+        """Add a group; one with an ``lr`` of its own and no ``adamw_lr`` keeps it for AdamW too."""
+        own = "lr" in param_group and "adamw_lr" not in param_group
+        group = {**self.defaults, **param_group}
+        share = 1.0 if own else ratio(group["adamw_lr"], group["lr"])
+        super().add_param_group({"adamw_share": share, **param_group})
+
+    def step_size(self, plan: Plan, param: Tensor, group: Group) -> tuple[Scalar, Scalar]:
+        """AdamW's learning rate keeps its share of the group's."""
+        rule = plan.parts.rule
+        lr = group["lr"] if rule is self.triple.rule else group["lr"] * group["adamw_share"]
+        return lr * rule.correction(plan.state["step"], group), self.kept_by_decay(lr, group)
+
+
+def ratio(part: Scalar, whole: Scalar) -> float:
+    """part / whole, 1 where both are zero or cannot be compared."""
+    return float(part) / float(whole) if float(whole) > 0 else 1.0

@@ -8,7 +8,7 @@ import torch
 from torch.optim import Optimizer
 
 from lowrank_optim.nn import quantize_weights
-from lowrank_optim.optim.base import LowRankOptimizer
+from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.optim.in_backward import StepInBackward, step_in_backward
 from lowrank_optim.pretrain.config import Options, Resolved, UserError, user_errors
 from lowrank_optim.pretrain.llama import build_config, build_model

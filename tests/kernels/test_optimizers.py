@@ -37,7 +37,7 @@ SHAPES = [(37, 61), (61, 37)]
 
 @pytest.fixture(autouse=True)
 def _small_moments_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowrank_optim.optim.moments.MIN_8BIT_SIZE", 16)
+    monkeypatch.setattr("lowrank_optim.optim.state_storage.MIN_8BIT_SIZE", 16)
 
 
 def run(name: str, kwargs: dict[str, Any], dtype: torch.dtype, device: torch.device, backend: str) -> list[Tensor]:

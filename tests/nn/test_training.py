@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lowrank_optim import GaLoreAdamW
 from lowrank_optim.nn import convert
-from lowrank_optim.optim.base import LowRankOptimizer
+from lowrank_optim.optim.engine import LowRankOptimizer
 from tests.nn.parameterizations import VARIANTS, Block, block, loss_of, train
 from tests.optimizers import OPTIMIZERS, WITHOUT_RANK
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim import APOLLOAdamW, APOLLOMini
-from lowrank_optim.optim.base import LowRankOptimizer
-from lowrank_optim.optim.random_bases import Gaussian, overlap_of
+from lowrank_optim.optim.engine import LowRankOptimizer
+from lowrank_optim.optim.subspaces.random import Gaussian, overlap_of
 from tests.reference.apollo import apollo
 
 

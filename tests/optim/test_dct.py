@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from lowrank_optim import DCTAdamW
 from lowrank_optim.ops.dct_select import dct_select
 from lowrank_optim.ops.int8_blocks import dequantize
-from lowrank_optim.optim.columns import BASES, basis_rows, coefficients, uses_fft
-from lowrank_optim.optim.protocols import Group, State
-from lowrank_optim.optim.rules import Adam, CorrectedAdam
+from lowrank_optim.optim.subspaces.fixed_basis import BASES, basis_rows, coefficients, uses_fft
+from lowrank_optim.optim.parts import Group, State
+from lowrank_optim.optim.rules.adam import Adam, CorrectedAdam
 from tests.conftest import GOLDEN
 from tests.reference.columns import cosine_basis, dct_adamw
 from tests.temporaries import CountTemporaries

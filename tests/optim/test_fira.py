@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim import APOLLOAdamW, FiraAdamW
-from lowrank_optim.optim.base import LowRankOptimizer
+from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.optim.fira import residual_norm
-from lowrank_optim.optim.scaling import factors, row_norms
+from lowrank_optim.optim.lifts.norm_scaling import factors, row_norms
 from tests.reference.fira import fira
 
 SETTINGS: dict[str, Any] = {"lr": 0.02, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lowrank_optim import FRUGALAdamW
 from lowrank_optim.ops.dct import dct_matrix
-from lowrank_optim.optim.base import LowRankOptimizer
+from lowrank_optim.optim.engine import LowRankOptimizer
 from tests.reference.frugal import frugal
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowrank_optim import GaLoreAdamW
-from lowrank_optim.optim.base import LowRankOptimizer
+from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.optim.galore import draw_spectral
 
 

@@ -234,7 +234,7 @@ def test_resumed_in_a_new_process_is_bit_identical(tmp_path: Path) -> None:
 )
 def test_stored_in_fewer_bits_it_learns_and_resumes(options: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     # So that the moments of these small layers are quantized too.
-    monkeypatch.setattr("lowrank_optim.optim.moments.MIN_8BIT_SIZE", 1)
+    monkeypatch.setattr("lowrank_optim.optim.state_storage.MIN_8BIT_SIZE", 1)
     model, optimizer = make(dtype=torch.bfloat16, **options)
     losses = train(model, optimizer, 0, GAP - 1)
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))

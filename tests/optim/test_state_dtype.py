@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim import GaLoreAdamW
-from lowrank_optim.optim.moments import load_moment
+from lowrank_optim.optim.state_storage import load_moment
 
 LARGE = (300, 40)
 

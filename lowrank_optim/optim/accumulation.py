@@ -10,28 +10,15 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops.rounding import mix_key, round_to_bfloat16
-from lowrank_optim.optim.base import LowRankOptimizer, refresh_due
-from lowrank_optim.optim.protocols import IDENTITY, Group, State, SummedSubspace
+from lowrank_optim.optim.engine import LowRankOptimizer, largest, refresh_due, select_matrices
+from lowrank_optim.optim.parts import Group
+from lowrank_optim.optim.state_storage import SALTS
+from lowrank_optim.optim.views import as_matrices
 
 SUM_DTYPES = (torch.float32, torch.bfloat16)
-# Sets these random bits apart from all others of a parameter.
-SALT = 7
 
 
-def can_sum(optimizer: LowRankOptimizer, param: Tensor, group: Group) -> bool:
-    """Whether an update and a refresh of this parameter can do without the whole gradient."""
-    subspace = optimizer.subspace_of(param, group)
-    reads_gradient = getattr(optimizer.lift, "reads_gradient", None)
-    return (
-        subspace is not IDENTITY
-        and reads_gradient is not None
-        and not reads_gradient(group)
-        and isinstance(subspace, SummedSubspace)
-        and subspace.sums(group)
-    )
-
-
-class Sums:
+class Accumulator:
     """Sums of one parameter over the micro-batches of one update.
 
     Args:
@@ -40,11 +27,12 @@ class Sums:
 
     def __init__(self, optimizer: LowRankOptimizer, param: Tensor, group: Group, dtype: torch.dtype) -> None:
         self.optimizer, self.param, self.group, self.dtype = optimizer, param, group, dtype
-        self.subspace: Any = optimizer.subspace_of(param, group)
-        self.state: State = optimizer.state[param] or optimizer.init_state(param, group)
+        self.plan = optimizer.plan_of(param, group)
+        self.subspace: Any = self.plan.parts.subspace
+        self.state = self.plan.state
         # The first basis comes from a gradient, all later ones from sums.
-        self.has_basis = int(self.state["step"]) > 0
-        self.renews = self.has_basis and ("pending" in self.state or refresh_due(self.state, group))
+        self.has_basis = int(self.state["step"]) > 0 and not self.state["waiting"]
+        self.renews = self.has_basis and ("pending" in self.state or refresh_due(self.state, group, self.plan.place))
         self.grad_dtype = param.dtype
         self.low: Tensor | None = None
         self.sketch: Tensor | None = None
@@ -54,22 +42,25 @@ class Sums:
         """Add the images of the parameter's gradient, and free it."""
         if self.param.grad is None:
             return
-        grad, self.param.grad = self.subspace.orient(self.param.grad, self.state), None
+        grad, self.param.grad = as_matrices(self.param.grad, self.plan.view), None
+        grad = self.subspace.orient(grad, self.state)
         self.grad_dtype = grad.dtype
         if not self.has_basis:
-            self.has_basis = self.optimizer._refresh(self.subspace, grad, self.state, self.group)
+            self.has_basis = self.optimizer.refresh(self.plan, grad, self.group)
             if not self.has_basis:
                 return
         self.terms += 1
-        self.low = self._add(self.low, self.subspace.down(grad, self.state, self.group))
-        sketch = self.subspace.sketch(grad, self.state, self.group) if self.renews else None
+        self.low = self._add(self.low, self.subspace.project(grad, self.state, self.group))
+        sketch = None
+        if self.renews:
+            sketch = self.subspace.accumulation.sketch(self.subspace, grad, self.state, self.group)
         if sketch is not None:
             self.sketch = self._add(self.sketch, sketch)
 
     def _add(self, total: Tensor | None, term: Tensor) -> Tensor:
         total = widen(term) if total is None else widen(total).add_(term)
         if self.dtype == torch.bfloat16 and total.dtype == torch.float32:
-            return round_to_bfloat16(total, mix_key(self.state["seed"], self.state["step"], SALT + self.terms))
+            return round_to_bfloat16(total, mix_key(self.state["seed"], self.state["step"], SALTS["sum"] + self.terms))
         return total
 
     def step(self, clip_: Callable[[Tensor], None]) -> None:
@@ -84,14 +75,18 @@ class Sums:
 
     def _renew(self, low: Tensor, sketch: Tensor | None) -> None:
         start = time.perf_counter()
-        largest = float((low if sketch is None else sketch).abs().amax())
-        if 0 < largest < float("inf"):
-            _, overlap = self.subspace.refresh_from_sums(low, sketch, self.state, self.group, dtype=self.grad_dtype)
-            if overlap is not None:
-                self.optimizer.rule_of(self.subspace).transport(self.state, overlap, self.group)
-        else:
+        sizes = largest(low if sketch is None else sketch, self.plan.view.batch)
+        which = None
+        if all(size < float("inf") for size in sizes):
+            which, _ = select_matrices(self.subspace, sizes, self.plan, low.device, is_scheduled=True)
+        if which is None:
             self.state.pop("pending", None)
             self.optimizer._warn_once("kept an old basis because no new one could be computed")
+        else:
+            result = self.subspace.accumulation.refresh(
+                self.subspace, low, sketch, self.state, self.group, which, self.grad_dtype
+            )
+            self.optimizer.transport(self.plan, result, self.group)
         self.optimizer.refresh_seconds += time.perf_counter() - start
 
 

@@ -1,11 +1,12 @@
 """How a moment is stored: the only place that knows ``state_dtype``.
 
-A rule allocates a moment with :func:`init_moment`, computes on what :func:`load_moment` returns, in place, and hands it
+A rule declares a moment with :func:`moment_slots`, computes on what :func:`load_moment` returns, in place, and hands it
 back to :func:`store_moment_`. With ``state_dtype="float32"`` that is the stored tensor itself.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lowrank_optim.ops.blockwise import BLOCK, dequantize, quantize_
 from lowrank_optim.ops.rounding import mix_key, round_to_bfloat16
+from lowrank_optim.optim.parts import Slot, Slots, State
 
 STATE_DTYPES = ("float32", "bfloat16", "int8")
 
@@ -23,36 +25,36 @@ MIN_8BIT_SIZE = 4096
 # Moments that are never negative use the unsigned map, which has twice as many codes for them.
 UNSIGNED = frozenset({"exp_avg_sq"})
 
-# Tensors of one parameter that are rounded in the same step must not share their random bits.
-SALTS = {"weight": 0, "exp_avg": 1, "exp_avg_sq": 2, "momentum": 3, "error": 4}
+# Each use of random bits of one parameter in one step has a number of its own, "sum" one for every micro-batch.
+SALTS = {"weight": 0, "exp_avg": 1, "exp_avg_sq": 2, "momentum": 3, "error": 4, "basis": 5, "sketch": 6, "sum": 7}
 
 # Values that are computed on at a time where they are stored in fewer bits: some ten fp32 temporaries of 8 MB each.
 SLICE = 2**21
 
 
-def rounding_key(state: dict[str, Any], role: str) -> int | Tensor:
+def rounding_key(state: State, role: str) -> int | Tensor:
     """The key of the random bits that round one tensor of a parameter in the current step."""
     return mix_key(state["seed"], state["step"], SALTS[role])
 
 
-def init_moment(
-    state: dict[str, Any], key: str, shape: torch.Size, dtype: torch.dtype, device: torch.device, state_dtype: str
-) -> None:
-    """Allocate a zero moment under ``key``, or ``key.codes`` and ``key.scale``; works on the meta device.
+def moment_slots(key: str, shape: tuple[int, ...], dtype: torch.dtype, state_dtype: str, along: str | None) -> Slots:
+    """A zero moment under ``key``, or its ``key.codes`` and ``key.scale``.
 
     Complex moments, and with int8 those of fewer than 4096 values, keep ``dtype``.
     """
-    if dtype.is_complex or state_dtype == "float32" or (state_dtype == "int8" and shape.numel() < MIN_8BIT_SIZE):
-        state[key] = torch.zeros(shape, dtype=dtype, device=device)
-    elif state_dtype == "bfloat16":
-        state[key] = torch.zeros(shape, dtype=torch.bfloat16, device=device)
-    else:
-        # A scale of 0 makes every code a zero.
-        state[f"{key}.codes"] = torch.zeros(shape, dtype=torch.uint8, device=device)
-        state[f"{key}.scale"] = torch.zeros(-(-shape.numel() // BLOCK), dtype=torch.float32, device=device)
+    numel = math.prod(shape)
+    if dtype.is_complex or state_dtype == "float32" or (state_dtype == "int8" and numel < MIN_8BIT_SIZE):
+        return {key: Slot(shape, dtype, along)}
+    if state_dtype == "bfloat16":
+        return {key: Slot(shape, torch.bfloat16, along)}
+    # A scale of 0 makes every code a zero.
+    return {
+        f"{key}.codes": Slot(shape, torch.uint8, along),
+        f"{key}.scale": Slot((-(-numel // BLOCK),), torch.float32),
+    }
 
 
-def load_moment(state: dict[str, Any], key: str, dtype: torch.dtype) -> Tensor:
+def load_moment(state: State, key: str, dtype: torch.dtype) -> Tensor:
     """A moment in at least fp32, to be modified in place.
 
     Args:
@@ -68,7 +70,7 @@ def load_moment(state: dict[str, Any], key: str, dtype: torch.dtype) -> Tensor:
     return moment.to(torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32)
 
 
-def store_moment_(state: dict[str, Any], key: str, moment: Tensor) -> None:
+def store_moment_(state: State, key: str, moment: Tensor) -> None:
     """Put back what :func:`load_moment` returned; bfloat16 is rounded stochastically, int8 to the nearest code."""
     stored = state.get(key)
     if stored is moment:
@@ -82,25 +84,15 @@ def store_moment_(state: dict[str, Any], key: str, moment: Tensor) -> None:
         stored.copy_(moment)
 
 
-def unseen_finite(tensor: Tensor) -> Tensor | None:
-    """Whether a gradient is finite, 0-d; None on the CPU, where the base has turned away those that are not.
-
-    Elsewhere a NaN comes unseen between two refreshes, and must not stay in a momentum or an error for ever.
-    """
-    if tensor.device.type == "cpu" and not torch.compiler.is_compiling():
-        return None
-    return tensor.sum().isfinite()
-
-
-def replace_moment_(state: dict[str, Any], key: str, values: Tensor, *, where: Tensor | None) -> None:
-    """Overwrite a moment; a 0-d ``where`` that is False leaves it as it is."""
-    if where is not None:
+def replace_moment_(state: State, key: str, values: Tensor, ok: bool | Tensor) -> None:
+    """Overwrite a moment, unless the verdict ``ok`` on the gradient says that it is not finite."""
+    if isinstance(ok, Tensor):
         moment = load_moment(state, key, values.dtype)
-        values = torch.where(where, values, moment, out=moment)
+        values = torch.where(ok, values, moment, out=moment)
     store_moment_(state, key, values)
 
 
-def slices(state: dict[str, Any], *tensors: Tensor) -> Iterator[tuple[dict[str, Any], tuple[Tensor, ...]]]:
+def slices(state: State, *tensors: Tensor) -> Iterator[tuple[State, tuple[Tensor, ...]]]:
     """Tensors and the state of their elements in flat slices; all at once where they are small or not contiguous.
 
     What is computed element by element becomes the same bits, in memory for one slice: a slice begins with a block of
@@ -116,7 +108,7 @@ def slices(state: dict[str, Any], *tensors: Tensor) -> Iterator[tuple[dict[str, 
         return
     for start in range(0, numel, SLICE):
         stop = min(start + SLICE, numel)
-        part = {**state, "start": start}
+        part: dict[str, Any] = {**state, "start": start}
         for key, value in state.items():
             if key.endswith(".scale"):
                 part[key] = value[start // BLOCK : -(-stop // BLOCK)]

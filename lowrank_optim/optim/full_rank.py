@@ -1,0 +1,49 @@
+"""What is not compressed: the rule on the gradient as it is, in slices where that saves memory."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.optim.finite import zero_unless
+from lowrank_optim.optim.parts import Group, Rule, Scalar, State
+from lowrank_optim.optim.state_storage import slices
+from lowrank_optim.optim.weight_storage import is_int8, writable
+
+
+class Method(Protocol):
+    """What a method may replace; see :class:`lowrank_optim.optim.engine.LowRankOptimizer`."""
+
+    decay_first: bool
+
+    def add_direction_(
+        self, target: Tensor, rule: Rule, grad: Tensor, state: State, group: Group, size: Scalar, sign: float
+    ) -> None: ...
+
+    def finish_(self, target: Tensor, group: Group) -> None: ...
+
+
+def step_full_rank_(
+    method: Method, param: Tensor, grad: Tensor, rule: Rule, state: State, group: Group, ok: bool | Tensor,
+    *, size: Scalar, sign: float, decay: Scalar,
+) -> None:  # fmt: skip
+    """Move one parameter that is not compressed; ``state["step"]`` counts this update already.
+
+    Args:
+        ok: the verdict on the gradient, see :mod:`lowrank_optim.optim.finite`.
+        size, sign: of the step; a rule that keeps a mean of its updates takes the size into it.
+        decay: what the weight is multiplied with.
+    """
+    target, slope = (torch.view_as_real(t) if t.is_complex() else t for t in (param, grad))
+    # A slice of an int8 weight would not know where its values are.
+    whole = is_int8(param) or not rule.elementwise
+    for part, (values, some) in [(state, (target, slope))] if whole else slices(state, target, slope):
+        with writable(values, part, group["weight_rounding"]) as weight:
+            if method.decay_first and group["weight_decay"] != 0:
+                weight.mul_(decay)
+            method.add_direction_(weight, rule, zero_unless(ok, some), part, group, size, sign)
+            if not method.decay_first and group["weight_decay"] != 0:
+                weight.mul_(decay)
+            method.finish_(weight, group)

@@ -1,0 +1,1 @@
+"""Lifts: from a direction to an update of the whole weight."""

@@ -1,0 +1,1 @@
+"""Rules that more than one family uses: from a gradient to a direction."""

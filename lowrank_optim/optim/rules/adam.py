@@ -1,0 +1,149 @@
+"""Adam's rules: from a (low-rank) gradient to a direction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.ops import pick
+from lowrank_optim.ops.adam8bit_direction import adam8bit_direction
+from lowrank_optim.ops.adam_direction import adam_direction
+from lowrank_optim.ops.fused_adam import fused_adam_, fused_adam_fits
+from lowrank_optim.ops.move_columns import move_columns_
+from lowrank_optim.ops.row_norms import row_norms
+from lowrank_optim.optim.options import number
+from lowrank_optim.optim.parts import Group, Option, Rule, Scalar, Slots, State, View
+from lowrank_optim.optim.state_storage import SLICE, load_moment, moment_slots, rounding_key, slices, store_moment_
+from lowrank_optim.optim.validation import check_range
+
+MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
+
+
+def check_betas(name: str, betas: Any) -> None:
+    """Raise ValueError unless ``betas`` are two numbers in [0, 1)."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"Invalid {name}: {betas!r}, expected two numbers in [0, 1)")
+    for i, beta in enumerate(betas):
+        check_range(f"{name}[{i}]", beta, low=0.0, high=1.0, high_open=True)
+
+
+class Adam(Rule):
+    """Adam's moments and direction, as GaLore's code has it (Kingma, Ba 2015, arXiv 1412.6980, algorithm 1).
+
+    M / (sqrt(V) + eps), with the bias correction sqrt(1 - beta2^t) / (1 - beta1^t) kept apart: eps is therefore added
+    to the uncorrected sqrt(V). Moments are fp32 whatever the parameter's dtype (fp64 for fp64), because in bfloat16,
+    rounded to nearest, a second moment with beta2 = 0.999 never decays; the group's ``state_dtype`` stores them in
+    fewer bits.
+    """
+
+    elementwise = True
+    options = {"betas": Option(check_betas), "eps": Option(number())}
+
+    def slots(self, shape: tuple[int, ...], view: View, group: Group, along: str | None) -> Slots:
+        dtype, stored = view.wide, group["state_dtype"]
+        if len(shape) > len(view.shape):
+            # The full-rank rule sees complex parameters as pairs of real numbers.
+            dtype = dtype.to_real()
+        return {
+            **moment_slots("exp_avg", shape, dtype, stored, along),
+            **moment_slots("exp_avg_sq", shape, dtype.to_real(), stored, along),
+        }
+
+    def direction(self, low: Tensor, state: State, group: Group, norms: Tensor | None = None) -> Tensor:
+        """M / (sqrt(V) + eps)."""
+        if norms is not None or "exp_avg.codes" not in state or low.numel() <= SLICE or self._has_kernels(low, group):
+            return self._direction(low, state, group, norms)
+        direction = torch.empty(low.shape, dtype=torch.promote_types(low.dtype, torch.float32), device=low.device)
+        for part, (some, out) in slices(state, low.contiguous(), direction):
+            out.copy_(self._direction(some, part, group))
+        return direction
+
+    def add_direction_(self, target: Tensor, grad: Tensor, state: State, group: Group, *, alpha: Scalar) -> None:
+        """target += alpha * direction(grad), without a temporary where torch has one kernel for all of it."""
+        eps = self._eps(state, group)
+        if not self._has_kernels(grad, group) and self._may_fuse(group, eps):
+            moments = [load_moment(state, key, grad.dtype) for key in MOMENT_KEYS]
+            if fused_adam_fits(target, grad, *moments):
+                beta1, beta2 = group["betas"]
+                fused_adam_(target, grad, *moments, beta1=beta1, beta2=beta2, eps=float(eps), alpha=float(alpha))
+                self._store_(moments, state)
+                return
+        super().add_direction_(target, grad, state, group, alpha=alpha)
+
+    def _direction(self, low: Tensor, state: State, group: Group, norms: Tensor | None = None) -> Tensor:
+        beta1, beta2 = group["betas"]
+        eps = self._eps(state, group)
+        if not self._has_kernels(low, group):
+            moments = [load_moment(state, key, low.dtype) for key in MOMENT_KEYS]
+            if self._may_fuse(group, eps) and fused_adam_fits(low, *moments):
+                direction = torch.zeros_like(moments[0])
+                fused_adam_(direction, low, *moments, beta1=beta1, beta2=beta2, eps=float(eps), alpha=1.0)
+                if norms is not None:
+                    torch.stack([row_norms(some).squeeze(-1) for some in (low, direction)], out=norms)
+            else:
+                direction = adam_direction(low, *moments, beta1=beta1, beta2=beta2, eps=eps, norms=norms)
+            self._store_(moments, state)
+            return direction
+        # Kernels read moments as they are stored.
+        first, second = MOMENT_KEYS
+        if f"{first}.codes" in state:
+            stored = [state[f"{key}.{part}"] for key in MOMENT_KEYS for part in ("codes", "scale")]
+            by_blocks = pick(adam8bit_direction, group["backend"], low.device)
+            return by_blocks(low, *stored, beta1=beta1, beta2=beta2, eps=eps, norms=norms)
+        rounded = state[first].dtype == torch.bfloat16
+        return pick(adam_direction, group["backend"], low.device)(
+            low, state[first], state[second], beta1=beta1, beta2=beta2, eps=eps,
+            keys=(rounding_key(state, first), rounding_key(state, second)) if rounded else None,
+            start=state.get("start", 0), norms=norms,
+        )  # fmt: skip
+
+    def _store_(self, moments: list[Tensor], state: State) -> None:
+        for key, moment in zip(MOMENT_KEYS, moments):
+            store_moment_(state, key, moment)
+
+    def _has_kernels(self, low: Tensor, group: Group) -> bool:
+        if group["backend"] is None and (low.dtype == torch.float64 or low.is_complex()):
+            return False
+        return pick(adam_direction, group["backend"], low.device) is not adam_direction
+
+    def _may_fuse(self, group: Group, eps: Scalar) -> bool:
+        return group["backend"] is None and not isinstance(eps, Tensor)
+
+    def _eps(self, state: State, group: Group) -> Scalar:
+        eps: float = group["eps"]
+        return eps
+
+    def correction(self, step: int | Tensor, group: Group) -> Scalar:
+        """sqrt(1 - beta2^t) / (1 - beta1^t)."""
+        beta1, beta2 = group["betas"]
+        factor: Scalar = (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+        return factor
+
+    def transport(self, state: State, overlap: Tensor, group: Group) -> None:
+        """M <- M O, V <- V |O|² with the overlap O, or both gathered by column.
+
+        V is moved as if the coordinates of the gradient were independent; LDAdam's rule is finer.
+        """
+        for key in MOMENT_KEYS:
+            moment = load_moment(state, key, torch.float32)
+            if overlap.dtype == torch.int64:
+                pick(move_columns_, group["backend"], moment.device)(moment, overlap)
+                moved = moment
+            elif key == "exp_avg":
+                moved = moment @ overlap.to(moment.dtype)
+            else:
+                moved = moment @ overlap.abs().square().to(moment.dtype)
+            store_moment_(state, key, moved)
+
+
+class CorrectedAdam(Adam):
+    """Adam with eps beside the bias-corrected sqrt(V), as in ``torch.optim.AdamW``.
+
+    M / (sqrt(V) + eps sqrt(1 - beta2^t)), which with the correction of :class:`Adam` is M̂ / (sqrt(V̂) + eps).
+    """
+
+    def _eps(self, state: State, group: Group) -> Scalar:
+        eps: Scalar = group["eps"] * (1 - group["betas"][1] ** state["step"]) ** 0.5
+        return eps

@@ -1,0 +1,1 @@
+"""Subspaces: where a gradient lives."""

@@ -1,0 +1,78 @@
+"""What subspaces on one side of a matrix share: the orientation, and the product that projects."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.ops.project import project
+from lowrank_optim.optim.parts import Group, Number, Scalar, Slots, State, Subspace, View
+
+SIDES = ("std", "reverse_std", "left", "right")
+
+
+def on_left(shape: tuple[int, ...], proj_type: str) -> bool:
+    """Whether the rows of a matrix (..., m, n) are the compressed side."""
+    rows, columns = shape[-2:]
+    return {"std": rows < columns, "reverse_std": rows >= columns, "left": True, "right": False}[proj_type]
+
+
+class Oriented(Subspace):
+    """A subspace on one side of every matrix (..., m, n), with a basis (..., d, rank) of that side.
+
+    The parts of the state that it declares are ``left``, whether the rows are the compressed side, and ``rank``.
+    """
+
+    def left(self, shape: tuple[int, ...], group: Group) -> bool:
+        """Whether the rows are compressed; the smaller side here."""
+        return on_left(shape, "std")
+
+    def compresses(self, shape: tuple[int, ...], group: Group) -> bool:
+        """Matrices whose smaller side exceeds the rank."""
+        return len(shape) >= 2 and min(shape[-2:]) > self.rank(shape, group)
+
+    def sides(self, view: View, group: Group) -> tuple[int, int, str, str]:
+        """Length of the side that stays and of the compressed one, d, and along which axis of the weight each runs."""
+        rows, columns = view.shape[-2:]
+        if self.left(view.shape, group):
+            return columns, rows, "columns", "rows"
+        return rows, columns, "rows", "columns"
+
+    def slots(self, view: View, group: Group) -> Slots:
+        left, rank = self.left(view.shape, group), self.rank(view.shape, group)
+        return {"left": Number(int(left), fixed=True), "rank": Number(rank, fixed=True)}
+
+    def low_shape(self, view: View, group: Group) -> tuple[int, ...]:
+        """(..., rows, rank)."""
+        return *view.batch, self.sides(view, group)[0], self.rank(view.shape, group)
+
+    def oriented_shape(self, view: View, group: Group) -> tuple[int, ...]:
+        """(..., rows, d)."""
+        return *view.batch, *self.sides(view, group)[:2]
+
+    def kept_axis(self, view: View, group: Group) -> str | None:
+        """The axis that is not compressed."""
+        return self.sides(view, group)[2]
+
+    def orient(self, tensor: Tensor, state: State) -> Tensor:
+        """The view whose last axis is the compressed one."""
+        return tensor.mT if state["left"] else tensor
+
+    def project(self, grad: Tensor, state: State, group: Group) -> Tensor:
+        """(..., rows, rank)."""
+        return project(grad, self.basis(grad, state, group))
+
+    def project_back_(self, target: Tensor, low: Tensor, state: State, group: Group, *, alpha: Scalar) -> None:
+        """One product that accumulates in the target itself."""
+        if isinstance(alpha, Tensor):
+            low, alpha = low * alpha, 1.0
+        basis = self.basis(target, state, group)
+        product_ = torch.Tensor.addmm_ if target.ndim == 2 else torch.Tensor.baddbmm_
+        product_(target, low.to(target.dtype), basis.mH, alpha=alpha)
+
+
+def keep_where(which: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    """``new``, but ``old`` for those matrices of a batch that ``which`` (..., 1, 1) leaves out."""
+    if which is None:
+        return new
+    return torch.where(which.view(which.shape[: which.ndim - 2] + (1,) * (new.ndim - which.ndim + 2)), new, old)

@@ -1,0 +1,201 @@
+"""How a parameter is stored: the only place that knows ``weight_rounding`` and int8 weights."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.ops import pick
+from lowrank_optim.ops.int8_weight import dequantize_int8_weight, quantize_int8_weight_
+from lowrank_optim.ops.lowrank_update import lowrank_update_
+from lowrank_optim.ops.lowrank_update_int8 import lowrank_update_int8_
+from lowrank_optim.ops.rounding import join_24_bits, round_to_bfloat16, split_24_bits
+from lowrank_optim.optim.parts import Group, Scalar, Slot, Slots, State, Update, View
+from lowrank_optim.optim.state_storage import rounding_key
+from lowrank_optim.optim.views import as_matrices
+
+WEIGHT_ROUNDINGS = ("nearest", "stochastic", "compensated")
+
+
+class Int8Holder(Protocol):
+    """A module with an int8 weight, in the format of :mod:`lowrank_optim.ops.int8_weight`."""
+
+    weight_codes: Tensor
+    weight_scale: Tensor
+
+
+class Int8Reference:
+    """The attribute ``int8_reference`` of a parameter that stands for an int8 weight: where the weight is.
+
+    Weak, because the module holds the parameter; to the module and not to its buffers, because those are replaced when
+    a module moves or loads. Pickled it is empty: a module binds its parameter anew when it is unpickled.
+    """
+
+    def __init__(self, holder: Int8Holder | None = None) -> None:
+        self._holder = None if holder is None else weakref.ref(holder)
+
+    def __reduce__(self) -> tuple[type[Int8Reference], tuple[()]]:
+        return Int8Reference, ()
+
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """Codes and scales.
+
+        Raises:
+            RuntimeError: the module is gone, or was not pickled with the optimizer.
+        """
+        holder = None if self._holder is None else self._holder()
+        if holder is None:
+            raise RuntimeError("The module of an int8 weight is gone: keep, copy and pickle it with its optimizer")
+        return holder.weight_codes, holder.weight_scale
+
+
+def is_int8(param: Tensor) -> bool:
+    """Whether a parameter stands for an int8 weight that a module holds."""
+    return hasattr(param, "int8_reference")
+
+
+def int8_parts(param: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of the weight that a parameter stands for; raises as :meth:`Int8Reference.parts` does."""
+    reference: Int8Reference = param.int8_reference  # type: ignore[attr-defined]
+    return reference.parts()
+
+
+def check_storable(param: Tensor, weight_rounding: str) -> None:
+    """Raise ValueError where a parameter's dtype cannot be rounded as asked."""
+    if weight_rounding != "nearest" and param.dtype == torch.float16:
+        raise ValueError(
+            f"Invalid weight_rounding: {weight_rounding!r} for a float16 parameter of shape {tuple(param.shape)}, "
+            "expected 'nearest', or bfloat16 parameters"
+        )
+
+
+def weight_slots(param: Tensor, weight_rounding: str) -> Slots:
+    """What is kept beside a parameter."""
+    if weight_rounding == "compensated" and param.dtype == torch.bfloat16 and not is_int8(param):
+        return {"weight_correction": Slot(tuple(param.shape), torch.int8, "elements")}
+    return {}
+
+
+@contextmanager
+def writable(param: Tensor, state: dict[str, Any], weight_rounding: str) -> Iterator[Tensor]:
+    """The value of a parameter, for in-place updates that are written back at the end.
+
+    - an int8 weight, whatever ``weight_rounding``: an fp32 copy, rounded stochastically to codes of renewed scales.
+    - "nearest", and every parameter that is not bfloat16: the parameter itself, without a copy.
+    - "stochastic": an fp32 copy, rounded once, up with the probability of the part that is cut off.
+    - "compensated": an fp32 copy of the bfloat16 weight plus its int8 correction (``weight_correction``).
+    """
+    if is_int8(param):
+        codes, scale = int8_parts(param)
+        value = dequantize_int8_weight(codes, scale, torch.float32)
+        yield value
+        quantize_int8_weight_(codes, scale, value, rounding_key(state, "weight"))
+        return
+    if weight_rounding == "nearest" or param.dtype != torch.bfloat16:
+        yield param
+        return
+    start = state.get("start", 0)
+    # Rounding reinterprets bits by position, so the copy is contiguous even where the parameter is not.
+    if weight_rounding == "stochastic":
+        value = param.to(torch.float32, memory_format=torch.contiguous_format)
+        yield value
+        param.copy_(round_to_bfloat16(value, rounding_key(state, "weight"), start))
+        return
+    value = join_24_bits(param.contiguous(), state["weight_correction"])
+    yield value
+    rounded, correction = split_24_bits(value, rounding_key(state, "weight"), start)
+    param.copy_(rounded)
+    state["weight_correction"].copy_(correction)
+
+
+def value_of(param: Tensor) -> Tensor:
+    """The value of a parameter, a copy of an int8 weight."""
+    return dequantize_int8_weight(*int8_parts(param), torch.float32) if is_int8(param) else param
+
+
+def write_(
+    param: Tensor, view: View, update: Update, grad: Tensor, basis: Tensor | None, state: State, group: Group,
+    *, size: Scalar, decay: Scalar, decay_first: bool,
+) -> None:  # fmt: skip
+    """Move one compressed parameter as it is stored, decay and rounding included: the one place that does so.
+
+    Args:
+        param: as it is stored.
+        view: its shape as matrices.
+        update: in oriented coordinates, without the step size.
+        grad: oriented.
+        basis: (..., d, rank); None where nothing is projected back.
+        size: the step size, negative for descent.
+        decay: what the weight is multiplied with, before the update if ``decay_first``, else after it.
+    """
+    if not decay_first:
+        # decay (W + U) = decay W + decay U
+        size = size * decay
+    if isinstance(size, Tensor) and size.ndim == 3:
+        # A step size for every matrix of a stack; the operation takes one.
+        _write_each_(param, view, update, grad, basis, state, group, size, decay, decay_first)
+        return
+    left, right = (None, None) if update.low is None else (update.low, basis)
+    row_scale, column_scale = update.row_scale, update.column_scale
+    if update.full is not None:
+        grad, row_scale = update.full, torch.ones((1,) * grad.ndim, dtype=view.wide.to_real(), device=grad.device)
+    slope = None if row_scale is None and column_scale is None else grad
+    if row_scale is not None:
+        row_scale = row_scale * size
+    elif column_scale is not None:
+        column_scale = column_scale * size
+    if state["left"]:
+        # (X Pᴴ)ᵀ = P̄ Xᵀ: the weight stays in its own layout.
+        left, right = (None if side is None else side.conj() for side in (right, left))
+        slope, row_scale, column_scale = (None if t is None else t.mT for t in (slope, column_scale, row_scale))
+    options: dict[str, Any] = {
+        "alpha": size * update.scale, "decay": decay, "grad": slope, "row_scale": row_scale,
+        "column_scale": column_scale,
+    }  # fmt: skip
+    rounding, backend = group["weight_rounding"], group["backend"]
+    if is_int8(param):
+        left, right = (None if side is None else side.to(param.dtype) for side in (left, right))
+        move_int8_ = pick(lowrank_update_int8_, backend, param.device)
+        move_int8_(*int8_parts(param), left, right, key=rounding_key(state, "weight"), **options)
+        return
+    if rounding != "nearest" and param.dtype == torch.bfloat16:
+        options["key"] = rounding_key(state, "weight")
+        if rounding == "compensated":
+            options["correction"] = state["weight_correction"].view(view.shape)
+    move_ = lowrank_update_ if _keeps_eager(param, backend) else pick(lowrank_update_, backend, param.device)
+    weight = as_matrices(param, view)
+    move_(weight, left, right, **options)
+    if weight.data_ptr() != param.data_ptr():
+        param.copy_(weight.view(param.shape))
+
+
+def _write_each_(
+    param: Tensor, view: View, update: Update, grad: Tensor, basis: Tensor | None, state: State, group: Group,
+    size: Tensor, decay: Scalar, decay_first: bool,
+) -> None:  # fmt: skip
+    for i in range(view.shape[0]):
+        one = view._replace(shape=view.shape[1:], kind="matrix")
+        some = {key: value for key, value in update._asdict().items() if isinstance(value, Tensor) and value.ndim == 3}
+        # Every matrix has random bits of its own.
+        own = {**state, "seed": state["seed"] + 0x9E3779B9 * (i + 1)}
+        if "weight_correction" in state:
+            own["weight_correction"] = state["weight_correction"][i]
+        kept = decay[i].view(()) if isinstance(decay, Tensor) and decay.ndim == 3 else decay
+        write_(
+            param[i], one, update._replace(**{key: value[i] for key, value in some.items()}), grad[i],
+            None if basis is None else basis[i], own, group, size=size[i].view(()), decay=kept,
+            decay_first=decay_first,
+        )  # fmt: skip
+
+
+def _keeps_eager(param: Tensor, backend: str | None) -> bool:
+    """Whether the eager operation is taken whatever kernels there are."""
+    if param.dtype not in (torch.float32, torch.bfloat16, torch.float16) or torch.compiler.is_compiling():
+        return True
+    # Products without matrix units are cuBLAS' to make.
+    return backend is None and param.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
