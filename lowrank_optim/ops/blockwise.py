@@ -91,7 +91,7 @@ def quantize_(codes: Tensor, scale: Tensor, values: Tensor, *, signed: bool) -> 
     code += normal > bounds.index_select(0, code)
     if not signed:
         # By the value as it came: its share of the scale may be less than fp32 can hold.
-        code = torch.maximum(code, values.reshape(-1) > 0)
+        torch.maximum(code, values.reshape(-1) > 0, out=code)
     codes.copy_(code.view(codes.shape))
 
 
