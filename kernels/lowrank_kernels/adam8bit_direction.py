@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels.adam_direction import adam
+from lowrank_kernels._support import check_operand, check_scalar
+from lowrank_kernels.adam_direction import GRADIENTS, SCALARS, adam
 from lowrank_optim.ops.blockwise import BLOCK, GREATEST_SCALE, LEAST_SCALE, search_tables
 
 # Blocks of 256 values a program: 4 values a thread of 4 warps.
@@ -94,11 +95,24 @@ def adam8bit_direction(
     grad: Tensor, exp_avg_codes: Tensor, exp_avg_scale: Tensor, exp_avg_sq_codes: Tensor, exp_avg_sq_scale: Tensor,
     *, beta1: float, beta2: float, eps: float | Tensor, norms: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See ``lowrank_optim.ops.adam8bit_direction``; computed in fp32."""
-    direction = torch.empty(exp_avg_codes.shape, dtype=torch.float32, device=exp_avg_codes.device)
-    n = exp_avg_codes.numel()
+    """See ``lowrank_optim.ops.adam8bit_direction``; computed in fp32.
+
+    Raises:
+        ValueError: tensors that do not fit the gradient, or moments that are not contiguous.
+    """
+    shape, device, n = grad.shape, grad.device, grad.numel()
+    blocks = (triton.cdiv(n, BLOCK),)
+    check_operand("grad", grad, shape, device, GRADIENTS, contiguous=False)
+    check_operand("exp_avg_codes", exp_avg_codes, shape, device, (torch.uint8,))
+    check_operand("exp_avg_scale", exp_avg_scale, blocks, device, (torch.float32,))
+    check_operand("exp_avg_sq_codes", exp_avg_sq_codes, shape, device, (torch.uint8,))
+    check_operand("exp_avg_sq_scale", exp_avg_sq_scale, blocks, device, (torch.float32,))
+    check_scalar("eps", eps, device, SCALARS)
+    if norms is not None:
+        check_operand("norms", norms, (2, *shape[:-1]), device, (torch.float32,))
+    direction = torch.empty(shape, dtype=torch.float32, device=device)
     if n:
-        tables = search_tables(grad.device)
+        tables = search_tables(device)
         adam8bit_direction_kernel[(triton.cdiv(n, BLOCK * BLOCKS),)](
             grad.contiguous(), exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale, direction,
             *tables[True], *tables[False], n, beta1, beta2, 1 - beta1, 1 - beta2, eps,
