@@ -42,7 +42,7 @@ def _search_table(codes: Tensor) -> tuple[Tensor, Tensor]:
     # The number nearest to minus infinity among those with these upper bits.
     lowest = torch.where(upper < 0, upper | 0xFFFF, upper).view(torch.float32).nan_to_num(0.0)
     table = torch.bucketize(lowest, bounds, out_int32=True)
-    return table, torch.cat((bounds, torch.tensor([torch.inf], device="cpu")))
+    return table, torch.cat((bounds, torch.tensor([torch.inf], dtype=torch.float32, device="cpu")))
 
 
 # Made at import, not at the first step: under torch.compile that would be part of the graph.

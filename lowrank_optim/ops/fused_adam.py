@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # beta^inf = 0: at this step the kernel's bias corrections are exactly 1, so that eps stands beside sqrt(V) itself.
-_NEVER_CORRECTED = torch.tensor(float("inf"))
+_NEVER_CORRECTED = torch.tensor(float("inf"), dtype=torch.float32, device="cpu")
 
 
 def fused_adam_fits(*tensors: Tensor) -> bool:
