@@ -1,10 +1,12 @@
-"""Where the stored entries of a tile of a sparse matrix stand; see ``lowrank_optim.ops.support`` for the packings.
+"""What wrappers share, checks of their operands, and where the stored entries of a tile of a sparse matrix stand.
 
-Entries are sorted by position. A tile finds its share of each of its rows by bisection, so that neither atomics
-nor an order of their own are needed.
+For the packings see ``lowrank_optim.ops.support``. Entries are sorted by position. A tile finds its share of each of
+its rows by bisection, so that neither atomics nor an order of their own are needed.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -12,6 +14,50 @@ import triton.language as tl
 from torch import Tensor
 
 from lowrank_optim.ops.support import positions
+
+INDICES = (torch.int32, torch.int64)
+
+
+def check_operand(
+    name: str,
+    tensor: Tensor,
+    shape: Sequence[int],
+    device: torch.device,
+    dtypes: Sequence[torch.dtype],
+    *,
+    contiguous: bool = True,
+) -> None:
+    """A kernel takes its sizes from one operand and would read past the end of another.
+
+    Raises:
+        ValueError: a tensor of another shape, dtype, device or layout.
+    """
+    if (
+        tensor.shape == shape
+        and tensor.dtype in dtypes
+        and tensor.device == device
+        and (not contiguous or tensor.is_contiguous())
+    ):
+        return
+    layout = "" if tensor.is_contiguous() or not contiguous else f", strides {tensor.stride()}"
+    found = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}{layout}"
+    wanted = " or ".join(map(str, dtypes))
+    raise ValueError(
+        f"Invalid {name}: {found}, expected {'contiguous ' if layout else ''}{tuple(shape)} {wanted} on {device}"
+    )
+
+
+def check_scalar(name: str, value: object, device: torch.device, dtypes: Sequence[torch.dtype]) -> None:
+    """A number, or a tensor of one element that a kernel reads itself.
+
+    Raises:
+        ValueError: a tensor of more elements, of another dtype or on another device.
+    """
+    if isinstance(value, Tensor) and not (value.numel() == 1 and value.device == device and value.dtype in dtypes):
+        found = f"{tuple(value.shape)} {value.dtype} on {value.device}"
+        raise ValueError(
+            f"Invalid {name}: {found}, expected a number or one element {' or '.join(map(str, dtypes))} on {device}"
+        )
 
 
 @triton.jit
@@ -60,7 +106,18 @@ def tile_entries(
 
 
 def unpacked(index: Tensor, row_pointers: Tensor, shape: tuple[int, int], count: int) -> tuple[Tensor, bool]:
-    """The index as the kernels read it, and whether it holds positions rather than columns."""
+    """The index as the kernels read it, and whether it holds positions rather than columns.
+
+    Raises:
+        ValueError: an index or row pointers that are not those of ``count`` entries of a matrix of this shape.
+    """
+    rows, columns = shape
     if index.dtype == torch.uint8 and row_pointers.numel():
+        check_operand("index", index, (2 * count,), index.device, (torch.uint8,))
+        check_operand("row_pointers", row_pointers, (rows + 1,), index.device, INDICES)
         return index.view(torch.int16), False
+    if index.dtype == torch.uint8:
+        check_operand("index", index, (-(-rows * columns // 8),), index.device, (torch.uint8,))
+    else:
+        check_operand("index", index, (count,), index.device, INDICES)
     return positions(index, row_pointers, shape, count), True

@@ -9,24 +9,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels.adam_direction import adam
-from lowrank_optim.ops.blockwise import BLOCK, search_tables
+from lowrank_kernels._support import check_operand, check_scalar
+from lowrank_kernels.adam_direction import GRADIENTS, SCALARS, adam
+from lowrank_optim.ops.blockwise import BLOCK, GREATEST_SCALE, LEAST_SCALE, search_tables
 
 # Blocks of 256 values a program: 4 values a thread of 4 warps.
 BLOCKS = 2
+FORMAT = {"BLOCK": BLOCK, "BLOCKS": BLOCKS, "LEAST_SCALE": LEAST_SCALE, "GREATEST_SCALE": GREATEST_SCALE}
 
 
 @triton.jit
-def quantize(values, table_ptr, bounds_ptr):
+def quantize(
+    values, table_ptr, bounds_ptr, LEAST_SCALE: tl.constexpr, GREATEST_SCALE: tl.constexpr, SIGNED: tl.constexpr
+):
     """The codes of the rows of a tile, one block each, and their scales (rows, 1)."""
     scale = tl.max(tl.abs(values), axis=1)[:, None]
-    # A block of zeros stays one: its values are 0 * 1e38.
-    least = tl.full(scale.shape, 1e-38, tl.float32)
-    normal = values * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.maximum(scale, least))
+    scale = tl.minimum(tl.maximum(scale, LEAST_SCALE), GREATEST_SCALE)
+    normal = values * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     normal = tl.minimum(tl.maximum(normal, -1.0), 1.0)
     # The smallest code that a number with these upper 16 bits may have; it or the next one is the nearest.
     code = tl.load(table_ptr + ((normal.to(tl.int32, bitcast=True) >> 16) + 32768))
     code += (normal > tl.load(bounds_ptr + code)).to(tl.int32)
+    if not SIGNED:
+        # A positive second moment never becomes zero.
+        code = tl.maximum(code, (values > 0).to(tl.int32))
     return code.to(tl.uint8), scale
 
 
@@ -53,6 +59,8 @@ def adam8bit_direction_kernel(
     EPS_ON_DEVICE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
+    LEAST_SCALE: tl.constexpr,
+    GREATEST_SCALE: tl.constexpr,
 ):
     if EPS_ON_DEVICE:
         eps = tl.load(eps).to(tl.float32)
@@ -71,10 +79,14 @@ def adam8bit_direction_kernel(
     )
     tl.store(direction_ptr + offsets, direction, mask=mask)
     # A last block that is not full must not get its scale from what is past the end.
-    code, scale = quantize(tl.where(mask, exp_avg, 0.0), signed_table_ptr, signed_bounds_ptr)
+    exp_avg = tl.where(mask, exp_avg, 0.0)
+    code, scale = quantize(exp_avg, signed_table_ptr, signed_bounds_ptr, LEAST_SCALE, GREATEST_SCALE, SIGNED=True)
     tl.store(exp_avg_ptr + offsets, code, mask=mask)
     tl.store(exp_avg_scale_ptr + block, scale, mask=used)
-    code, scale = quantize(tl.where(mask, exp_avg_sq, 0.0), unsigned_table_ptr, unsigned_bounds_ptr)
+    exp_avg_sq = tl.where(mask, exp_avg_sq, 0.0)
+    code, scale = quantize(
+        exp_avg_sq, unsigned_table_ptr, unsigned_bounds_ptr, LEAST_SCALE, GREATEST_SCALE, SIGNED=False
+    )
     tl.store(exp_avg_sq_ptr + offsets, code, mask=mask)
     tl.store(exp_avg_sq_scale_ptr + block, scale, mask=used)
 
@@ -83,15 +95,28 @@ def adam8bit_direction(
     grad: Tensor, exp_avg_codes: Tensor, exp_avg_scale: Tensor, exp_avg_sq_codes: Tensor, exp_avg_sq_scale: Tensor,
     *, beta1: float, beta2: float, eps: float | Tensor, norms: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See ``lowrank_optim.ops.adam8bit_direction``; computed in fp32."""
-    direction = torch.empty(exp_avg_codes.shape, dtype=torch.float32, device=exp_avg_codes.device)
-    n = exp_avg_codes.numel()
+    """See ``lowrank_optim.ops.adam8bit_direction``; computed in fp32.
+
+    Raises:
+        ValueError: tensors that do not fit the gradient, or moments that are not contiguous.
+    """
+    shape, device, n = grad.shape, grad.device, grad.numel()
+    blocks = (triton.cdiv(n, BLOCK),)
+    check_operand("grad", grad, shape, device, GRADIENTS, contiguous=False)
+    check_operand("exp_avg_codes", exp_avg_codes, shape, device, (torch.uint8,))
+    check_operand("exp_avg_scale", exp_avg_scale, blocks, device, (torch.float32,))
+    check_operand("exp_avg_sq_codes", exp_avg_sq_codes, shape, device, (torch.uint8,))
+    check_operand("exp_avg_sq_scale", exp_avg_sq_scale, blocks, device, (torch.float32,))
+    check_scalar("eps", eps, device, SCALARS)
+    if norms is not None:
+        check_operand("norms", norms, (2, *shape[:-1]), device, (torch.float32,))
+    direction = torch.empty(shape, dtype=torch.float32, device=device)
     if n:
-        tables = search_tables(grad.device)
+        tables = search_tables(device)
         adam8bit_direction_kernel[(triton.cdiv(n, BLOCK * BLOCKS),)](
             grad.contiguous(), exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale, direction,
             *tables[True], *tables[False], n, beta1, beta2, 1 - beta1, 1 - beta2, eps,
-            EPS_ON_DEVICE=isinstance(eps, Tensor), BLOCK=BLOCK, BLOCKS=BLOCKS,
+            EPS_ON_DEVICE=isinstance(eps, Tensor), **FORMAT,
         )  # fmt: skip
     if norms is not None:
         # Not in the kernel: blocks do not end where rows do.
@@ -102,7 +127,7 @@ def adam8bit_direction(
 
 def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
     """fp32 and bf16 gradients: label, kernel, signature, constants, options."""
-    constants = {"EPS_ON_DEVICE": False, "BLOCK": BLOCK, "BLOCKS": BLOCKS}
+    constants = {"EPS_ON_DEVICE": False, **FORMAT}
     types = {"exp_avg_ptr": "*u8", "exp_avg_sq_ptr": "*u8", "n": "i32"}
     types |= {"signed_table_ptr": "*i32", "unsigned_table_ptr": "*i32"}
     cases: list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]] = []

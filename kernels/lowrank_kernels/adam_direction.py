@@ -9,10 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_kernels._support import check_operand, check_scalar
 from lowrank_kernels.rounding import random_bits, round_to_bfloat16
 
 # Elementwise and bandwidth-bound: 1024 elements a program keep 4 warps at 8 values a thread.
 BLOCK = 1024
+
+GRADIENTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SCALARS = (torch.float32, torch.float64)
 
 
 @triton.jit
@@ -86,11 +90,20 @@ def adam_direction(
     """See ``lowrank_optim.ops.adam_direction``; the moments must be contiguous, fp32 or with keys bfloat16.
 
     Raises:
-        ValueError: moments of another dtype or layout.
+        ValueError: tensors that do not fit the gradient, or moments of another dtype or layout.
     """
-    dtype = torch.float32 if keys is None else torch.bfloat16
-    if exp_avg.dtype != dtype or not (exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()):
-        raise ValueError(f"Invalid moments: {exp_avg.dtype}, expected contiguous {dtype}")
+    shape, device = grad.shape, grad.device
+    stored = (torch.float32,) if keys is None else (torch.bfloat16,)
+    check_operand("grad", grad, shape, device, GRADIENTS, contiguous=False)
+    check_operand("exp_avg", exp_avg, shape, device, stored)
+    check_operand("exp_avg_sq", exp_avg_sq, shape, device, stored)
+    check_scalar("eps", eps, device, SCALARS)
+    for key in keys or ():
+        check_scalar("keys", key, device, (torch.int32,))
+    if keys is not None and isinstance(keys[0], Tensor) != isinstance(keys[1], Tensor):
+        raise ValueError(f"Invalid keys: {keys}, expected two numbers or two tensors")
+    if norms is not None:
+        check_operand("norms", norms, (2, *shape[:-1]), device, (torch.float32,))
     direction = torch.empty_like(exp_avg, dtype=torch.float32)
     if not exp_avg.numel():
         return direction

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_kernels._support import check_operand
 from lowrank_optim.ops.gram import gram as eager
 
 BLOCK = 64
@@ -53,16 +54,25 @@ def gram_kernel(
     mask = (left[:, None] < columns) & (right[None, :] < columns)
     if ADD:
         total += beta * tl.load(addend_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    mirrored = tl.trans(total)
+    # On the diagonal one triangle gives both: a tile's product with itself is symmetric only if the order of sums is.
+    total = tl.where((i != j) | (left[:, None] >= right[None, :]), total, mirrored)
     tl.store(out_ptr + place, total, mask=mask)
     if i != j:
-        tl.store(out_ptr + right[:, None] * columns + left[None, :], tl.trans(total), mask=tl.trans(mask))
+        tl.store(out_ptr + right[:, None] * columns + left[None, :], mirrored, mask=tl.trans(mask))
 
 
 def gram(x: Tensor, addend: Tensor | None = None, *, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
-    """See ``lowrank_optim.ops.gram``; small products and those of more than 16 bits stay with torch."""
+    """See ``lowrank_optim.ops.gram``; small products and those of more than 16 bits stay with torch.
+
+    Raises:
+        ValueError: an addend of another shape, dtype or device.
+    """
     rows, columns = x.shape
     if columns < SYMMETRIC_FROM or x.dtype not in (torch.bfloat16, torch.float16):
         return eager(x, addend, alpha=alpha, beta=beta)
+    if addend is not None:
+        check_operand("addend", addend, (columns, columns), x.device, (x.dtype,), contiguous=False)
     out = torch.empty(columns, columns, dtype=x.dtype, device=x.device)
     blocks = triton.cdiv(columns, BLOCK)
     gram_kernel[(blocks * (blocks + 1) // 2,)](

@@ -7,6 +7,9 @@ import os
 import triton
 import triton.language as tl
 
+from lowrank_optim.ops.rounding import QUIET_NAN
+
+NAN = tl.constexpr(QUIET_NAN << 16)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -21,26 +24,33 @@ def random_bits(position, key):
 
 
 @triton.jit
+def add_to_word(values, some):
+    """The bits of fp32 values whose magnitude has been raised by some units of the last place; a NaN becomes quiet."""
+    word = values.to(tl.int32, bitcast=True)
+    return tl.where((word & 0x7FFFFFFF) > 0x7F800000, NAN, word + some)
+
+
+@triton.jit
 def round_to_nearest(values, dtype: tl.constexpr):
     """fp32 in any floating dtype, the even one in the middle."""
     if INTERPRETED and dtype == tl.bfloat16:
         # It cuts off, where hardware rounds.
-        word = values.to(tl.int32, bitcast=True)
-        return ((word + 0x7FFF + ((word >> 16) & 1)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        word = add_to_word(values, 0x7FFF + ((values.to(tl.int32, bitcast=True) >> 16) & 1))
+        return (word >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return values.to(dtype)
 
 
 @triton.jit
 def round_to_bfloat16(values, bits):
     """fp32 in bfloat16, up with the probability of the part that is cut off."""
-    word = values.to(tl.int32, bitcast=True) + (bits & 0xFFFF).to(tl.int32)
+    word = add_to_word(values, (bits & 0xFFFF).to(tl.int32))
     return (word >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
 def split_24_bits(values, bits):
     """fp32 as the nearest bfloat16 and an int8 correction, the eight bits below rounded stochastically."""
-    word = (values.to(tl.int32, bitcast=True) + (bits & 0xFF).to(tl.int32)) >> 8
+    word = add_to_word(values, (bits & 0xFF).to(tl.int32)) >> 8
     high = (word + 128) >> 8
     return high.to(tl.int16).to(tl.bfloat16, bitcast=True), (word - (high << 8)).to(tl.int8)
 

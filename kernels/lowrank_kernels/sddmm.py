@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import load_entries, tile_entries, unpacked
+from lowrank_kernels._support import INDICES, check_operand, load_entries, tile_entries, unpacked
 from lowrank_optim.ops.sddmm import sddmm as eager
 
 BLOCK_M, BLOCK_N, BLOCK_T = 64, 128, 32
@@ -58,10 +58,16 @@ def sddmm_kernel(
 
 
 def sddmm(grad: Tensor, x: Tensor, index: Tensor, row_pointers: Tensor, *, count: int) -> Tensor:
-    """See ``lowrank_optim.ops.sddmm``; fp64 stays with torch."""
+    """See ``lowrank_optim.ops.sddmm``; fp64 stays with torch.
+
+    Raises:
+        ValueError: an x that does not fit the gradient, or an index that does not fit the two.
+    """
     if grad.dtype == torch.float64:
         return eager(grad, x, index, row_pointers, count=count)
-    (T, m), n = grad.shape, x.shape[1]
+    (T, m), n = grad.shape, x.shape[-1]
+    check_operand("x", x, (T, n), grad.device, (grad.dtype,), contiguous=False)
+    check_operand("index", index, index.shape, grad.device, (torch.uint8, *INDICES))
     index, flat = unpacked(index, row_pointers, (m, n), count)
     grad, x = (part if part.stride(1) == 1 else part.contiguous() for part in (grad, x))
     out = torch.empty(count, dtype=grad.dtype, device=grad.device)

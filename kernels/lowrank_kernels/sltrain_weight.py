@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import load_entries, tile_entries, unpacked
+from lowrank_kernels._support import INDICES, check_operand, load_entries, tile_entries, unpacked
 from lowrank_optim.ops.sltrain import sltrain_weight as eager
 
 BLOCK_M, BLOCK_N, BLOCK_K = 64, 128, 32
@@ -67,10 +67,17 @@ def launch(wide):
 def sltrain_weight(
     B: Tensor, A: Tensor, values: Tensor, index: Tensor, row_pointers: Tensor, *, scale: float
 ) -> Tensor:
-    """See ``lowrank_optim.ops.sltrain.sltrain_weight``; fp64 stays with torch."""
+    """See ``lowrank_optim.ops.sltrain.sltrain_weight``; fp64 stays with torch.
+
+    Raises:
+        ValueError: factors, values or an index that do not fit each other.
+    """
     if B.dtype == torch.float64:
         return eager(B, A, values, index, row_pointers, scale=scale)
-    (m, r), n, count = B.shape, A.shape[1], values.numel()
+    (m, r), n, count = B.shape, A.shape[-1], values.numel()
+    check_operand("A", A, (r, n), B.device, (B.dtype,), contiguous=False)
+    check_operand("values", values, (count,), B.device, (torch.float32, B.dtype), contiguous=False)
+    check_operand("index", index, index.shape, B.device, (torch.uint8, *INDICES))
     index, flat = unpacked(index, row_pointers, (m, n), count)
     W = torch.empty(m, n, dtype=B.dtype, device=B.device)
     sltrain_weight_kernel[(triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N),)](

@@ -297,7 +297,10 @@ def _prune_moments_(state: dict[str, Any], share: float, by: str, generator: tor
     first = state.get("exp_avg")
     if first is None or not all(m.is_floating_point() and m.shape == first.shape for m in moments):
         raise ValueError(f"Invalid prune: {share}, expected 1 for moments of the kind {', '.join(state)}")
-    scores = torch.rand(first.shape, generator=generator) if by == "random" else first.abs()
+    if by == "random":
+        scores = torch.rand(first.shape, generator=generator, dtype=torch.float32, device="cpu")
+    else:
+        scores = first.abs()
     # The smallest scores go, exactly their share.
     gone = scores.flatten().argsort()[: round(share * first.numel())].to(first.device)
     for moment in moments:

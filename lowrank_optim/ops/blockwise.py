@@ -13,6 +13,10 @@ from torch import Tensor
 BLOCK = 256
 DECADES = 7
 
+# Of a smaller scale the smallest code would stand for a number that fp32 does not have; the inverse of a larger one
+# would be such a number. (The smallest normal number is 2^-126, the smallest code 2^-21.6.)
+LEAST_SCALE, GREATEST_SCALE = 2.0**-104, 2.0**126
+
 
 def _ascending_codes(signed: bool) -> Tensor:
     values = [0.0, 1.0]
@@ -38,7 +42,7 @@ def _search_table(codes: Tensor) -> tuple[Tensor, Tensor]:
     # The number nearest to minus infinity among those with these upper bits.
     lowest = torch.where(upper < 0, upper | 0xFFFF, upper).view(torch.float32).nan_to_num(0.0)
     table = torch.bucketize(lowest, bounds, out_int32=True)
-    return table, torch.cat((bounds, torch.tensor([torch.inf], device="cpu")))
+    return table, torch.cat((bounds, torch.tensor([torch.inf], dtype=torch.float32, device="cpu")))
 
 
 # Made at import, not at the first step: under torch.compile that would be part of the graph.
@@ -66,10 +70,13 @@ def search_tables(device: torch.device) -> dict[bool, tuple[Tensor, Tensor, Tens
 def quantize_(codes: Tensor, scale: Tensor, values: Tensor, *, signed: bool) -> None:
     """Write ``values`` into ``codes`` and ``scale``, each to the nearest code (the lower one in the middle).
 
+    Unsigned, a positive value never becomes zero: what is nearest to zero takes the smallest positive code. A second
+    moment of zero beside a first one that is not would make a step of M / eps.
+
     Args:
         codes: uint8, contiguous, n values of any shape (modified in place).
-        scale: fp32 (ceil(n / 256),) (modified in place).
-        values: any real dtype, shape of ``codes``.
+        scale: fp32 (ceil(n / 256),) (modified in place), kept within [2^-104, 2^126].
+        values: any real dtype, shape of ``codes``; infinite ones become the largest code.
         signed: whether values may be negative.
     """
     flat = values.reshape(-1).to(torch.float32)
@@ -77,11 +84,14 @@ def quantize_(codes: Tensor, scale: Tensor, values: Tensor, *, signed: bool) -> 
     # Padding copies, even by nothing.
     blocks = (torch.nn.functional.pad(flat, (0, -n % BLOCK)) if n % BLOCK else flat).view(-1, BLOCK)
     torch.amax(blocks.abs(), dim=1, out=scale)
-    # A block of zeros stays one: its values are 0 * 1e38.
-    normal = (blocks * scale.clamp_min(1e-38).reciprocal().unsqueeze(1)).clamp_(-1, 1).view(-1)[:n]
+    scale.clamp_(LEAST_SCALE, GREATEST_SCALE)
+    normal = (blocks * scale.reciprocal().unsqueeze(1)).clamp_(-1, 1).view(-1)[:n]
     _, table, bounds = search_tables(codes.device)[signed]
     code = table.index_select(0, (normal.view(torch.int32) >> 16).add_(2**15))
     code += normal > bounds.index_select(0, code)
+    if not signed:
+        # By the value as it came: its share of the scale may be less than fp32 can hold.
+        torch.maximum(code, values.reshape(-1) > 0, out=code)
     codes.copy_(code.view(codes.shape))
 
 

@@ -16,8 +16,8 @@ def dct_matrix(size: int) -> Tensor:
     ``x @ C.T`` is the DCT of type 2 of a row, ``x @ C`` that of type 3, its inverse. The phase is reduced as an
     integer: taken in fp32, it is off by 1e-3 for a size of 4096.
     """
-    f = torch.arange(size)
-    table = torch.cos(torch.arange(4 * size, dtype=torch.float64) * (math.pi / (2 * size)))
+    f = torch.arange(size, device="cpu")
+    table = torch.cos(torch.arange(4 * size, dtype=torch.float64, device="cpu") * (math.pi / (2 * size)))
     matrix = table[torch.outer(f, 2 * f + 1) % (4 * size)].mul_(math.sqrt(2 / size))
     matrix[0] *= math.sqrt(0.5)
     return matrix
@@ -31,8 +31,9 @@ def _plan(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, 
     """Makhoul's order of the input (even, then odd descending), its inverse, and the turned, scaled roots of unity."""
     key = (size, dtype, device)
     if key not in PLANS:
-        order = torch.cat([torch.arange(0, size, 2), torch.arange(1, size, 2).flip(0)])
-        phase = torch.arange(size // 2 + 1, dtype=torch.float64) * (-math.pi / (2 * size))
+        place = torch.arange(size, device="cpu")
+        order = torch.cat([place[::2], place[1::2].flip(0)])
+        phase = torch.arange(size // 2 + 1, dtype=torch.float64, device="cpu") * (-math.pi / (2 * size))
         roots = torch.polar(torch.full_like(phase, math.sqrt(2 / size)), phase)
         roots[0] = math.sqrt(1 / size)
         PLANS[key] = order.to(device), order.argsort().to(device), roots.to(device=device, dtype=dtype.to_complex())

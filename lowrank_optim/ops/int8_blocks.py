@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 128
+LARGEST = 127
 
 
 def blocks(numel: int) -> int:
@@ -24,7 +25,8 @@ def _by_block(values: Tensor) -> list[Tensor]:
 def quantize_(codes: Tensor, scale: Tensor, values: Tensor, *, where: Tensor | None = None) -> None:
     """Write ``values`` as codes q and scales s with s = max|x| / 127, q = round(x / s): |x - q s| <= s / 2.
 
-    Symmetric, so that zeros stay exact: error feedback would add a bias of theirs again in every step.
+    Thus |q s| <= 2 |x|. Symmetric, so that zeros stay exact: error feedback would add a bias of theirs again in every
+    step.
 
     Args:
         codes: int8, contiguous, as many as ``values`` (modified in place).
@@ -35,8 +37,9 @@ def quantize_(codes: Tensor, scale: Tensor, values: Tensor, *, where: Tensor | N
     at = 0
     for old, part in zip(_by_block(codes), _by_block(values)):
         absmax = part.abs().amax(1)
-        s = (absmax / 127).float()
-        q = (part / torch.where(s > 0, s, 1).unsqueeze(1)).round_().clamp_(-127, 127)
+        # fp64 values and infinities become the largest that fp32 has, not infinities, of which zeros would make NaN.
+        s = (absmax / LARGEST).clamp_(max=torch.finfo(torch.float32).max / (LARGEST + 1)).float()
+        q = (part / torch.where(s > 0, s, 1).unsqueeze(1)).round_().clamp_(-LARGEST, LARGEST)
         kept = scale[at : at + len(s)]
         if where is None:
             old.copy_(q)

@@ -83,7 +83,7 @@ def range_finder(tall: Tensor, rank: int, generator: torch.Generator, *, iterati
     """
     d = tall.shape[1]
     columns = min(d, rank + rank // 8 + 8)
-    sketch = torch.randn(tall.shape[0], columns, generator=generator, dtype=tall.real.dtype)
+    sketch = torch.randn(tall.shape[0], columns, generator=generator, dtype=tall.real.dtype, device="cpu")
     start = tall.mH @ sketch.to(device=tall.device, dtype=tall.dtype)
     basis = subspace_iteration(tall, orthonormalize(start), iterations=iterations)
     low = tall @ basis

@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# The upper half of a quiet NaN. A NaN's bits may be all ones (NVIDIA's are, but for the sign): any that are added to
+# them carry over into the sign, and what is left looks like a zero.
+QUIET_NAN = 0x7FC0
+
 
 def random_bits(like: Tensor, key: int | Tensor, start: int = 0) -> Tensor:
     """32 random bits for every element of ``like``, as int32, a function of ``key`` and the element's position alone.
@@ -43,20 +47,25 @@ def _wrap(value: int) -> int:
 
 
 def round_to_bfloat16(values: Tensor, key: int | Tensor, start: int = 0) -> Tensor:
-    """``values`` (fp32) in bfloat16, rounded stochastically; the mean over keys is the value itself."""
+    """``values`` (fp32) in bfloat16, rounded stochastically; the mean over keys is the value itself.
+
+    Infinities and NaN stay what they are; magnitudes beyond bfloat16's largest number may become infinite.
+    """
     noise = random_bits(values, key, start).bitwise_and_(0xFFFF)
     # Signs and magnitudes lie apart in a float, so this adds to the magnitude, whatever the sign.
-    return ((values.view(torch.int32) + noise) >> 16).to(torch.int16).view(torch.bfloat16)
+    word = noise.add_(values.view(torch.int32)).bitwise_right_shift_(16)
+    return word.masked_fill_(values.isnan(), QUIET_NAN).to(torch.int16).view(torch.bfloat16)
 
 
 def split_24_bits(values: Tensor, key: int | Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
     """``values`` (fp32) as the nearest bfloat16 and an int8 correction, 24 bits together.
 
     The correction counts units of the lowest of the 24 bits (8 exponent, 15 fraction bits); the 8 bits below are
-    rounded stochastically. The idea of FlashOptim (arXiv 2602.23349); :func:`join_24_bits` is the inverse.
+    rounded stochastically. Infinities and NaN stay what they are. The idea of FlashOptim (arXiv 2602.23349);
+    :func:`join_24_bits` is the inverse.
     """
     noise = random_bits(values, key, start).bitwise_and_(0xFF)
-    word = (values.view(torch.int32) + noise) >> 8
+    word = noise.add_(values.view(torch.int32)).bitwise_right_shift_(8).masked_fill_(values.isnan(), QUIET_NAN << 8)
     high = (word + 128) >> 8
     return high.to(torch.int16).view(torch.bfloat16), (word - (high << 8)).to(torch.int8)
 

@@ -54,10 +54,11 @@ def draw_positions(shape: tuple[int, int], count: int, generator: torch.Generato
     total = shape[0] * shape[1]
     # So many draws leave count distinct ones on average, and the margin makes a second round rare.
     draws = math.ceil(-1.002 * total * math.log1p(-count / total)) + 64
-    found = torch.empty(0, dtype=torch.int64)
+    found = torch.empty(0, dtype=torch.int64, device="cpu")
     while found.numel() < count:
-        found = torch.unique(torch.cat([found, torch.randint(total, (draws,), generator=generator)]))
-    keep = torch.randperm(found.numel(), generator=generator)[:count]
+        drawn = torch.randint(total, (draws,), generator=generator, dtype=torch.int64, device="cpu")
+        found = torch.unique(torch.cat([found, drawn]))
+    keep = torch.randperm(found.numel(), generator=generator, device="cpu")[:count]
     return found[keep.sort().values]
 
 

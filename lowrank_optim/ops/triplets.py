@@ -73,7 +73,7 @@ def activate_(parts: Triplets, slots: Tensor, *beside_s: Tensor) -> None:
         beside_s: further (q,) tensors in the order of s, such as its moments.
     """
     r = parts.u.shape[1]
-    stays = torch.zeros(r, dtype=torch.bool)
+    stays = torch.zeros(r, dtype=torch.bool, device=slots.device)
     stays[slots[slots < r]] = True
     device = parts.u.device
     leaving, coming = (~stays).nonzero().flatten().to(device), slots[slots >= r].to(device)

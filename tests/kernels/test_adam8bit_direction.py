@@ -33,6 +33,21 @@ def test_codes_are_the_same_bits(shape: tuple[int, int], dtype: torch.dtype, dev
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
 
+def test_a_positive_second_moment_never_becomes_zero(device: torch.device) -> None:
+    """Gradients whose squares are far below their block's largest, without a normal number, or above fp32's range."""
+    grad = (torch.rand(8, BLOCK, device=device) + 0.5) * 10.0 ** torch.randint(-22, -2, (8, BLOCK), device=device)
+    grad[:4, 0] = torch.tensor([1e-20, 1.0, 1e18, 1e20], device=device)
+    grad[4:] *= 1e-3
+    grad[:, 1::5] = 0
+    ours, theirs = state((8, BLOCK), device), state((8, BLOCK), device)
+    kwargs = {"beta1": 0.0, "beta2": 0.0, "eps": 1e-8}
+    pick(eager, "triton", device)(grad, *ours, **kwargs)
+    eager(grad, *theirs, **kwargs)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+    positive = grad * grad > 0
+    assert torch.equal(ours[2] > 0, positive) and torch.equal(dequantize(*ours[2:], signed=False) > 0, positive)
+
+
 @pytest.mark.parametrize("on_device", [False, True])
 def test_a_run_stays_within_a_code(on_device: bool, device: torch.device) -> None:
     shape = (61, 37)

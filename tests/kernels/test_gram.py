@@ -44,6 +44,16 @@ def test_every_tile_of_the_triangle_is_visited_once(device: torch.device) -> Non
     assert torch.equal(pick(eager, "triton", device)(x), eager(x))
 
 
+@pytest.mark.parametrize("columns", [5, 64, 150])
+def test_one_triangle_gives_both(columns: int, device: torch.device) -> None:
+    """An addend that is not symmetric stands for a product whose sums are not in the same order on both sides."""
+    x = torch.randn(20, columns, device=device).bfloat16()
+    lower = torch.randn(columns, columns, device=device).bfloat16().tril()
+    addend = lower + torch.full_like(lower, 1e3).triu(1)
+    kernel = pick(eager, "triton", device)
+    assert torch.equal(kernel(x, addend), kernel(x, lower + lower.tril(-1).T))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
 def test_other_dtypes_stay_with_torch(dtype: torch.dtype, device: torch.device) -> None:
     x = torch.randn(9, 5, dtype=dtype, device=device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowrank_optim.ops.blockwise import BLOCK, dequantize, dynamic_map, quantize_
+from lowrank_optim.ops.blockwise import BLOCK, GREATEST_SCALE, LEAST_SCALE, dequantize, dynamic_map, quantize_
 
 CPU = torch.device("cpu")
 both = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
@@ -46,7 +46,8 @@ def test_the_codes_are_those_of_a_search_over_the_bounds(signed: bool) -> None:
     values = torch.cat((torch.ones(len(values), 1), values), dim=1).flatten()
     codes, scale = quantize(values, signed)
     assert bool((scale == 1).all())
-    assert torch.equal(codes.int(), torch.bucketize(values, bounds, out_int32=True))
+    nearest = torch.bucketize(values, bounds, out_int32=True)
+    assert torch.equal(codes.int(), nearest if signed else nearest.maximum(values > 0))
 
 
 @both
@@ -59,7 +60,10 @@ def test_every_value_goes_to_its_nearest_code(signed: bool, shape: tuple[int, ..
     flat = torch.nn.functional.pad(values.flatten(), (0, -values.numel() % BLOCK)).view(-1, BLOCK)
     assert torch.equal(scale, flat.abs().amax(1))
     largest = scale.repeat_interleave(BLOCK)[: values.numel()]
-    nearest = (values.flatten() / largest).unsqueeze(1).sub(dynamic_map(signed, CPU)).abs().amin(1) * largest
+    # Unsigned, zero is for zeros alone.
+    code = dynamic_map(signed, CPU)[0 if signed else 1 :]
+    nearest = (values.flatten() / largest).unsqueeze(1).sub(code).abs().amin(1) * largest
+    nearest[values.flatten() == 0] = 0
     torch.testing.assert_close((restored - values).abs().flatten(), nearest, rtol=1e-3, atol=1e-6)
 
 
@@ -67,3 +71,37 @@ def test_every_value_goes_to_its_nearest_code(signed: bool, shape: tuple[int, ..
 def test_zeros_stay_zeros(signed: bool) -> None:
     codes, scale = quantize(torch.zeros(600), signed)
     assert torch.equal(dequantize(codes, scale, signed=signed), torch.zeros(600))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("largest", [1e-45, 1e-40, 1e-30, 1.0, 1e30, 3e38])
+def test_a_positive_second_moment_never_becomes_zero(dtype: torch.dtype, largest: float) -> None:
+    """Of every magnitude below its block's largest, where the share or the scale itself has no normal number too."""
+    values = largest * 10 ** (-50 * torch.rand(8 * BLOCK, dtype=torch.float64))
+    values[::BLOCK] = largest
+    values[1::5] = 0
+    values = values.to(dtype)
+    codes, scale = quantize(values, signed=False)
+    restored = dequantize(codes, scale, signed=False)
+    assert torch.equal(restored > 0, values > 0) and bool(restored.isfinite().all())
+    assert torch.equal(codes == 0, values == 0)
+    # What is raised is raised to the smallest code.
+    raised = restored.double() > 2 * values.double()
+    assert bool((codes[raised] == 1).all())
+
+
+@both
+def test_scales_stay_where_they_and_their_inverses_are_normal_numbers(signed: bool) -> None:
+    extremes = torch.tensor([0.0, 1e-45, 1e-38, 1.0, 3.4e38, torch.inf])
+    codes, scale = quantize(extremes.repeat_interleave(BLOCK), signed)
+    least, greatest = LEAST_SCALE, GREATEST_SCALE
+    assert torch.equal(scale, torch.tensor([least, least, least, 1.0, greatest, greatest]))
+    restored = dequantize(codes, scale, signed=signed).view(-1, BLOCK)
+    assert bool((restored[0] == 0).all()) and torch.equal(restored[3:, 0], scale[3:])
+
+
+def test_an_infinity_leaves_the_rest_of_its_block_finite() -> None:
+    values = torch.full((BLOCK,), 1.0)
+    values[:2] = torch.tensor([torch.inf, 0.0])
+    restored = dequantize(*quantize(values, signed=False), signed=False)
+    assert bool(restored.isfinite().all()) and float(restored[1]) == 0 and float(restored[0]) == GREATEST_SCALE

@@ -33,6 +33,19 @@ def test_it_fits_contiguous_tensors_of_one_wide_dtype_only() -> None:
     assert not fused_adam_fits(a.bfloat16(), b.bfloat16())
     assert not fused_adam_fits(a, torch.zeros(6, 4).T)
     assert not fused_adam_fits(a.to("meta"), b.to("meta"))
+    assert not fused_adam_fits(a, torch.zeros(6, 4)) and not fused_adam_fits(a, torch.zeros(5, 6))
+
+
+@pytest.mark.parametrize("wrong", range(1, 4))
+@pytest.mark.parametrize(
+    "other", [torch.zeros(5, 6), torch.zeros(24), torch.zeros(4, 6).double()], ids=["longer", "flat", "fp64"]
+)
+def test_a_tensor_that_does_not_fit_never_reaches_the_kernel(wrong: int, other: torch.Tensor) -> None:
+    tensors = [torch.zeros(4, 6) for _ in range(4)]
+    tensors[wrong] = other
+    name = ("target", "grad", "exp_avg", "exp_avg_sq")[wrong]
+    with pytest.raises(ValueError, match=rf"^Invalid {name}: .*, expected contiguous \(4, 6\) torch.float32"):
+        fused_adam_(*tensors, beta1=0.9, beta2=0.999, eps=1e-8, alpha=1.0)
 
 
 @pytest.mark.parametrize("rank", [None, 3])

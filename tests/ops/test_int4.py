@@ -37,3 +37,15 @@ def test_half_a_byte_a_value() -> None:
     _, (codes, scale, zero) = round_trip(torch.randn(512, 128))
     assert codes.numel() * codes.element_size() == 512 * 128 // 2
     assert scale.numel() == zero.numel() == 512 * 128 // 256
+
+
+@pytest.mark.parametrize("group_size", [7, 256])
+def test_rounding_at_most_doubles_a_value_and_keeps_its_sign(group_size: int) -> None:
+    """So that no column of a basis, whose entries are at most 1, becomes longer than 2, whatever its neighbours are."""
+    values = (torch.rand(64, 96) * 2 - 1) * 10 ** (-50 * torch.rand(64, 96).square())
+    values[:8] *= 1e-38
+    values[8:16] = 0
+    values[16:24].abs_()
+    restored, (_, scale, _) = round_trip(values, group_size)
+    assert bool(scale.isfinite().all()) and bool(restored.isfinite().all())
+    assert bool((restored.abs() <= 2.001 * values.abs()).all()) and bool((restored * values >= 0).all())

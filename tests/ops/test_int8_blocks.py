@@ -38,3 +38,22 @@ def test_a_false_condition_keeps_what_was_there() -> None:
     old = codes.clone(), scale.clone()
     quantize_(codes, scale, torch.full((300,), float("nan")), where=torch.tensor(False))
     assert torch.equal(codes, old[0]) and torch.equal(scale, old[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rounding_at_most_doubles_a_value_and_makes_no_infinity(dtype: torch.dtype) -> None:
+    """So that an error that is fed back cannot grow by its storage, whatever stands beside it in its block."""
+    values = torch.randn(60 * BLOCK, dtype=torch.float64).view(60, BLOCK)
+    values = (
+        values * 10 ** (-60 * torch.rand(60, BLOCK, dtype=torch.float64)) * 10.0 ** torch.arange(-45, 15)[:, None]
+    ).to(dtype)
+    codes, scale = torch.zeros(60, BLOCK, dtype=torch.int8), torch.zeros(60)
+    quantize_(codes, scale, values)
+    back = dequantize(codes, scale, torch.float64)
+    # A scale without a normal number is itself rounded.
+    assert bool((back.abs() <= 2.001 * values.abs() + 127 * 2.0**-149).all()) and bool((back * values >= 0).all())
+    values = torch.tensor([torch.inf, 1e300, -torch.inf, 1.0, 0.0], dtype=dtype)
+    codes, scale = torch.zeros(5, dtype=torch.int8), torch.zeros(1)
+    quantize_(codes, scale, values)
+    back = dequantize(codes, scale, torch.float32)
+    assert bool(back.isfinite().all()) and back[3:].tolist() == [0, 0] and float(back[0]) > 3e38

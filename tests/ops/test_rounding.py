@@ -57,3 +57,46 @@ def test_special_values_stay_what_they_are(value: float) -> None:
     values = torch.full((4,), value)
     torch.testing.assert_close(round_to_bfloat16(values, 5).float(), values, rtol=1e-2, atol=0, equal_nan=True)
     torch.testing.assert_close(join_24_bits(*split_24_bits(values, 5)), values, rtol=1e-4, atol=0, equal_nan=True)
+
+
+# What NVIDIA's units make of inf - inf, what a CPU makes, signaling NaN and the last and first of their ranges.
+NAN_BITS = [0x7FFFFFFF, 0xFFC00000, 0x7FC00000, 0xFFFFFFFF, 0x7F800001, 0xFF800001, 0x7FFF0000, 0x7FBFFFFF]
+KEYS = range(50)
+
+
+def with_bits(bits: int) -> torch.Tensor:
+    return torch.full((1000,), bits, dtype=torch.int64).to(torch.int32).view(torch.float32)
+
+
+@pytest.mark.parametrize("bits", NAN_BITS, ids=hex)
+def test_every_nan_stays_one(bits: int) -> None:
+    values = with_bits(bits)
+    for key in KEYS:
+        assert bool(round_to_bfloat16(values, key).isnan().all())
+        high, correction = split_24_bits(values, key)
+        assert bool(high.isnan().all()) and bool(join_24_bits(high, correction).isnan().all())
+
+
+def test_a_nan_in_bfloat16_stays_one_beside_any_correction() -> None:
+    high = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    high = high[high.isnan()]
+    for correction in (-128, -1, 0, 127):
+        assert bool(join_24_bits(high, torch.full(high.shape, correction, dtype=torch.int8)).isnan().all())
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("bits", [0x7F7FFFFF, 0x7F7F8000, 0x7F7F7FFF, 0x7F7F0000], ids=hex)
+def test_the_largest_numbers_keep_their_sign_and_stay_numbers(bits: int, sign: int) -> None:
+    values = sign * with_bits(bits)
+    for key in KEYS:
+        high, correction = split_24_bits(values, key)
+        for rounded in (round_to_bfloat16(values, key), high, join_24_bits(high, correction)):
+            assert bool((sign * rounded >= torch.finfo(torch.bfloat16).max).all())
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_infinities_stay_infinite(sign: int) -> None:
+    values = sign * with_bits(0x7F800000)
+    for key in KEYS:
+        assert torch.equal(round_to_bfloat16(values, key).float(), values)
+        assert torch.equal(join_24_bits(*split_24_bits(values, key)), values)

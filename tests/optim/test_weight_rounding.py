@@ -86,10 +86,13 @@ def test_weights_that_are_not_contiguous(weight_rounding: str) -> None:
     p, q = nn.Parameter(value.clone()), nn.Parameter(value.T.contiguous().T)
     grad = torch.randn(12, 9).bfloat16()
     for w in (p, q):
-        optimizer = GaLoreAdamW([w], rank=3, weight_rounding=weight_rounding)
+        optimizer = GaLoreAdamW([w], lr=0.1, rank=3, weight_rounding=weight_rounding)
         w.grad = grad
         optimizer.step()
-    assert torch.equal(p, q) and not torch.equal(p, value)
+    # The products of the two layouts may be summed in another order, and a value near a bound be rounded the other way;
+    # with other random bits two values of five would be.
+    torch.testing.assert_close(p, q, rtol=2.0**-7, atol=0)
+    assert float((p != q).float().mean()) < 0.05 and not torch.equal(p, value)
 
 
 def test_compensation_can_be_switched_on_and_off_in_a_run() -> None:
