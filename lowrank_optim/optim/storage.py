@@ -121,7 +121,8 @@ def move_stored_(
 
     The other arguments are those of that operation; matrix units take ``left`` and ``right`` in the parameter's dtype.
     """
-    update: dict[str, Any] = {"alpha": alpha, "decay": decay, "grad": grad, "factor": factor}
+    scale = "column_scale" if factor is not None and factor.shape[0] == 1 < factor.shape[1] else "row_scale"
+    update: dict[str, Any] = {"alpha": alpha, "decay": decay, "grad": grad, scale: factor}
     if is_int8(param):
         left, right = (None if side is None else side.to(param.dtype) for side in (left, right))
         move_int8_ = pick(lowrank_update_int8_, backend, param.device)
