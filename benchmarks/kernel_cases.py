@@ -67,7 +67,7 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        beside = next((f", {name}" for name in ("addend", "factor") if name in self.tensors), "")
+        beside = next((f", {name}" for name in ("addend", "row_scale") if name in self.tensors), "")
         return f"{self.operation.__name__}{beside}"
 
     def bound(self, backend: str) -> Callable[[], Any]:
@@ -150,7 +150,7 @@ def _rescaled_update(size: Size, device: torch.device) -> Case:
     case = _lowrank_update(size, device)
     more = {
         "grad": _random(size.rows, size.columns, device=device),
-        "factor": torch.rand(size.rows, 1, device=device),
+        "row_scale": torch.rand(size.rows, 1, device=device),
     }
     moved = case.moved + 2 * size.rows * size.columns + 4 * size.rows
     return case._replace(tensors={**case.tensors, **more}, moved=moved)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_optim.ops.chunks import as_batch
 from lowrank_optim.ops.dct_select import dct_select as eager
 from lowrank_optim.ops.dct_select import greatest
 
@@ -17,10 +18,11 @@ ROWS = 512
 
 @triton.jit
 def column_scores_kernel(
-    scored_ptr,  # (rows, columns), rows contiguous
-    partial_ptr,  # (ceil(rows / ROWS), columns)
+    scored_ptr,  # (matrices, rows, columns), rows contiguous
+    partial_ptr,  # (matrices, ceil(rows / ROWS), columns), contiguous
     rows,
     columns,
+    matrix_stride,
     row_stride,
     SQUARE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -28,6 +30,9 @@ def column_scores_kernel(
     BLOCK_COLUMNS: tl.constexpr,
 ):
     part = tl.program_id(1)
+    matrix = tl.program_id(2).to(tl.int64)
+    scored_ptr += matrix * matrix_stride
+    partial_ptr += matrix * tl.num_programs(1) * columns
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     for start in range(0, ROWS, BLOCK_ROWS):
@@ -43,20 +48,23 @@ def dct_select(scored: Tensor, rank: int, *, ell_norm: int) -> Tensor:
     """See ``lowrank_optim.ops.dct_select``; the scores in one pass, the order of a few thousand of them by torch."""
     if scored.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return eager(scored, rank, ell_norm=ell_norm)
-    scored = scored if scored.stride(1) == 1 else scored.contiguous()
-    rows, columns = scored.shape
+    shape = scored.shape
+    scored = as_batch("scored", scored if scored.stride(-1) == 1 else scored.contiguous())
+    matrices, rows, columns = scored.shape
     parts = triton.cdiv(rows, ROWS)
-    partial = torch.empty(parts, columns, dtype=torch.float32, device=scored.device)
-    column_scores_kernel[(triton.cdiv(columns, BLOCK_COLUMNS), parts)](
-        scored, partial, rows, columns, scored.stride(0), SQUARE=ell_norm == 2,
-        ROWS=ROWS, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS,
-    )  # fmt: skip
-    return greatest(partial.sum(0), rank)
+    partial = torch.empty(matrices, parts, columns, dtype=torch.float32, device=scored.device)
+    if partial.numel():
+        column_scores_kernel[(triton.cdiv(columns, BLOCK_COLUMNS), parts, matrices)](
+            scored, partial, rows, columns, *scored.stride()[:2], SQUARE=ell_norm == 2,
+            ROWS=ROWS, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS,
+        )  # fmt: skip
+    return greatest(partial.sum(1).view(*shape[:-2], columns), rank)
 
 
 def aot_cases():
     cases: list[object] = []
-    scores = {"scored_ptr": "*fp32", "partial_ptr": "*fp32", "rows": "i32", "columns": "i32", "row_stride": "i32"}
+    scores = {"scored_ptr": "*fp32", "partial_ptr": "*fp32", "rows": "i32", "columns": "i32"}
+    scores |= {"matrix_stride": "i32", "row_stride": "i32"}
     for square in (False, True):
         constants = {"SQUARE": square, "ROWS": ROWS, "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS}
         signature = scores | dict.fromkeys(constants, "constexpr")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lowrank_kernels.rounding import random_bits
+from lowrank_kernels.tiles import check
 
 BLOCK = 1024
 
@@ -33,10 +37,11 @@ def cosine_and_sine(turns):
     return tl.where((quarter + 1) % 4 >= 2, -cosine, cosine), tl.where(quarter % 4 >= 2, -sine, sine)
 
 
-@triton.jit(do_not_specialize=["key"])
+@triton.jit(do_not_specialize=["key", "first"])
 def gaussian_kernel(
-    out_ptr,  # (size,) any floating dtype
+    out_ptr,  # (matrices, size) any floating dtype
     key,  # an int32, or a pointer to one
+    first,  # number of the first matrix
     size,
     half,  # the pairs of Box and Muller: elements i and half + i
     KEY_ON_DEVICE: tl.constexpr,
@@ -46,29 +51,39 @@ def gaussian_kernel(
         word = tl.load(key)
     else:
         word = key
-    first = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    second = first + half
+    matrix = tl.program_id(1)
+    one = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    other = one + half
+    start = (first + matrix) * 2 * half
     word = tl.full((BLOCK,), 0, tl.int32) + word
-    radius = tl.sqrt(-2.0 * tl.log(uniform(first, word)))
-    cosine, sine = cosine_and_sine(uniform(second, word))
-    tl.store(out_ptr + first, radius * cosine, mask=first < half)
-    tl.store(out_ptr + second, radius * sine, mask=second < size)
+    radius = tl.sqrt(-2.0 * tl.log(uniform(one + start, word)))
+    cosine, sine = cosine_and_sine(uniform(other + start, word))
+    out_ptr += matrix.to(tl.int64) * size
+    tl.store(out_ptr + one, radius * cosine, mask=one < half)
+    tl.store(out_ptr + other, radius * sine, mask=other < size)
 
 
-def gaussian(rows: int, columns: int, *, key: int | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def gaussian(
+    rows: int, columns: int, *, key: int | Tensor, dtype: torch.dtype, device: torch.device,
+    batch: Sequence[int] = (), first: int = 0,
+) -> Tensor:  # fmt: skip
     """See ``lowrank_optim.ops.gaussian``; computed in fp32 whatever the dtype.
 
     Raises:
-        ValueError: 2^31 elements or more, which a 32-bit counter cannot tell apart.
+        ValueError: numbers beyond position 2^31 of the counter, or so near to it that a block would cross it.
     """
-    size = rows * columns
-    if size >= 2**31:
-        raise ValueError(f"Invalid shape: ({rows}, {columns}), expected fewer than 2^31 elements")
-    out = torch.empty(rows, columns, dtype=dtype, device=device)
-    if size:
-        half = (size + 1) // 2
-        on_device = isinstance(key, Tensor)
-        gaussian_kernel[(triton.cdiv(half, BLOCK),)](out, key, size, half, KEY_ON_DEVICE=on_device, BLOCK=BLOCK)
+    size, matrices = rows * columns, math.prod(batch)
+    half = (size + 1) // 2
+    if (first + matrices) * 2 * half >= 2**31 - BLOCK:
+        shape = (*batch, rows, columns)
+        raise ValueError(f"Invalid shape: {shape} from matrix {first} on, expected fewer than 2^31 - {BLOCK} elements")
+    if isinstance(key, Tensor):
+        check("key", key, (), device, torch.int32)
+    out = torch.empty(*batch, rows, columns, dtype=dtype, device=device)
+    if out.numel():
+        gaussian_kernel[(triton.cdiv(half, BLOCK), matrices)](
+            out, key, first, size, half, KEY_ON_DEVICE=isinstance(key, Tensor), BLOCK=BLOCK
+        )
     return out
 
 
@@ -80,6 +95,7 @@ def aot_cases():
             {
                 "out_ptr": "*bf16",
                 "key": key,
+                "first": "i32",
                 "size": "i32",
                 "half": "i32",
                 "KEY_ON_DEVICE": "constexpr",

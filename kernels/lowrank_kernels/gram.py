@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import check_operand
+from lowrank_kernels.tiles import check
+from lowrank_optim.ops.chunks import as_batch
 from lowrank_optim.ops.gram import gram as eager
 
 BLOCK = 64
@@ -19,11 +20,12 @@ SYMMETRIC_FROM = 1024
 
 @triton.jit
 def gram_kernel(
-    x_ptr,  # (rows, columns)
-    addend_ptr,  # (columns, columns), symmetric, contiguous; not read without ADD
-    out_ptr,  # (columns, columns), contiguous
+    x_ptr,  # (matrices, rows, columns)
+    addend_ptr,  # (matrices, columns, columns), symmetric, contiguous; not read without ADD
+    out_ptr,  # (matrices, columns, columns), contiguous
     rows,
     columns,
+    matrix_stride,
     row_stride,
     column_stride,
     alpha,
@@ -38,6 +40,10 @@ def gram_kernel(
     i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
     i = tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)
     j = tile - i * (i + 1) // 2
+    matrix = tl.program_id(1).to(tl.int64)
+    x_ptr += matrix * matrix_stride
+    addend_ptr += matrix * columns * columns
+    out_ptr += matrix * columns * columns
     left = i * BLOCK + tl.arange(0, BLOCK)
     right = j * BLOCK + tl.arange(0, BLOCK)
     ks = tl.arange(0, BLOCK_K)
@@ -68,17 +74,18 @@ def gram(x: Tensor, addend: Tensor | None = None, *, alpha: float = 1.0, beta: f
     Raises:
         ValueError: an addend of another shape, dtype or device.
     """
-    rows, columns = x.shape
+    *batch, rows, columns = x.shape
     if columns < SYMMETRIC_FROM or x.dtype not in (torch.bfloat16, torch.float16):
         return eager(x, addend, alpha=alpha, beta=beta)
-    if addend is not None:
-        check_operand("addend", addend, (columns, columns), x.device, (x.dtype,), contiguous=False)
-    out = torch.empty(columns, columns, dtype=x.dtype, device=x.device)
-    blocks = triton.cdiv(columns, BLOCK)
-    gram_kernel[(blocks * (blocks + 1) // 2,)](
-        x, out if addend is None else addend.contiguous(), out, rows, columns, x.stride(0), x.stride(1), alpha, beta,
-        ADD=addend is not None, BLOCK=BLOCK, BLOCK_K=BLOCK_K, num_warps=8, num_stages=2,
-    )  # fmt: skip
+    check("addend", addend, (*batch, columns, columns), x.device, x.dtype)
+    out = torch.empty(*batch, columns, columns, dtype=x.dtype, device=x.device)
+    if out.numel():
+        x = as_batch("x", x)
+        blocks = triton.cdiv(columns, BLOCK)
+        gram_kernel[(blocks * (blocks + 1) // 2, x.shape[0])](
+            x, out if addend is None else addend.contiguous(), out, rows, columns, *x.stride(), alpha, beta,
+            ADD=addend is not None, BLOCK=BLOCK, BLOCK_K=BLOCK_K, num_warps=8, num_stages=2,
+        )  # fmt: skip
     return out
 
 
@@ -86,7 +93,8 @@ def aot_cases():
     cases = []
     for add in (False, True):
         signature = dict.fromkeys(("x_ptr", "addend_ptr", "out_ptr"), "*bf16")
-        signature |= {"rows": "i32", "columns": "i32", "row_stride": "i32", "alpha": "fp32", "beta": "fp32"}
+        signature |= {"rows": "i32", "columns": "i32", "alpha": "fp32", "beta": "fp32"}
+        signature |= {"matrix_stride": "i32", "row_stride": "i32"}
         constants = {"column_stride": 1, "ADD": add, "BLOCK": BLOCK, "BLOCK_K": BLOCK_K}
         signature |= dict.fromkeys(constants, "constexpr")
         label = f"gram{', addend' if add else ''}"

@@ -9,17 +9,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels.rounding import join_24_bits, random_bits, round_to_bfloat16, round_to_nearest, split_24_bits
-from lowrank_kernels.tiles import add_product, grouped_tile, tile_options
+from lowrank_kernels.rounding import (
+    join_24_bits,
+    random_bits,
+    round_to_bfloat16,
+    round_to_nearest,
+    split_24_bits,
+)
+from lowrank_kernels.tiles import (
+    add_product,
+    check,
+    check_scales,
+    eights,
+    grouped_tile,
+    in_eights,
+    rescaled,
+    tile_options,
+)
+from lowrank_optim.ops.chunks import as_batch
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @triton.jit
 def move(
-    product, rows, columns, weight_ptr, grad_ptr, factor_ptr, correction_ptr, key, decay, m, n,
-    weight_stride_m, weight_stride_n, grad_stride_m, grad_stride_n, factor_stride,
-    FACTOR_BY_COLUMN: tl.constexpr, ROUNDING: tl.constexpr, WIDE: tl.constexpr,
+    product, rows, columns, weight_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, correction_ptr, key, start, decay,
+    m, n, weight_stride_m, weight_stride_n, grad_stride_m, grad_stride_n,
+    ONE_ROW_SCALE: tl.constexpr, ROUNDING: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """weight = decay weight + product + factor grad, for one tile."""
+    """weight = decay weight + product + row_scale grad column_scale, for one tile."""
     mask = (rows < m)[:, None] & (columns < n)[None, :]
     if WIDE:
         rows, columns = rows.to(tl.int64), columns.to(tl.int64)
@@ -32,19 +50,13 @@ def move(
 
     if grad_ptr is not None:
         grad = grad_ptr + rows[:, None] * grad_stride_m + columns[None, :] * grad_stride_n
-        grad = tl.load(grad, mask=mask, other=0.0).to(tl.float32)
-        if FACTOR_BY_COLUMN:
-            factor = tl.load(factor_ptr + columns * factor_stride, mask=columns < n, other=0.0)[None, :]
-        else:
-            factor = tl.load(factor_ptr + rows * factor_stride, mask=rows < m, other=0.0)[:, None]
-        factor = factor.to(tl.float32)
-        # Zero times NaN is NaN.
-        value += tl.where(factor != 0, factor * grad, 0.0)
+        grad = tl.load(grad, mask=mask, other=0.0)
+        value += rescaled(grad, rows, columns, row_scale_ptr, column_scale_ptr, m, n, ONE_ROW_SCALE)
 
     if ROUNDING == "nearest":
         tl.store(weight, round_to_nearest(value, weight_ptr.dtype.element_ty), mask=mask)
     else:
-        bits = random_bits(position, tl.zeros_like(product).to(tl.int32) + key)
+        bits = random_bits(position + start, tl.zeros_like(product).to(tl.int32) + key)
         if ROUNDING == "stochastic":
             tl.store(weight, round_to_bfloat16(value, bits), mask=mask)
         else:
@@ -62,38 +74,60 @@ def halves(tile):
 
 @triton.jit(do_not_specialize=["key"])
 def lowrank_update_kernel(
-    weight_ptr,  # (m, n), modified in place
-    left_ptr,  # (m, rank), dtype of the weight, or None
-    right_ptr,  # (n, rank), likewise
-    grad_ptr,  # (m, n), any floating dtype, or None
-    factor_ptr,  # (m,) or (n,), or None
-    correction_ptr,  # (m, n) int8, contiguous, modified in place, or None
+    weight_ptr,  # (matrices, m, n), modified in place
+    left_ptr,  # (matrices, m, rank), dtype of the weight, or None
+    right_ptr,  # (matrices, n, rank), likewise
+    grad_ptr,  # (matrices, m, n), any floating dtype, or None
+    row_scale_ptr,  # (matrices, m) or (matrices,), contiguous, or None
+    column_scale_ptr,  # (matrices, n), contiguous, or None
+    correction_ptr,  # (matrices, m, n) int8, contiguous, modified in place, or None
     key,  # an int32, or a pointer to one
     alpha,  # a number, or a pointer to one
     decay,  # likewise
     m,
     n,
     rank,
+    weight_stride_e,
     weight_stride_m,
     weight_stride_n,
+    left_stride_e,
     left_stride_m,
     left_stride_k,
+    right_stride_e,
     right_stride_n,
     right_stride_k,
+    grad_stride_e,
     grad_stride_m,
     grad_stride_n,
-    factor_stride,
-    FACTOR_BY_COLUMN: tl.constexpr,
+    ONE_ROW_SCALE: tl.constexpr,  # one number a matrix
+    EIGHTS: tl.constexpr,  # sides and strides, but those of 1, are divisible by 8
     ROUNDING: tl.constexpr,  # "nearest", "stochastic" or "compensated"
     KEY_ON_DEVICE: tl.constexpr,
     ALPHA_ON_DEVICE: tl.constexpr,
     DECAY_ON_DEVICE: tl.constexpr,
-    WIDE: tl.constexpr,  # 2^31 elements or more
+    WIDE: tl.constexpr,  # 2^31 elements or more in a matrix
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    if EIGHTS:
+        # The compiler knows of divisibility by 16 only, and 8 elements of two bytes are one access.
+        m, n = eights(m), eights(n)
+        weight_stride_m, weight_stride_n = eights(weight_stride_m), eights(weight_stride_n)
+        grad_stride_m, grad_stride_n = eights(grad_stride_m), eights(grad_stride_n)
+    matrix = tl.program_id(1).to(tl.int64)
+    weight_ptr += matrix * weight_stride_e
+    if grad_ptr is not None:
+        grad_ptr += matrix * grad_stride_e
+        if row_scale_ptr is not None:
+            row_scale_ptr += matrix if ONE_ROW_SCALE else matrix * m
+        if column_scale_ptr is not None:
+            column_scale_ptr += matrix * n
+    if correction_ptr is not None:
+        correction_ptr += matrix * m * n
+    # The counter of the random bits has 32.
+    start = (matrix * m * n).to(tl.int32)
     tile_m, tile_n = grouped_tile(m, n, BLOCK_M, BLOCK_N)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tile_n * BLOCK_N
@@ -108,11 +142,12 @@ def lowrank_update_kernel(
     product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if left_ptr is None:
         move(
-            product, rows, columns, weight_ptr, grad_ptr, factor_ptr, correction_ptr, key, decay, m, n,
-            weight_stride_m, weight_stride_n, grad_stride_m, grad_stride_n, factor_stride,
-            FACTOR_BY_COLUMN, ROUNDING, WIDE,
+            product, rows, columns, weight_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, correction_ptr, key, start,
+            decay, m, n, weight_stride_m, weight_stride_n, grad_stride_m, grad_stride_n, ONE_ROW_SCALE, ROUNDING, WIDE,
         )  # fmt: skip
     else:
+        left_ptr += matrix * left_stride_e
+        right_ptr += matrix * right_stride_e
         steps = tl.arange(0, BLOCK_K)
         # Rows past the end are read from the start instead: no mask, and nobody looks at the result.
         left = left_ptr + (rows % m)[:, None] * left_stride_m + steps[None, :] * left_stride_k
@@ -130,9 +165,9 @@ def lowrank_update_kernel(
         for i in tl.static_range(4):
             columns = first + i * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
             move(
-                quarters[i], rows, columns, weight_ptr, grad_ptr, factor_ptr, correction_ptr, key, decay, m, n,
-                weight_stride_m, weight_stride_n, grad_stride_m, grad_stride_n, factor_stride,
-                FACTOR_BY_COLUMN, ROUNDING, WIDE,
+                quarters[i], rows, columns, weight_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, correction_ptr, key,
+                start, decay, m, n, weight_stride_m, weight_stride_n, grad_stride_m, grad_stride_n,
+                ONE_ROW_SCALE, ROUNDING, WIDE,
             )  # fmt: skip
 
 
@@ -144,33 +179,47 @@ def lowrank_update_(
     alpha: float | Tensor = 1.0,
     decay: float | Tensor = 1.0,
     grad: Tensor | None = None,
-    factor: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
     key: int | Tensor | None = None,
     correction: Tensor | None = None,
 ) -> None:
     """See ``lowrank_optim.ops.lowrank_update``; real weights of at most 32 bits, computed in fp32.
 
     Raises:
-        ValueError: a weight of another dtype, or a rounding that its dtype does not have.
+        ValueError: a weight of another dtype, a rounding that its dtype does not have, or an operand of another shape,
+            device or kind than the weight asks for.
     """
     rounds = key is not None or correction is not None
-    dtypes = (torch.bfloat16,) if rounds else (torch.bfloat16, torch.float16, torch.float32)
-    if weight.dtype not in dtypes:
-        raise ValueError(f"Invalid weight: {weight.dtype}, expected {' or '.join(map(str, dtypes))}")
+    shape, device = weight.shape, weight.device
+    check("weight", weight, shape, device, *((torch.bfloat16,) if rounds else DTYPES))
+    if left is None or right is None:
+        left = right = None
+    if row_scale is None and column_scale is None:
+        grad = None
+    *batch, m, n = shape
+    rank = 0 if left is None else left.shape[-1]
+    check("left", left, (*batch, m, rank), device)
+    check("right", right, (*batch, n, rank), device)
+    check("grad", grad, shape, device)
+    check_scales(row_scale, column_scale, shape, device)
+    check("correction", correction, shape, device, torch.int8)
+    if correction is not None and not correction.is_contiguous():
+        raise ValueError(f"Invalid correction: strides {correction.stride()}, expected a contiguous tensor")
     if not weight.numel():
         return
-    m, n = weight.shape
-    rank = 0 if left is None else left.shape[1]
-    left, right = (None if x is None else x.to(weight.dtype) for x in (left, right))
-    alpha, decay = (on_device(weight.device, x) for x in (alpha, decay))
-    by_column = factor is not None and factor.shape[0] == 1 and factor.shape[1] > 1
-    factor_stride = 0 if factor is None or factor.numel() == 1 else factor.stride(1 if by_column else 0)
+    weight = as_batch("weight", weight)
+    left, right = (None if x is None else as_batch("side", x).to(weight.dtype) for x in (left, right))
+    grad = None if grad is None else as_batch("grad", grad)
+    one = row_scale is not None and row_scale.shape[-2] == 1
+    row_scale, column_scale = (None if x is None else x.contiguous() for x in (row_scale, column_scale))
+    alpha, decay = (on_device(device, x) for x in (alpha, decay))
     options = launch_options(weight.dtype, rank)
     tiles = triton.cdiv(m, options["BLOCK_M"]) * triton.cdiv(n, options["BLOCK_N"])
-    lowrank_update_kernel[(tiles,)](
-        weight, left, right, grad, factor, correction, 0 if key is None else key, alpha, decay, m, n, rank,
-        *weight.stride(), *strides(left), *strides(right), *strides(grad), factor_stride,
-        FACTOR_BY_COLUMN=by_column,
+    lowrank_update_kernel[(tiles, weight.shape[0])](
+        weight, left, right, grad, row_scale, column_scale, correction, 0 if key is None else key, alpha, decay,
+        m, n, rank, *weight.stride(), *strides(left), *strides(right), *strides(grad),
+        ONE_ROW_SCALE=one, EIGHTS=in_eights(m, n, *weight.stride()[1:], *strides(grad)[1:]),
         ROUNDING="compensated" if correction is not None else "stochastic" if rounds else "nearest",
         KEY_ON_DEVICE=isinstance(key, Tensor), ALPHA_ON_DEVICE=isinstance(alpha, Tensor),
         DECAY_ON_DEVICE=isinstance(decay, Tensor), WIDE=m * n >= 2**31, **options,
@@ -189,7 +238,7 @@ def on_device(device: torch.device, value: float | Tensor) -> float | Tensor:
 
 
 def strides(tensor: Tensor | None) -> tuple[int, ...]:
-    return (0, 0) if tensor is None else tensor.stride()
+    return (0, 0, 0) if tensor is None else tensor.stride()
 
 
 def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
@@ -208,18 +257,20 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
     ]:
         options: dict[str, Any] = launch_options(dtype, 256 if product else 0)
         launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-        flags = ("FACTOR_BY_COLUMN", "KEY_ON_DEVICE", "ALPHA_ON_DEVICE", "DECAY_ON_DEVICE", "WIDE")
-        strides = ("weight_stride_n", "left_stride_k", "right_stride_k", "grad_stride_n", "factor_stride")
+        flags = ("ONE_ROW_SCALE", "EIGHTS", "KEY_ON_DEVICE", "ALPHA_ON_DEVICE", "DECAY_ON_DEVICE", "WIDE")
+        strides = ("weight_stride_n", "left_stride_k", "right_stride_k", "grad_stride_n")
         constants: dict[str, object] = {**options, "ROUNDING": rounding}
         constants |= {**dict.fromkeys(flags, False), **dict.fromkeys(strides, 1)}
         if not product:
             constants |= {"left_ptr": None, "right_ptr": None}
         if not scaled:
-            constants |= {"grad_ptr": None, "factor_ptr": None}
+            constants |= {"grad_ptr": None, "row_scale_ptr": None}
+        # As in all but two-sided scalings.
+        constants["column_scale_ptr"] = None
         if rounding != "compensated":
             constants["correction_ptr"] = None
         pointers = dict.fromkeys(("weight_ptr", "left_ptr", "right_ptr", "grad_ptr"), types[dtype])
-        pointers |= {"factor_ptr": "*fp32", "correction_ptr": "*i8", "alpha": "fp32", "decay": "fp32"}
+        pointers |= {"row_scale_ptr": "*fp32", "correction_ptr": "*i8", "alpha": "fp32", "decay": "fp32"}
         signature = {
             name: "constexpr" if name in constants else pointers.get(name, "i32")
             for name in lowrank_update_kernel.arg_names

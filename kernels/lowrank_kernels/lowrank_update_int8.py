@@ -11,18 +11,18 @@ from torch import Tensor
 
 from lowrank_kernels.lowrank_update import halves, on_device, strides
 from lowrank_kernels.rounding import random_bits
-from lowrank_kernels.tiles import add_product, grouped_tile
+from lowrank_kernels.tiles import add_product, check, check_scales, grouped_tile, rescaled
+from lowrank_optim.ops.int8_weight import GROUP, scale_shape
 
-GROUP = 256
 QUARTER = tl.constexpr(64)
 
 
 @triton.jit
 def moved(
-    product, rows, columns, codes_ptr, grad_ptr, factor_ptr, step, decay, m, n,
-    grad_stride_m, grad_stride_n, factor_stride, FACTOR_BY_COLUMN: tl.constexpr,
+    product, rows, columns, codes_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, step, decay, m, n,
+    grad_stride_m, grad_stride_n, ONE_ROW_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """decay weight + product + factor grad in fp32, for some columns of a group; 0 outside of the weight."""
+    """decay weight + product + rescaled grad in fp32, for some columns of a group; 0 outside of the weight."""
     mask = (rows < m)[:, None] & (columns < n)[None, :]
     code = tl.load(codes_ptr + rows[:, None] * n + columns[None, :], mask=mask, other=0)
     value = code.to(tl.float32) * step[:, None] * decay + tl.where(mask, product, 0.0)
@@ -30,31 +30,25 @@ def moved(
         grad = tl.load(
             grad_ptr + rows[:, None] * grad_stride_m + columns[None, :] * grad_stride_n, mask=mask, other=0.0
         )
-        if FACTOR_BY_COLUMN:
-            factor = tl.load(factor_ptr + columns * factor_stride, mask=columns < n, other=0.0)[None, :]
-        else:
-            factor = tl.load(factor_ptr + rows * factor_stride, mask=rows < m, other=0.0)[:, None]
-        factor = factor.to(tl.float32)
-        # Zero times NaN is NaN.
-        value += tl.where(factor != 0, factor * grad.to(tl.float32), 0.0)
+        value += rescaled(grad, rows, columns, row_scale_ptr, column_scale_ptr, m, n, ONE_ROW_SCALE)
     return value
 
 
 @triton.jit
 def moved_half(
-    product, rows, first, codes_ptr, grad_ptr, factor_ptr, step, decay, m, n,
-    grad_stride_m, grad_stride_n, factor_stride, FACTOR_BY_COLUMN: tl.constexpr,
+    product, rows, first, codes_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, step, decay, m, n,
+    grad_stride_m, grad_stride_n, ONE_ROW_SCALE: tl.constexpr,
 ):  # fmt: skip
     """Two quarters of a group, one after the other to save registers, and the largest magnitudes of their rows."""
     one, two = halves(product)
     columns = first + tl.arange(0, QUARTER)
     one = moved(
-        one, rows, columns, codes_ptr, grad_ptr, factor_ptr, step, decay, m, n,
-        grad_stride_m, grad_stride_n, factor_stride, FACTOR_BY_COLUMN,
+        one, rows, columns, codes_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, step, decay, m, n,
+        grad_stride_m, grad_stride_n, ONE_ROW_SCALE,
     )  # fmt: skip
     two = moved(
-        two, rows, columns + QUARTER, codes_ptr, grad_ptr, factor_ptr, step, decay, m, n,
-        grad_stride_m, grad_stride_n, factor_stride, FACTOR_BY_COLUMN,
+        two, rows, columns + QUARTER, codes_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, step, decay, m, n,
+        grad_stride_m, grad_stride_n, ONE_ROW_SCALE,
     )  # fmt: skip
     return one, two, tl.maximum(tl.max(tl.abs(one), axis=1), tl.max(tl.abs(two), axis=1))
 
@@ -79,7 +73,8 @@ def lowrank_update_int8_kernel(
     left_ptr,  # (m, rank), or None
     right_ptr,  # (n, rank), dtype of left, or None
     grad_ptr,  # (m, n), any floating dtype, or None
-    factor_ptr,  # (m,) or (n,), or None
+    row_scale_ptr,  # (m,) or one number, contiguous, or None
+    column_scale_ptr,  # (n,), contiguous, or None
     key,  # an int32, or a pointer to one
     alpha,  # a number, or a pointer to one
     decay,  # likewise
@@ -92,8 +87,7 @@ def lowrank_update_int8_kernel(
     right_stride_k,
     grad_stride_m,
     grad_stride_n,
-    factor_stride,
-    FACTOR_BY_COLUMN: tl.constexpr,
+    ONE_ROW_SCALE: tl.constexpr,
     KEY_ON_DEVICE: tl.constexpr,
     ALPHA_ON_DEVICE: tl.constexpr,
     DECAY_ON_DEVICE: tl.constexpr,
@@ -130,12 +124,12 @@ def lowrank_update_int8_kernel(
     step = tl.load(scale, mask=rows < m, other=0.0)
     left_half, right_half = halves(product * alpha)
     v0, v1, largest = moved_half(
-        left_half, rows, first, codes_ptr, grad_ptr, factor_ptr, step, decay, m, n,
-        grad_stride_m, grad_stride_n, factor_stride, FACTOR_BY_COLUMN,
+        left_half, rows, first, codes_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, step, decay, m, n,
+        grad_stride_m, grad_stride_n, ONE_ROW_SCALE,
     )  # fmt: skip
     v2, v3, largest_right = moved_half(
-        right_half, rows, first + 2 * QUARTER, codes_ptr, grad_ptr, factor_ptr, step, decay, m, n,
-        grad_stride_m, grad_stride_n, factor_stride, FACTOR_BY_COLUMN,
+        right_half, rows, first + 2 * QUARTER, codes_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, step, decay, m, n,
+        grad_stride_m, grad_stride_n, ONE_ROW_SCALE,
     )  # fmt: skip
     step = tl.div_rn(tl.maximum(largest, largest_right), tl.full((BLOCK_M,), 127.0, tl.float32))
     tl.store(scale, step, mask=rows < m)
@@ -157,29 +151,45 @@ def lowrank_update_int8_(
     alpha: float | Tensor = 1.0,
     decay: float | Tensor = 1.0,
     grad: Tensor | None = None,
-    factor: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
     key: int | Tensor,
 ) -> None:
     """See ``lowrank_optim.ops.lowrank_update_int8``.
 
     Raises:
-        ValueError: 2^31 elements or more, which a 32-bit counter cannot tell apart.
+        ValueError: 2^31 elements or more, which a 32-bit counter cannot tell apart, or an operand of another shape,
+            device or kind than the codes ask for.
     """
     if codes.numel() >= 2**31:
         raise ValueError(f"Invalid shape: {tuple(codes.shape)}, expected fewer than 2^31 elements")
     if not codes.numel():
         return
-    m, n = codes.shape
+    if left is None or right is None:
+        left = right = None
+    if row_scale is None and column_scale is None:
+        grad = None
+    shape, device = codes.shape, codes.device
+    m, n = shape
     rank = 0 if left is None else left.shape[1]
+    check("codes", codes, shape, device, torch.int8)
+    check("scale", scale, scale_shape(m, n), device, torch.float32)
+    for name, parameter in (("codes", codes), ("scale", scale)):
+        if not parameter.is_contiguous():
+            raise ValueError(f"Invalid {name}: strides {parameter.stride()}, expected a contiguous tensor")
+    check("left", left, (m, rank), device)
+    check("right", right, (n, rank), device, *(() if left is None else (left.dtype,)))
+    check("grad", grad, shape, device)
+    check_scales(row_scale, column_scale, shape, device)
+    one = row_scale is not None and len(row_scale) == 1
+    row_scale, column_scale = (None if x is None else x.contiguous() for x in (row_scale, column_scale))
     alpha, decay = (on_device(codes.device, x) for x in (alpha, decay))
-    by_column = factor is not None and factor.shape[0] == 1 and factor.shape[1] > 1
-    factor_stride = 0 if factor is None or factor.numel() == 1 else factor.stride(1 if by_column else 0)
     options = launch_options(None if left is None else left.dtype, rank, scaled=grad is not None)
     tiles = triton.cdiv(m, options["BLOCK_M"]) * triton.cdiv(n, GROUP)
     lowrank_update_int8_kernel[(tiles,)](
-        codes, scale, left, right, grad, factor, key, alpha, decay, m, n, rank,
-        *strides(left), *strides(right), *strides(grad), factor_stride,
-        FACTOR_BY_COLUMN=by_column, KEY_ON_DEVICE=isinstance(key, Tensor),
+        codes, scale, left, right, grad, row_scale, column_scale, key, alpha, decay, m, n, rank,
+        *strides(left)[-2:], *strides(right)[-2:], *strides(grad)[-2:],
+        ONE_ROW_SCALE=one, KEY_ON_DEVICE=isinstance(key, Tensor),
         ALPHA_ON_DEVICE=isinstance(alpha, Tensor), DECAY_ON_DEVICE=isinstance(decay, Tensor), **options,
     )  # fmt: skip
 
@@ -219,14 +229,16 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
         launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
         constants: dict[str, object] = {
             **options,
-            **dict.fromkeys(("FACTOR_BY_COLUMN", "KEY_ON_DEVICE", "ALPHA_ON_DEVICE", "DECAY_ON_DEVICE"), False),
-            **dict.fromkeys(("left_stride_k", "right_stride_k", "grad_stride_n", "factor_stride"), 1),
+            **dict.fromkeys(("ONE_ROW_SCALE", "KEY_ON_DEVICE", "ALPHA_ON_DEVICE", "DECAY_ON_DEVICE"), False),
+            **dict.fromkeys(("left_stride_k", "right_stride_k", "grad_stride_n"), 1),
         }
         if dtype is None:
             constants |= {"left_ptr": None, "right_ptr": None}
         if not scaled:
-            constants |= {"grad_ptr": None, "factor_ptr": None}
-        types = {"codes_ptr": "*i8", "scale_ptr": "*fp32", "factor_ptr": "*fp32", "alpha": "fp32", "decay": "fp32"}
+            constants |= {"grad_ptr": None, "row_scale_ptr": None}
+        # As in all but two-sided scalings.
+        constants["column_scale_ptr"] = None
+        types = {"codes_ptr": "*i8", "scale_ptr": "*fp32", "row_scale_ptr": "*fp32", "alpha": "fp32", "decay": "fp32"}
         types |= dict.fromkeys(("left_ptr", "right_ptr", "grad_ptr"), pointer)
         signature = {
             name: "constexpr" if name in constants else types.get(name, "i32")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_kernels.tiles import check
 from lowrank_optim.ops.move_columns import move_columns_ as eager
 
 # Values of a program; a longer row stays with torch.
@@ -14,8 +18,8 @@ BLOCK = 4096
 
 @triton.jit
 def move_columns_kernel(
-    matrix_ptr,  # (rows, r), contiguous, modified in place
-    source_ptr,  # (r,) int64
+    matrix_ptr,  # (matrices, rows, r), contiguous, modified in place
+    source_ptr,  # (matrices, r) int64, contiguous
     rows,
     r,
     ROWS: tl.constexpr,
@@ -23,8 +27,9 @@ def move_columns_kernel(
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
-    source = tl.load(source_ptr + column, mask=column < r, other=-1)
-    at = matrix_ptr + row[:, None].to(tl.int64) * r
+    matrix = tl.program_id(1).to(tl.int64)
+    source = tl.load(source_ptr + matrix * r + column, mask=column < r, other=-1)
+    at = matrix_ptr + (matrix * rows + row[:, None]) * r
     mask = (row[:, None] < rows) & (column[None, :] < r)
     values = tl.load(at + source[None, :], mask=mask & (source[None, :] >= 0), other=0.0)
     # All of these rows have been read before any of them is written.
@@ -33,15 +38,21 @@ def move_columns_kernel(
 
 
 def move_columns_(matrix: Tensor, source: Tensor) -> None:
-    """See ``lowrank_optim.ops.move_columns_``; long rows, complex and strided matrices stay with torch."""
-    rows, r = matrix.shape
+    """See ``lowrank_optim.ops.move_columns_``; long rows, complex and strided matrices stay with torch.
+
+    Raises:
+        ValueError: a source of another shape, device or dtype than the matrix asks for.
+    """
+    *batch, rows, r = matrix.shape
+    check("source", source, (*batch, r), matrix.device, torch.int64)
     block = triton.next_power_of_2(r)
     if block > BLOCK or not matrix.is_contiguous() or matrix.is_complex():
         eager(matrix, source)
         return
-    lines = BLOCK // block
-    grid = (triton.cdiv(rows, lines),)
-    move_columns_kernel[grid](matrix, source, rows, r, ROWS=lines, BLOCK=block, num_warps=8)
+    if matrix.numel():
+        lines = BLOCK // block
+        grid = (triton.cdiv(rows, lines), math.prod(batch))
+        move_columns_kernel[grid](matrix, source.contiguous(), rows, r, ROWS=lines, BLOCK=block, num_warps=8)
 
 
 def aot_cases():

@@ -10,28 +10,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels.tiles import add_product, tile_options
+from lowrank_kernels.tiles import add_product, check, eights, in_eights, tile_options
+from lowrank_optim.ops.chunks import as_batch
 
 
 @triton.jit
 def project_kernel(
-    grad_ptr,  # (rows, d)
-    basis_ptr,  # (d, rank), dtype of the gradient
-    low_ptr,  # (rows, rank) fp32, contiguous
-    norms_ptr,  # (rows,) fp32
+    grad_ptr,  # (matrices, rows, d)
+    basis_ptr,  # (matrices, d, rank), dtype of the gradient
+    low_ptr,  # (matrices, rows, rank) fp32, contiguous
+    norms_ptr,  # (matrices, rows) fp32, contiguous
     rows,
     d,
     rank,
+    grad_stride_e,
     grad_stride_m,
     grad_stride_k,
+    basis_stride_e,
     basis_stride_k,
     basis_stride_n,
-    WIDE: tl.constexpr,  # 2^31 elements or more
+    WIDE: tl.constexpr,  # 2^31 elements or more in a matrix
+    EIGHTS: tl.constexpr,  # sides and strides, but those of 1, are divisible by 8
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    if EIGHTS:
+        rows, d, rank = eights(rows), eights(d), eights(rank)
+        grad_stride_m, grad_stride_k = eights(grad_stride_m), eights(grad_stride_k)
+        basis_stride_k, basis_stride_n = eights(basis_stride_k), eights(basis_stride_n)
+    matrix = tl.program_id(1).to(tl.int64)
+    grad_ptr += matrix * grad_stride_e
+    basis_ptr += matrix * basis_stride_e
+    low_ptr += matrix * rows * rank
+    norms_ptr += matrix * rows
     # Tiles of the same rows are neighbours, so that all but one find their gradient in L2.
     tiles_n = tl.cdiv(rank, BLOCK_N)
     tile_n = tl.program_id(0) % tiles_n
@@ -64,20 +77,21 @@ def project(grad: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """See ``lowrank_optim.ops.project``; computed in fp32.
 
     Raises:
-        ValueError: a gradient of another dtype.
+        ValueError: a gradient of another dtype, or a basis of another shape, device or kind than it asks for.
     """
-    if grad.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"Invalid grad: {grad.dtype}, expected torch.bfloat16, float16 or float32")
-    rows, d = grad.shape
-    basis, rank = basis.to(grad.dtype), basis.shape[1]
-    low = torch.empty(rows, rank, dtype=torch.float32, device=grad.device)
-    norms = torch.empty(rows, 1, dtype=torch.float32, device=grad.device)
-    if rows:
+    check("grad", grad, grad.shape, grad.device, torch.float32, torch.bfloat16, torch.float16)
+    *batch, rows, d = grad.shape
+    rank = basis.shape[-1]
+    check("basis", basis, (*batch, d, rank), grad.device)
+    grad, basis = as_batch("grad", grad), as_batch("basis", basis).to(grad.dtype)
+    low = torch.empty(*batch, rows, rank, dtype=torch.float32, device=grad.device)
+    norms = torch.empty(*batch, rows, 1, dtype=torch.float32, device=grad.device)
+    if norms.numel():
         options = launch_options(grad.dtype, rank)
         tiles = triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(rank, options["BLOCK_N"])
-        project_kernel[(tiles,)](
+        project_kernel[(tiles, grad.shape[0])](
             grad, basis, low, norms, rows, d, rank, *grad.stride(), *basis.stride(),
-            WIDE=rows * d >= 2**31, **options,
+            WIDE=rows * d >= 2**31, EIGHTS=in_eights(rows, d, rank, *grad.stride()[1:], *basis.stride()[1:]), **options,
         )  # fmt: skip
     return low, norms
 
@@ -100,7 +114,8 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
     for dtype, rank, contiguous in product(("bf16", "fp32"), (1, 256), ("grad_stride_k", "grad_stride_m")):
         options = launch_options(torch.bfloat16 if dtype == "bf16" else torch.float32, rank)
         launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-        constants: dict[str, object] = {**options, contiguous: 1, "basis_stride_n": 1, "WIDE": False}
+        constants: dict[str, object] = {**options, contiguous: 1, "basis_stride_n": 1}
+        constants |= {"WIDE": False, "EIGHTS": False}
         types = {"grad_ptr": f"*{dtype}", "basis_ptr": f"*{dtype}", "low_ptr": "*fp32", "norms_ptr": "*fp32"}
         names = project_kernel.arg_names
         signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from lowrank_kernels.rounding import INTERPRETED
 
@@ -32,6 +33,47 @@ def tile_options(dtype: torch.dtype, rank: int | None = None) -> dict[str, Any]:
     return options
 
 
+def check(name: str, tensor: Tensor | None, shape: tuple[int, ...], device: torch.device, *dtypes: torch.dtype) -> None:
+    """Raise ValueError where an operand is not what a kernel would take it for; an absent one is.
+
+    Args:
+        dtypes: the ones that are allowed, none for any floating dtype.
+    """
+    if tensor is None:
+        return
+    if tensor.shape != shape:
+        raise ValueError(f"Invalid {name}: shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+    if tensor.device != device:
+        raise ValueError(f"Invalid {name}: on {tensor.device}, expected {device}")
+    if not (tensor.dtype in dtypes if dtypes else tensor.is_floating_point()):
+        allowed = " or ".join(map(str, dtypes)) or "a real floating dtype"
+        raise ValueError(f"Invalid {name}: {tensor.dtype}, expected {allowed}")
+
+
+def check_scales(
+    row_scale: Tensor | None, column_scale: Tensor | None, shape: tuple[int, ...], device: torch.device
+) -> None:
+    """:func:`check` of the scales of a gradient of this shape."""
+    *batch, m, n = shape
+    one = row_scale is not None and row_scale.shape[-2:] == (1, 1)
+    check("row_scale", row_scale, (*batch, 1 if one else m, 1), device)
+    check("column_scale", column_scale, (*batch, 1, n), device)
+
+
+def in_eights(*sizes: int) -> bool:
+    """Whether sides and strides are divisible by 8, but those of 1, where the compiler, that knows of 16, sees less."""
+    return any(size % 16 and size != 1 for size in sizes) and all(size % 8 == 0 or size == 1 for size in sizes)
+
+
+@triton.jit
+def eights(size):
+    """A size that is divisible by 8, as the compiler can see: 8 elements of two bytes are one access."""
+    # A size of 1 is a constant to the compiler.
+    if INTERPRETED or isinstance(size, tl.constexpr):
+        return size
+    return size // 8 * 8
+
+
 @triton.jit
 def grouped_tile(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The tile (row, column) of a program: eight rows of tiles at a time, so that operands are met again in L2."""
@@ -40,6 +82,26 @@ def grouped_tile(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     first = program // group * 8
     height = tl.minimum(tiles_m - first, 8)
     return first + program % group % height, program % group // height
+
+
+@triton.jit
+def rescaled(
+    grad, rows, columns, row_scale_ptr, column_scale_ptr, m, n, ONE_ROW_SCALE: tl.constexpr
+):  # fmt: skip
+    """row_scale grad column_scale in fp32, for one tile; 0 where a scale is, whatever the gradient holds."""
+    grad = grad.to(tl.float32)
+    # Zero times NaN is NaN.
+    if row_scale_ptr is not None:
+        if ONE_ROW_SCALE:
+            scale = tl.load(row_scale_ptr).to(tl.float32)
+            grad = tl.where(scale != 0, scale * grad, 0.0)
+        else:
+            scale = tl.load(row_scale_ptr + rows, mask=rows < m, other=0.0).to(tl.float32)[:, None]
+            grad = tl.where(scale != 0, scale * grad, 0.0)
+    if column_scale_ptr is not None:
+        scale = tl.load(column_scale_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)[None, :]
+        grad = tl.where(scale != 0, scale * grad, 0.0)
+    return grad
 
 
 @triton.jit

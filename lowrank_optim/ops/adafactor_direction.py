@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 
 def adafactor_direction(
-    low: Tensor, row: Tensor, col: Tensor, *, weight: float | Tensor, eps: float, clip_threshold: float
-) -> Tensor:
+    low: Tensor, row: Tensor, col: Tensor, *, weight: float | Tensor, eps: float, clip_threshold: float,
+    per_matrix: bool = False,
+) -> Tensor:  # fmt: skip
     """Update both factors of the second moment in place and return Adafactor's clipped direction.
 
         row = (1 - weight) row + weight mean_j(|R|² + eps)
@@ -24,6 +23,7 @@ def adafactor_direction(
         col: shape (..., columns), real (modified in place).
         weight: of the new gradient in the averages, in (0, 1].
         clip_threshold: largest root mean square of U.
+        per_matrix: clip each (rows, columns) of R for itself, instead of all together.
 
     Returns:
         U, a new tensor like R.
@@ -32,7 +32,7 @@ def adafactor_direction(
     row.lerp_(square.mean(-1).add_(eps), weight)
     col.lerp_(square.mean(-2).add_(eps), weight)
     rows = (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)
-    return clip_rms_(low * rows * col.rsqrt().unsqueeze(-2), clip_threshold)
+    return clip_rms_(low * rows * col.rsqrt().unsqueeze(-2), clip_threshold, per_matrix=per_matrix)
 
 
 def square_of(low: Tensor) -> Tensor:
@@ -40,13 +40,15 @@ def square_of(low: Tensor) -> Tensor:
     return (low * low.conj()).real if low.is_complex() else low.square()
 
 
-def clip_rms_(direction: Tensor, threshold: float) -> Tensor:
-    """Scale a direction in place so that its root mean square is at most ``threshold``."""
-    return direction.div_((root_mean_square(direction) / threshold).clamp_(min=1.0))
+def clip_rms_(direction: Tensor, threshold: float, *, per_matrix: bool = False) -> Tensor:
+    """Scale a direction, or each matrix of it, in place so that its root mean square is at most ``threshold``."""
+    return direction.div_((root_mean_square(direction, per_matrix=per_matrix) / threshold).clamp_(min=1.0))
 
 
-def root_mean_square(tensor: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
-    """||X||_F / sqrt(elements), in fp32 or wider, of all elements or along the axes ``dim``, which are kept."""
+def root_mean_square(tensor: Tensor, *, per_matrix: bool = False) -> Tensor:
+    """||X||_F / sqrt(elements), in fp32 or wider, a scalar on the tensor's device, or (..., 1, 1) of each matrix."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
-    count = tensor.numel() if dim is None else math.prod(tensor.shape[axis] for axis in dim)
-    return torch.linalg.vector_norm(tensor, dim=dim, keepdim=dim is not None, dtype=dtype) / count**0.5
+    if per_matrix:
+        norm = torch.linalg.vector_norm(tensor, dim=(-2, -1), keepdim=True, dtype=dtype)
+        return norm / (tensor.shape[-2] * tensor.shape[-1]) ** 0.5
+    return torch.linalg.vector_norm(tensor, dtype=dtype) / tensor.numel() ** 0.5

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -10,21 +13,65 @@ CHUNK = 2**17
 
 
 def chunks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """The same rows of several matrices, in at least two parts; an eighth at a time where every part is a launch."""
-    rows, columns = tensors[0].shape
-    cached = CHUNK // columns if tensors[0].device.type == "cpu" else rows // 8
+    """The same rows of several (..., rows, columns), in at least two parts; an eighth where every part is a launch."""
+    *batch, rows, columns = tensors[0].shape
+    cached = CHUNK // max(1, columns * math.prod(batch)) if tensors[0].device.type == "cpu" else rows // 8
     some = max(1, min(cached, -(-rows // 2)))
-    return list(zip(*[torch.split(tensor, some) for tensor in tensors]))
+    return list(zip(*[torch.split(tensor, some, dim=-2) for tensor in tensors]))
 
 
 def column_norms(matrix: Tensor, order: int) -> Tensor:
-    """The 1-norm, or the square of the 2-norm, of every column, (columns,), in fp32 or wider.
+    """The 1-norm, or the square of the 2-norm, of every column, (..., columns), in fp32 or wider.
 
     ``torch.linalg.vector_norm`` along columns takes 9 times as long on a CPU.
     """
     wide = torch.promote_types(matrix.real.dtype, torch.float32)
-    norms = torch.zeros(matrix.shape[1], dtype=wide, device=matrix.device)
+    norms = torch.zeros(*matrix.shape[:-2], matrix.shape[-1], dtype=wide, device=matrix.device)
     for (part,) in chunks(matrix):
         magnitude = (part.abs() if order == 1 or part.is_complex() else part).to(wide)
-        norms += (magnitude if order == 1 else magnitude.square()).sum(0)
+        norms += (magnitude if order == 1 else magnitude.square()).sum(-2)
     return norms
+
+
+def as_batch(name: str, tensor: Tensor) -> Tensor:
+    """The view (matrices, rows, columns) of a tensor (..., rows, columns).
+
+    Raises:
+        ValueError: fewer than two axes, or leading axes that have no common stride.
+    """
+    if tensor.ndim == 3:
+        return tensor
+    if tensor.ndim == 2:
+        return tensor.unsqueeze(0)
+    try:
+        *batch, rows, columns = tensor.shape
+        return tensor.view(math.prod(batch), rows, columns)
+    # No two axes, or no common stride.
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"Invalid {name}: shape {tuple(tensor.shape)} with strides {tensor.stride()}, "
+            "expected (..., rows, columns) whose leading axes are one in memory"
+        ) from error
+
+
+def row_blocks(tensor: Tensor, size: int | None = None) -> Iterator[tuple[slice, slice]]:
+    """Matrices and rows of the parts of a (matrices, rows, columns): some whole matrices, or some rows of one.
+
+    At least two parts; an eighth of all at a time where every part is a launch, and all at once for a compiler, which
+    makes one kernel of the whole.
+
+    Args:
+        size: values of a part on a CPU, at least a row; None for a chunk.
+    """
+    matrices, rows, columns = tensor.shape
+    if torch.compiler.is_compiling():
+        size = tensor.numel()
+    elif tensor.device.type == "cpu":
+        size = min(CHUNK if size is None else size, -(-tensor.numel() // 2))
+    else:
+        size = -(-tensor.numel() // 8)
+    whole = max(1, size // max(1, rows * columns))
+    some = max(1, min(rows, size // max(1, columns)))
+    for first in range(0, matrices, whole):
+        for row in range(0, rows, some):
+            yield slice(first, min(first + whole, matrices)), slice(row, min(row + some, rows))

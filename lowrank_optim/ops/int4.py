@@ -25,25 +25,27 @@ def quantize_int4_(codes: Tensor, scale: Tensor, zero: Tensor, values: Tensor, *
     as [1.0, 1.1] would come back as 0.1.
 
     Args:
-        codes: uint8 :func:`packed_shape` (modified in place).
-        scale: fp32 (groups,), with :func:`group_count` groups (modified in place).
-        zero: uint8 (groups,) (modified in place).
-        values: (rows, columns), real.
+        codes: uint8 (..., *:func:`packed_shape`) (modified in place).
+        scale: fp32 (..., groups), with :func:`group_count` groups a matrix (modified in place).
+        zero: uint8 (..., groups) (modified in place).
+        values: (..., rows, columns), real; each matrix of a batch is packed for itself.
     """
-    rows, columns = values.shape
-    flat = values.reshape(-1).to(torch.float32)
-    groups = torch.nn.functional.pad(flat, (0, -flat.numel() % group_size)).view(-1, group_size)
-    low, high = groups.amin(1).clamp_max_(0), groups.amax(1).clamp_min_(0)
+    columns = values.shape[-1]
+    flat = values.flatten(-2).to(torch.float32)
+    count = flat.shape[-1]
+    groups = torch.nn.functional.pad(flat, (0, -count % group_size)).unflatten(-1, (-1, group_size))
+    low, high = groups.amin(-1).clamp_max_(0), groups.amax(-1).clamp_min_(0)
     torch.div(high - low, LARGEST, out=scale)
     inverse = scale.clamp_min(torch.finfo(scale.dtype).tiny).reciprocal()
     zero.copy_((-low * inverse).round_().clamp_(0, LARGEST))
-    code = (groups * inverse.unsqueeze(1)).round_().add_(zero.unsqueeze(1)).clamp_(0, LARGEST).to(torch.uint8)
-    code = torch.nn.functional.pad(code.view(-1)[: flat.numel()].view(rows, columns), (0, columns % 2))
-    codes.copy_(code[:, 0::2] | (code[:, 1::2] << 4))
+    code = (groups * inverse.unsqueeze(-1)).round_().add_(zero.unsqueeze(-1)).clamp_(0, LARGEST).to(torch.uint8)
+    code = torch.nn.functional.pad(code.flatten(-2)[..., :count].view(values.shape), (0, columns % 2))
+    codes.copy_(code[..., 0::2] | (code[..., 1::2] << 4))
 
 
 def dequantize_int4(codes: Tensor, scale: Tensor, zero: Tensor, columns: int, *, group_size: int) -> Tensor:
-    """The fp32 (rows, columns) values that :func:`quantize_int4_` wrote."""
-    code = torch.stack((codes & LARGEST, codes >> 4), dim=-1).flatten(1)[:, :columns].to(torch.float32)
-    zeros, scales = (t.to(torch.float32).repeat_interleave(group_size)[: code.numel()] for t in (zero, scale))
-    return code.sub_(zeros.view(code.shape)).mul_(scales.view(code.shape))
+    """The fp32 (..., rows, columns) values that :func:`quantize_int4_` wrote."""
+    code = torch.stack((codes & LARGEST, codes >> 4), dim=-1).flatten(-2)[..., :columns].to(torch.float32)
+    count = code.shape[-2] * columns
+    zeros, scales = (t.to(torch.float32).repeat_interleave(group_size, -1)[..., :count] for t in (zero, scale))
+    return code.sub_(zeros.reshape(code.shape)).mul_(scales.reshape(code.shape))

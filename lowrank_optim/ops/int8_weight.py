@@ -19,7 +19,9 @@ def scale_shape(rows: int, columns: int) -> tuple[int, int]:
     return rows, -(-columns // GROUP)
 
 
-def quantize_int8_weight_(codes: Tensor, scale: Tensor, values: Tensor, key: int | Tensor | None = None) -> None:
+def quantize_int8_weight_(
+    codes: Tensor, scale: Tensor, values: Tensor, key: int | Tensor | None = None, *, start: int = 0
+) -> None:
     """Write ``values`` as code * scale with scale = max|group| / 127, all in fp32.
 
     Symmetric, so that a group of one sign, such as [1.0, 1.1], and a group of zeros need no care. The scale is renewed
@@ -32,11 +34,12 @@ def quantize_int8_weight_(codes: Tensor, scale: Tensor, values: Tensor, key: int
         values: (m, n), real.
         key: of the random bits (:func:`lowrank_optim.ops.rounding.random_bits`, by position in the whole weight) with
             which a value is rounded up with the probability of the part cut off; None rounds to the nearest code.
+        start: position of the first value, where these are some rows of a weight.
     """
     rows, columns = values.shape
     for block in _row_blocks(rows, columns):
         wide = values[block].to(torch.float32)
-        share = None if key is None else _uniform(wide, key, block.start * columns)
+        share = None if key is None else _uniform(wide, key, start + block.start * columns)
         for within, groups, width in _spans(columns):
             shape = (len(wide), groups.stop - groups.start, width)
             value = wide[:, within].view(shape)

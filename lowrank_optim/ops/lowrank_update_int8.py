@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.chunks import row_blocks
 from lowrank_optim.ops.int8_weight import dequantize_int8_weight, quantize_int8_weight_
+from lowrank_optim.ops.lowrank_update import COPIED, move_
 
 
 def lowrank_update_int8_(
@@ -17,24 +19,36 @@ def lowrank_update_int8_(
     alpha: float | Tensor = 1.0,
     decay: float | Tensor = 1.0,
     grad: Tensor | None = None,
-    factor: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
     key: int | Tensor,
 ) -> None:
-    """Move a weight once, computing in fp32, and round it stochastically to codes of new scales::
+    """Move a weight once, computing in fp32 some rows at a time, and round it stochastically to codes of new scales::
 
-        W = decay W + alpha left rightᵀ + factor ∘ grad
+        W = decay W + alpha left rightᵀ + row_scale ∘ grad ∘ column_scale
 
     Args:
         codes, scale: W (m, n) as :mod:`lowrank_optim.ops.int8_weight` stores it (modified in place).
-        left, right: (m, rank) and (n, rank), one of them a basis; both None for no product.
+        left, right: (m, rank) and (n, rank), one of them a basis; either None for no product.
         alpha, decay: numbers or one-element tensors.
-        grad, factor: (m, n), and (m, 1), (1, n) or (1, 1); both or neither. Where the factor is 0 it does not matter
+        grad: (m, n).
+        row_scale: (m, 1), or (1, 1) for one number; None for 1.
+        column_scale: (1, n); None for 1. With neither there is no gradient term. Where a scale is 0 it does not matter
             what the gradient holds.
         key: of the random bits, see :func:`lowrank_optim.ops.rounding.random_bits`.
     """
-    value = dequantize_int8_weight(codes, scale, torch.float32).mul_(decay)
-    if left is not None and right is not None:
-        value.addmm_(left.float() * alpha, right.float().mT)
-    if grad is not None and factor is not None:
-        value.addcmul_(torch.where(factor != 0, grad, 0).float(), factor.float())
-    quantize_int8_weight_(codes, scale, value, key)
+    if left is None or right is None:
+        left = right = None
+    else:
+        left, right = left.float(), right.float().unsqueeze(0)
+    if row_scale is None and column_scale is None:
+        grad = None
+    columns = None if column_scale is None else column_scale.unsqueeze(0)
+    for _, rows in row_blocks(codes.unsqueeze(0), COPIED):
+        value = dequantize_int8_weight(codes[rows], scale[rows], torch.float32)
+        below = row_scale if row_scale is None or len(row_scale) == 1 else row_scale[rows]
+        sides = (tensor if tensor is None else tensor[rows].unsqueeze(0) for tensor in (left, grad))
+        left_rows, grad_rows = sides
+        row_scales = None if below is None else below.unsqueeze(0)
+        move_(value.unsqueeze(0), left_rows, right, alpha, decay, grad_rows, row_scales, columns)
+        quantize_int8_weight_(codes[rows], scale[rows], value, key, start=rows.start * codes.shape[1])

@@ -28,19 +28,19 @@ def newton_schulz(tall: Tensor, *, steps: int = 5, backend: str | None = None) -
     With P = a I + b G + c G², X P has the Gram matrix P G P, so that three steps need two tall products only.
 
     Args:
-        tall: (rows, columns), columns <= rows for the smaller Gram matrix; computed in bfloat16 on CUDA (complex and
-            double excepted), in fp32 or wider elsewhere.
+        tall: (..., rows, columns), columns <= rows for the smaller Gram matrix; computed in bfloat16 on CUDA (complex
+            and double excepted), in fp32 or wider elsewhere.
         steps: iterations.
         backend: of the symmetric products G and b G + c G²; see :func:`lowrank_optim.ops.pick`.
 
     Returns:
-        (rows, columns) in the dtype of the computation.
+        (..., rows, columns) in the dtype of the computation.
     """
     if tall.is_cuda and not tall.is_complex() and tall.dtype != torch.float64:
         x = tall.bfloat16()
     else:
         x = tall.to(torch.promote_types(tall.dtype, torch.float32))
-    x = x / (torch.linalg.matrix_norm(x) + 1e-7)
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     # In bfloat16 a Gram matrix is good for one step.
     unrolled = 1 if x.dtype == torch.bfloat16 else UNROLLED
     symmetric = pick(gram, backend, x.device)
@@ -59,5 +59,5 @@ def newton_schulz(tall: Tensor, *, steps: int = 5, backend: str | None = None) -
 def _factor(g: Tensor, symmetric: Callable[..., Tensor]) -> Tensor:
     """a I + b G + c G²."""
     factor = symmetric(g, g, alpha=C, beta=B)
-    factor.diagonal().add_(A)
+    factor.diagonal(dim1=-2, dim2=-1).add_(A)
     return factor

@@ -7,29 +7,40 @@ from torch import Tensor
 
 
 def orthonormalize(matrix: Tensor) -> Tensor:
-    """Q of the QR factorisation whose R has a positive diagonal, (d, rank): the columns keep order and direction.
+    """Q of the QR factorisation whose R has a positive diagonal, (..., d, rank): columns keep order and direction.
 
     By the Cholesky factor of the Gram matrix, all products; a second time where the columns are not yet orthonormal to
-    8 eps (a condition above 10), and by Householder reflections where it cannot be trusted (above 1e3 in fp32).
-    Reads one number from the device.
+    8 eps (a condition above 10), and by Householder reflections where it cannot be trusted (above 1e3 in fp32). Each
+    matrix of a batch goes its own way. Reads one number a matrix from the device, all at once.
 
     Source: Yamamoto et al. 2015 (CholeskyQR2, ETNA 44).
 
     Args:
-        matrix: (d, rank), rank <= d, fp32 or wider.
+        matrix: (..., d, rank), rank <= d, fp32 or wider.
     """
-    one = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+    one = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     basis = matrix @ _inverse_factor(matrix.mH @ matrix, one)
     gram = basis.mH @ basis
-    error = float((gram - one).abs().amax())
-    # Not so for the NaN that comes of a Gram matrix which is not positive definite in its precision.
-    if error < 0.1:
-        # Reflections themselves come to 5 to 10 eps.
-        return basis if error < 8 * torch.finfo(gram.dtype).eps else basis @ _inverse_factor(gram, one)
+    error = (gram - one).abs().amax((-2, -1))
+    # Reflections themselves come to 5 to 10 eps.
+    tight = 8 * torch.finfo(gram.dtype).eps
+    errors = error.reshape(-1).tolist()
+    if any(tight <= found < 0.1 for found in errors):
+        again = basis @ _inverse_factor(gram, one)
+        basis = torch.where((error < tight)[..., None, None], basis, again)
+    # Not below for the NaN that comes of a Gram matrix which is not positive definite in its precision.
+    if not all(found < 0.1 for found in errors):
+        untrusted = ~(error < 0.1)
+        basis[untrusted] = _reflected(matrix[untrusted])
+    return basis
+
+
+def _reflected(matrix: Tensor) -> Tensor:
+    """The same by Householder reflections."""
     reflections, scales = torch.geqrf(matrix)
-    diagonal = reflections.diagonal()
+    diagonal = reflections.diagonal(dim1=-2, dim2=-1)
     signs = torch.where(diagonal == 0, torch.ones_like(diagonal), diagonal.sgn())
-    return torch.linalg.householder_product(reflections, scales) * signs
+    return torch.linalg.householder_product(reflections, scales) * signs.unsqueeze(-2)
 
 
 def _inverse_factor(gram: Tensor, one: Tensor) -> Tensor:
@@ -39,10 +50,12 @@ def _inverse_factor(gram: Tensor, one: Tensor) -> Tensor:
 
 
 def normalize_(tensor: Tensor) -> None:
-    """Divide by the largest entry, so that products with a matrix of 1e-20 or 1e20 neither under- nor overflow."""
-    # Unlike abs(), aminmax makes no copy.
-    extremes = torch.aminmax(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
-    tensor.div_(torch.stack(extremes).abs().amax().clamp_min(torch.finfo(tensor.dtype).tiny))
+    """Divide each matrix by its largest entry, so that products of 1e-20 or 1e20 neither under- nor overflow."""
+    entries = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    axes = (-3, -2, -1) if tensor.is_complex() else (-2, -1)
+    # Unlike abs(), these make no copy.
+    largest = torch.maximum(entries.amax(axes), -entries.amin(axes))
+    tensor.div_(largest.clamp_min_(torch.finfo(tensor.dtype).tiny)[..., None, None])
 
 
 def subspace_iteration(tall: Tensor, start: Tensor, *, iterations: int = 1) -> Tensor:
@@ -52,11 +65,11 @@ def subspace_iteration(tall: Tensor, start: Tensor, *, iterations: int = 1) -> T
     The columns keep their order and sign as far as the subspace stands still.
 
     Args:
-        tall: A, shape (rows, d), fp32 or wider.
-        start: Q, shape (d, rank); need not be orthonormal.
+        tall: A, shape (..., rows, d), fp32 or wider.
+        start: Q, shape (..., d, rank); need not be orthonormal.
 
     Returns:
-        An orthonormal (d, rank) matrix.
+        Orthonormal (..., d, rank).
     """
     basis = start
     for _ in range(iterations):
@@ -73,20 +86,23 @@ def range_finder(tall: Tensor, rank: int, generator: torch.Generator, *, iterati
     oversampling of rank/8 + 8 columns.
 
     Args:
-        tall: A, shape (rows, d), fp32 or wider.
+        tall: A, shape (..., rows, d), fp32 or wider.
         rank: columns of the result, at most d.
-        generator: a CPU generator, so that every device draws the same sketch.
+        generator: a CPU generator, so that every device draws the same sketch; all matrices of a batch share it.
         iterations: power iterations; 0 is the plain range finder.
 
     Returns:
-        An orthonormal (d, rank) matrix, dominant directions first.
+        Orthonormal (..., d, rank), dominant directions first; not finite for a matrix that is not.
     """
-    d = tall.shape[1]
+    rows, d = tall.shape[-2:]
     columns = min(d, rank + rank // 8 + 8)
-    sketch = torch.randn(tall.shape[0], columns, generator=generator, dtype=tall.real.dtype, device="cpu")
+    sketch = torch.randn(rows, columns, generator=generator, dtype=tall.real.dtype, device="cpu")
     start = tall.mH @ sketch.to(device=tall.device, dtype=tall.dtype)
     basis = subspace_iteration(tall, orthonormalize(start), iterations=iterations)
     low = tall @ basis
     normalize_(low)
-    _, vectors = torch.linalg.eigh(low.mH @ low)
-    return basis @ vectors[:, -rank:].flip(-1)
+    gram = low.mH @ low
+    # Which would not converge, for the whole batch.
+    broken = ~gram.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    _, vectors = torch.linalg.eigh(gram.masked_fill_(broken, 0))
+    return basis @ vectors[..., -rank:].flip(-1)

@@ -122,7 +122,7 @@ class GaLoreAdafactor(GaLore):
             decayed = step**-0.5
             size = decayed.clamp(max=ceiling) if isinstance(decayed, Tensor) else min(ceiling, decayed)
         if group["scale_parameter"]:
-            rms = root_mean_square(value_of(param), dim=(-2, -1) if plan.view.kind == "stack" else None)
+            rms = root_mean_square(value_of(param), per_matrix=plan.view.kind == "stack")
             size = rms.clamp_(min=group["eps"][1]) * size
         return size, self.kept_by_decay(size, group)
 

@@ -133,13 +133,13 @@ def write_(
         size: the step size, negative for descent.
         decay: what the weight is multiplied with, before the update if ``decay_first``, else after it.
     """
-    if not decay_first:
-        # decay (W + U) = decay W + decay U
-        size = size * decay
     if isinstance(size, Tensor) and size.ndim == 3:
         # A step size for every matrix of a stack; the operation takes one.
         _write_each_(param, view, update, grad, basis, state, group, size, decay, decay_first)
         return
+    if not decay_first:
+        # decay (W + U) = decay W + decay U
+        size = size * decay
     left, right = (None, None) if update.low is None else (update.low, basis)
     row_scale, column_scale = update.row_scale, update.column_scale
     if update.full is not None:

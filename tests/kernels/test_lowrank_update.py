@@ -18,7 +18,7 @@ SHAPES = [(61, 37, 5), (1, 40, 3), (130, 1, 1), (64, 64, 16), (37, 200, 130), (0
 def operands(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     m, n, rank = shape
     left, right, grad = (torch.randn(size, device=device).to(dtype) for size in ((m, rank), (n, rank), (m, n)))
-    return {"left": left, "right": right, "grad": grad, "factor": torch.rand(m, 1, device=device)}
+    return {"left": left, "right": right, "grad": grad, "row_scale": torch.rand(m, 1, device=device)}
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -31,7 +31,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 def test_against_fp64(shape: tuple[int, int, int], dtype: torch.dtype, terms: str, device: torch.device) -> None:
     given = operands(shape, dtype, device)
     if terms == "product":
-        given["grad"] = given["factor"] = None
+        given["grad"] = given["row_scale"] = None
     elif terms == "gradient":
         given["left"] = given["right"] = None
     weight = torch.randn(shape[:2], device=device).to(dtype)
@@ -51,28 +51,40 @@ def test_operands_against_their_layout(against: str, device: torch.device) -> No
     plain, turned = weight.clone(), weight.clone()
     kernel = pick(eager, "triton", device)
     kernel(plain, **given, key=3)
-    strided = {k: v.T.contiguous().T if against in (k, "everything") and k != "factor" else v for k, v in given.items()}
+    strided = {
+        k: v.T.contiguous().T if against in (k, "everything") and k != "row_scale" else v for k, v in given.items()
+    }
     if against in ("weight", "everything"):
         turned = weight.T.contiguous().T
     kernel(turned, **strided, key=3)
     assert torch.equal(plain, turned)
 
 
-@pytest.mark.parametrize("factor", [(61, 1), (1, 37), (1, 1)], ids=str)
-def test_the_shape_of_the_factor(factor: tuple[int, int], device: torch.device) -> None:
-    grad, scaling = torch.randn(61, 37, device=device), torch.rand(factor, device=device)
+SCALES: list[dict[str, tuple[int, int]]] = [
+    {"row_scale": (61, 1)},
+    {"row_scale": (1, 1)},
+    {"column_scale": (1, 37)},
+    {"row_scale": (61, 1), "column_scale": (1, 37)},
+    {"row_scale": (1, 1), "column_scale": (1, 37)},
+]
+
+
+@pytest.mark.parametrize("scales", SCALES, ids=str)
+def test_the_scales_of_the_gradient(scales: dict[str, tuple[int, int]], device: torch.device) -> None:
+    grad = torch.randn(61, 37, device=device)
+    scaling = {name: torch.rand(shape, device=device) for name, shape in scales.items()}
     weights = [torch.ones(61, 37, device=device) for _ in range(2)]
     for weight, operation in zip(weights, (eager, pick(eager, "triton", device))):
-        operation(weight, None, None, grad=grad, factor=scaling)
+        operation(weight, None, None, grad=grad, **scaling)
     torch.testing.assert_close(*weights)
 
 
-def test_rows_without_a_factor_do_not_see_their_gradient(device: torch.device) -> None:
+def test_rows_without_a_scale_do_not_see_their_gradient(device: torch.device) -> None:
     grad = torch.full((61, 37), float("nan"), device=device)
-    factor = torch.zeros(61, 1, device=device)
+    row_scale = torch.zeros(61, 1, device=device)
     for operation in (eager, pick(eager, "triton", device)):
         weight = torch.ones(61, 37, device=device)
-        operation(weight, None, None, grad=grad, factor=factor)
+        operation(weight, None, None, grad=grad, row_scale=row_scale)
         assert bool((weight == 1).all())
 
 
@@ -83,7 +95,7 @@ def test_rounding_is_the_same_bits(compensated: bool, turned: bool, on_device: b
     """Of what has no product: the values before rounding are then the same bits as well."""
     weight = torch.randn(70, 150, device=device).bfloat16()
     weight = weight.T.contiguous().T if turned else weight
-    grad, factor = torch.randn(70, 150, device=device).bfloat16(), torch.tensor([[2.0**-9]], device=device)
+    grad, row_scale = torch.randn(70, 150, device=device).bfloat16(), torch.tensor([[2.0**-9]], device=device)
     key = torch.tensor(-77, dtype=torch.int32, device=device) if on_device else -77
     results = []
     for operation in (eager, pick(eager, "triton", device)):
@@ -91,7 +103,7 @@ def test_rounding_is_the_same_bits(compensated: bool, turned: bool, on_device: b
         w, correction = weight.clone(), torch.arange(70 * 150, device=device).view(70, 150).to(torch.int8)
         pair = {"correction": correction} if compensated else {}
         alpha, decay = (torch.tensor(x, device=device) if on_device else x for x in (1.0, 1.0))
-        operation(w, None, None, grad=grad, factor=factor, key=key, alpha=alpha, decay=decay, **pair)
+        operation(w, None, None, grad=grad, row_scale=row_scale, key=key, alpha=alpha, decay=decay, **pair)
         results.append((w, correction))
     (w, correction), (ours, our_correction) = results
     assert torch.equal(w, ours) and torch.equal(correction, our_correction) and not torch.equal(w, weight)

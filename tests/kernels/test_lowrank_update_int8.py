@@ -31,7 +31,7 @@ def weight(m: int, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def operands(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     m, n, rank = shape
     left, right, grad = (torch.randn(size, device=device).to(dtype) for size in ((m, rank), (n, rank), (m, n)))
-    return {"left": left, "right": right, "grad": grad, "factor": torch.rand(m, 1, device=device)}
+    return {"left": left, "right": right, "grad": grad, "row_scale": torch.rand(m, 1, device=device)}
 
 
 def both(shape: tuple[int, int, int], device: torch.device, **kwargs: Any) -> list[tuple[Tensor, Tensor]]:
@@ -58,17 +58,21 @@ def test_the_codes_of_the_eager_operation(
 ) -> None:
     given = operands(shape, dtype, device)
     if terms == "product":
-        given["grad"] = given["factor"] = None
+        given["grad"] = given["row_scale"] = None
     elif terms == "gradient":
         given["left"] = given["right"] = None
     check_alike(*both(shape, device, **given, alpha=-0.01, decay=0.99, key=5))
 
 
-@pytest.mark.parametrize("factor", [(61, 1), (1, 300), (1, 1)], ids=str)
+@pytest.mark.parametrize("shapes", [(61, None), (None, 300), (1, None), (61, 300), (1, 300)], ids=str)
 @pytest.mark.parametrize("on_device", [False, True])
-def test_factors_layouts_and_scalars(factor: tuple[int, int], on_device: bool, device: torch.device) -> None:
+def test_scales_layouts_and_scalars(
+    shapes: tuple[int | None, int | None], on_device: bool, device: torch.device
+) -> None:
     given = operands((61, 300, 5), torch.bfloat16, device)
-    given["factor"] = torch.rand(factor, device=device)
+    rows, columns = shapes
+    given["row_scale"] = None if rows is None else torch.rand(rows, 1, device=device)
+    given["column_scale"] = None if columns is None else torch.rand(1, columns, device=device)
     given |= {name: given[name].T.contiguous().T for name in ("left", "right", "grad")}
     scalars: dict[str, Any] = {"alpha": -0.01, "decay": 0.99, "key": -7}
     if on_device:
@@ -77,11 +81,11 @@ def test_factors_layouts_and_scalars(factor: tuple[int, int], on_device: bool, d
     check_alike(*both((61, 300, 5), device, **given, **scalars))
 
 
-def test_zeros_stay_zeros_and_rows_without_a_factor_do_not_see_their_gradient(device: torch.device) -> None:
+def test_zeros_stay_zeros_and_rows_without_a_scale_do_not_see_their_gradient(device: torch.device) -> None:
     grad = torch.full((5, 300), float("nan"), device=device)
     for operation in (eager, pick(eager, "triton", device)):
         codes, scale = torch.zeros(5, 300, dtype=torch.int8, device=device), torch.zeros(5, 2, device=device)
-        operation(codes, scale, None, None, grad=grad, factor=torch.zeros(5, 1, device=device), key=1)
+        operation(codes, scale, None, None, grad=grad, row_scale=torch.zeros(5, 1, device=device), key=1)
         assert not codes.any() and not scale.any()
 
 

@@ -51,6 +51,6 @@ def draw_with(key: int, shape: tuple[int, int]) -> torch.Tensor:
 @pytest.mark.parametrize("word", [0, -1, 2**31 - 1, -(2**31)])
 def test_no_hash_value_is_infinite(word: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "lowrank_optim.ops.gaussian.random_bits", lambda like, _: torch.full(like.shape, word, dtype=torch.int32)
+        "lowrank_optim.ops.gaussian.random_bits", lambda like, *_: torch.full(like.shape, word, dtype=torch.int32)
     )
     assert bool(gaussian(4, 4, key=0, dtype=torch.float32, device=CPU).isfinite().all())
