@@ -98,7 +98,7 @@ ENGINE: Mapping[str, Option] = {
 # What schedulers, wrappers and the package itself write into a group.
 BOOKKEEPING = frozenset(
     {
-        *("params", "param_names", "param_roles", "name", "clip_norm"),
+        *("params", "param_names", "param_roles", "name", "clip_norm", "differentiable"),
         *("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"),
     }
 )

@@ -143,7 +143,10 @@ def write_(
     left, right = (None, None) if update.low is None else (update.low, basis)
     row_scale, column_scale = update.row_scale, update.column_scale
     if update.full is not None:
-        grad, row_scale = update.full, torch.ones((1,) * grad.ndim, dtype=view.wide.to_real(), device=grad.device)
+        # A convolution that is compressed as it is moves as a matrix.
+        view = view.as_matrix()
+        grad = as_matrices(update.full, view) if not state["left"] else update.full
+        row_scale = torch.ones(*view.batch, 1, 1, dtype=view.wide.to_real(), device=grad.device)
     slope = None if row_scale is None and column_scale is None else grad
     if row_scale is not None:
         row_scale = row_scale * size

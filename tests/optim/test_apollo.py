@@ -23,7 +23,7 @@ def step_with(optimizer: LowRankOptimizer, p: nn.Parameter, grad: Tensor) -> Non
 def sketch_of(optimizer: LowRankOptimizer, p: nn.Parameter) -> Tensor:
     """The present sketch, (d, rank)."""
     state, group = optimizer.state[p], optimizer.param_groups[0]
-    subspace = optimizer.subspace_of(p, group)
+    subspace = optimizer.parts_of(p, group).subspace
     assert isinstance(subspace, Gaussian)
     return subspace.basis(subspace.orient(p.detach(), state), state, group)
 

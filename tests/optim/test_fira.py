@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from lowrank_optim import APOLLOAdamW, FiraAdamW
 from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.optim.fira import residual_norm
-from lowrank_optim.optim.lifts.norm_scaling import factors, row_norms
+from lowrank_optim.ops.row_norms import row_norms
+from lowrank_optim.optim.lifts.norm_scaling import factors
+from lowrank_optim.optim.parts import Norms
 from tests.reference.fira import fira
 
 SETTINGS: dict[str, Any] = {"lr": 0.02, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
@@ -46,14 +48,15 @@ def test_residual_norm_without_the_residual(dtype: torch.dtype, inner: float) ->
     grad = torch.randn(40, 24, dtype=dtype)
     basis = torch.linalg.qr(torch.randn(24, 8, dtype=dtype)).Q
     low = grad @ basis
-    scaling = factors(row_norms(low), row_norms(torch.randn(40, 8, dtype=dtype)))
+    norms = Norms(row_norms(low), row_norms(torch.randn(40, 8, dtype=dtype)), row_norms(grad))
+    phi = factors(norms).phi
     explicit = torch.linalg.vector_norm(scaling.phi * (grad - inner * low @ basis.mH))
-    torch.testing.assert_close(residual_norm(scaling, row_norms(grad), inner), explicit, rtol=2e-6, atol=0)
+    torch.testing.assert_close(residual_norm(phi, norms, inner).view(()), explicit, rtol=2e-6, atol=0)
 
 
 def test_residual_norm_is_a_number_where_rounding_makes_more_inside_than_there_is() -> None:
-    scaling = factors(row_norms(torch.full((2, 3), 1.0)), row_norms(torch.ones(2, 3)))
-    assert float(residual_norm(scaling, row_norms(torch.full((2, 3), 1.0 - 1e-7)), 1.0)) == 0
+    norms = Norms(*(row_norms(torch.full((2, 3), value)) for value in (1.0, 1.0, 1.0 - 1e-7)))
+    assert float(residual_norm(factors(norms).phi, norms, 1.0)) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -140,24 +143,19 @@ def test_a_dead_gradient_does_not_freeze_the_layer(first: float, at: int) -> Non
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_where_nobody_looked_a_bad_gradient_stays_out(
+def test_where_nobody_looks_a_bad_gradient_stays_out(
     bad: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a device the base only makes the low-rank gradient zero; this is what the lift then gets."""
-    for module in ("scaling", "fira"):
-        monkeypatch.setattr(f"lowrank_optim.optim.{module}.on_host", lambda _: False)
+    monkeypatch.setattr("lowrank_optim.optim.finite.host_looks", lambda _: False)
     for optimizer, p in both():
         p.data = p.data.to(dtype)
         step_with(optimizer, p, torch.randn(24, 16, dtype=dtype))
-        state, group = optimizer.state[p], optimizer.param_groups[0]
-        before, norm = p.detach().clone(), state["update_norm"].clone()
+        before, norm = p.detach().clone(), optimizer.state[p]["update_norm"].clone()
         grad = torch.randn(24, 16, dtype=dtype)
         grad[3, 5] = bad
-        low, direction = torch.zeros(24, 4, dtype=dtype), torch.ones(24, 4)
-        arguments = (p.data, grad, low, direction, optimizer.subspace_of(p, group), state, group)
-        optimizer.lift.apply_(*arguments, alpha=-1e-3)
+        step_with(optimizer, p, grad)
         assert bool(p.isfinite().all())
-        assert torch.equal(state["update_norm"], norm)
+        assert torch.equal(optimizer.state[p]["update_norm"], norm)
         if isinstance(optimizer, APOLLOAdamW):
             assert torch.equal(p, before)
 

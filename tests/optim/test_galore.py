@@ -14,7 +14,7 @@ from torch import nn
 
 from lowrank_optim import GaLoreAdamW
 from lowrank_optim.optim.engine import LowRankOptimizer
-from lowrank_optim.optim.galore import draw_spectral
+from lowrank_optim.optim.subspaces.singular import draw_spectral
 
 
 def step_with(optimizer: LowRankOptimizer, p: nn.Parameter, grad: torch.Tensor) -> None:

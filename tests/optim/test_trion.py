@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lowrank_optim import Trion, low_rank_groups
 from lowrank_optim.optim.subspaces.fixed_basis import basis_rows
-from lowrank_optim.optim.trion import update_scale
+from lowrank_optim.optim.lifts.momentum import update_scale
 from tests.reference.columns import cosine_basis, trion
 from tests.temporaries import CountTemporaries
 
