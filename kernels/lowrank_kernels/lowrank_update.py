@@ -112,10 +112,13 @@ def lowrank_update_kernel(
     BLOCK_K: tl.constexpr,
 ):
     if EIGHTS:
-        # The compiler knows of divisibility by 16 only, and 8 elements of two bytes are one access.
-        m, n = eights(m), eights(n)
+        m, n, rank = eights(m), eights(n), eights(rank)
+        weight_stride_e, grad_stride_e = eights(weight_stride_e), eights(grad_stride_e)
         weight_stride_m, weight_stride_n = eights(weight_stride_m), eights(weight_stride_n)
         grad_stride_m, grad_stride_n = eights(grad_stride_m), eights(grad_stride_n)
+        left_stride_e, right_stride_e = eights(left_stride_e), eights(right_stride_e)
+        left_stride_m, left_stride_k = eights(left_stride_m), eights(left_stride_k)
+        right_stride_n, right_stride_k = eights(right_stride_n), eights(right_stride_k)
     matrix = tl.program_id(1).to(tl.int64)
     weight_ptr += matrix * weight_stride_e
     if grad_ptr is not None:
@@ -214,12 +217,12 @@ def lowrank_update_(
     one = row_scale is not None and row_scale.shape[-2] == 1
     row_scale, column_scale = (None if x is None else x.contiguous() for x in (row_scale, column_scale))
     alpha, decay = (on_device(device, x) for x in (alpha, decay))
+    layout = (*weight.stride(), *strides(left), *strides(right), *strides(grad))
     options = launch_options(weight.dtype, rank)
     tiles = triton.cdiv(m, options["BLOCK_M"]) * triton.cdiv(n, options["BLOCK_N"])
     lowrank_update_kernel[(tiles, weight.shape[0])](
         weight, left, right, grad, row_scale, column_scale, correction, 0 if key is None else key, alpha, decay,
-        m, n, rank, *weight.stride(), *strides(left), *strides(right), *strides(grad),
-        ONE_ROW_SCALE=one, EIGHTS=in_eights(m, n, *weight.stride()[1:], *strides(grad)[1:]),
+        m, n, rank, *layout, ONE_ROW_SCALE=one, EIGHTS=in_eights(m, n, rank, *layout),
         ROUNDING="compensated" if correction is not None else "stochastic" if rounds else "nearest",
         KEY_ON_DEVICE=isinstance(key, Tensor), ALPHA_ON_DEVICE=isinstance(alpha, Tensor),
         DECAY_ON_DEVICE=isinstance(decay, Tensor), WIDE=m * n >= 2**31, **options,

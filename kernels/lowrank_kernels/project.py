@@ -38,6 +38,7 @@ def project_kernel(
 ):
     if EIGHTS:
         rows, d, rank = eights(rows), eights(d), eights(rank)
+        grad_stride_e, basis_stride_e = eights(grad_stride_e), eights(basis_stride_e)
         grad_stride_m, grad_stride_k = eights(grad_stride_m), eights(grad_stride_k)
         basis_stride_k, basis_stride_n = eights(basis_stride_k), eights(basis_stride_n)
     matrix = tl.program_id(1).to(tl.int64)
@@ -88,10 +89,11 @@ def project(grad: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     norms = torch.empty(*batch, rows, 1, dtype=torch.float32, device=grad.device)
     if norms.numel():
         options = launch_options(grad.dtype, rank)
+        layout = (*grad.stride(), *basis.stride())
         tiles = triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(rank, options["BLOCK_N"])
         project_kernel[(tiles, grad.shape[0])](
-            grad, basis, low, norms, rows, d, rank, *grad.stride(), *basis.stride(),
-            WIDE=rows * d >= 2**31, EIGHTS=in_eights(rows, d, rank, *grad.stride()[1:], *basis.stride()[1:]), **options,
+            grad, basis, low, norms, rows, d, rank, *layout,
+            WIDE=rows * d >= 2**31, EIGHTS=in_eights(rows, d, rank, *layout), **options,
         )  # fmt: skip
     return low, norms
 
