@@ -197,8 +197,8 @@ def lowrank_update_int8_(
 def launch_options(dtype: torch.dtype | None, rank: int) -> dict[str, Any]:
     """Tiles, warps and stages.
 
-    The values of a whole group stay in registers until its scale is known, and 64 rows are what the product of four
-    warps takes.
+    The values of a whole group stay in registers until its scale is known; 64 rows are the fewest of which
+    the matrix units of an H100 take a product at their full rate.
 
     Args:
         dtype: of the operands, None for no product.

@@ -78,19 +78,6 @@ def test_a_scale_of_zero_hides_the_gradient(dtype: torch.dtype, device: torch.de
     assert torch.equal(call.results()[0], hidden.results()[0])
 
 
-@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (8, 1), (16, 72)], ids=str)
-@pytest.mark.parametrize("turned", [False, True])
-def test_sides_divisible_by_8_and_not_by_16(shape: tuple[int, int], turned: bool, device: torch.device) -> None:
-    m, n = shape
-    weight, grad = (torch.randn(2, m, n, device=device) for _ in range(2))
-    grad = grad.mT.contiguous().mT if turned else grad
-    left, right, scale = torch.randn(2, m, 8, device=device), torch.randn(2, n, 8, device=device), torch.rand(2, m, 1)
-    ours, theirs = weight.clone(), weight.clone()
-    pick(lowrank_update_, "triton", device)(ours, left, right, grad=grad, row_scale=scale.to(device))
-    lowrank_update_(theirs, left, right, grad=grad, row_scale=scale.to(device))
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("shape", [(37, 61), (7, 3), (1, 1)], ids=str)
 def test_draws_of_a_batch(shape: tuple[int, int], device: torch.device) -> None:
     options = {"key": -5, "dtype": torch.float32, "device": device, "batch": (2, 3), "first": 4}
