@@ -20,9 +20,7 @@ from lowrank_kernels.tiles import (
     add_product,
     check,
     check_scales,
-    eights,
     grouped_tile,
-    in_eights,
     rescaled,
     tile_options,
 )
@@ -100,7 +98,6 @@ def lowrank_update_kernel(
     grad_stride_m,
     grad_stride_n,
     ONE_ROW_SCALE: tl.constexpr,  # one number a matrix
-    EIGHTS: tl.constexpr,  # sides and strides, but those of 1, are divisible by 8
     ROUNDING: tl.constexpr,  # "nearest", "stochastic" or "compensated"
     KEY_ON_DEVICE: tl.constexpr,
     ALPHA_ON_DEVICE: tl.constexpr,
@@ -111,11 +108,6 @@ def lowrank_update_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    if EIGHTS:
-        # The compiler knows of divisibility by 16 only, and 8 elements of two bytes are one access.
-        m, n = eights(m), eights(n)
-        weight_stride_m, weight_stride_n = eights(weight_stride_m), eights(weight_stride_n)
-        grad_stride_m, grad_stride_n = eights(grad_stride_m), eights(grad_stride_n)
     matrix = tl.program_id(1).to(tl.int64)
     weight_ptr += matrix * weight_stride_e
     if grad_ptr is not None:
@@ -218,8 +210,7 @@ def lowrank_update_(
     tiles = triton.cdiv(m, options["BLOCK_M"]) * triton.cdiv(n, options["BLOCK_N"])
     lowrank_update_kernel[(tiles, weight.shape[0])](
         weight, left, right, grad, row_scale, column_scale, correction, 0 if key is None else key, alpha, decay,
-        m, n, rank, *weight.stride(), *strides(left), *strides(right), *strides(grad),
-        ONE_ROW_SCALE=one, EIGHTS=in_eights(m, n, *weight.stride()[1:], *strides(grad)[1:]),
+        m, n, rank, *weight.stride(), *strides(left), *strides(right), *strides(grad), ONE_ROW_SCALE=one,
         ROUNDING="compensated" if correction is not None else "stochastic" if rounds else "nearest",
         KEY_ON_DEVICE=isinstance(key, Tensor), ALPHA_ON_DEVICE=isinstance(alpha, Tensor),
         DECAY_ON_DEVICE=isinstance(decay, Tensor), WIDE=m * n >= 2**31, **options,
@@ -257,7 +248,7 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
     ]:
         options: dict[str, Any] = launch_options(dtype, 256 if product else 0)
         launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-        flags = ("ONE_ROW_SCALE", "EIGHTS", "KEY_ON_DEVICE", "ALPHA_ON_DEVICE", "DECAY_ON_DEVICE", "WIDE")
+        flags = ("ONE_ROW_SCALE", "KEY_ON_DEVICE", "ALPHA_ON_DEVICE", "DECAY_ON_DEVICE", "WIDE")
         strides = ("weight_stride_n", "left_stride_k", "right_stride_k", "grad_stride_n")
         constants: dict[str, object] = {**options, "ROUNDING": rounding}
         constants |= {**dict.fromkeys(flags, False), **dict.fromkeys(strides, 1)}

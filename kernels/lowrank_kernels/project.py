@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels.tiles import add_product, check, eights, in_eights, tile_options
+from lowrank_kernels.tiles import add_product, check, tile_options
 from lowrank_optim.ops.chunks import as_batch
 
 
@@ -30,16 +30,11 @@ def project_kernel(
     basis_stride_k,
     basis_stride_n,
     WIDE: tl.constexpr,  # 2^31 elements or more in a matrix
-    EIGHTS: tl.constexpr,  # sides and strides, but those of 1, are divisible by 8
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    if EIGHTS:
-        rows, d, rank = eights(rows), eights(d), eights(rank)
-        grad_stride_m, grad_stride_k = eights(grad_stride_m), eights(grad_stride_k)
-        basis_stride_k, basis_stride_n = eights(basis_stride_k), eights(basis_stride_n)
     matrix = tl.program_id(1).to(tl.int64)
     grad_ptr += matrix * grad_stride_e
     basis_ptr += matrix * basis_stride_e
@@ -91,7 +86,7 @@ def project(grad: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         tiles = triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(rank, options["BLOCK_N"])
         project_kernel[(tiles, grad.shape[0])](
             grad, basis, low, norms, rows, d, rank, *grad.stride(), *basis.stride(),
-            WIDE=rows * d >= 2**31, EIGHTS=in_eights(rows, d, rank, *grad.stride()[1:], *basis.stride()[1:]), **options,
+            WIDE=rows * d >= 2**31, **options,
         )  # fmt: skip
     return low, norms
 
@@ -115,7 +110,7 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
         options = launch_options(torch.bfloat16 if dtype == "bf16" else torch.float32, rank)
         launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
         constants: dict[str, object] = {**options, contiguous: 1, "basis_stride_n": 1}
-        constants |= {"WIDE": False, "EIGHTS": False}
+        constants |= {"WIDE": False}
         types = {"grad_ptr": f"*{dtype}", "basis_ptr": f"*{dtype}", "low_ptr": "*fp32", "norms_ptr": "*fp32"}
         names = project_kernel.arg_names
         signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}

@@ -60,20 +60,6 @@ def check_scales(
     check("column_scale", column_scale, (*batch, 1, n), device)
 
 
-def in_eights(*sizes: int) -> bool:
-    """Whether sides and strides are divisible by 8, but those of 1, where the compiler, that knows of 16, sees less."""
-    return any(size % 16 and size != 1 for size in sizes) and all(size % 8 == 0 or size == 1 for size in sizes)
-
-
-@triton.jit
-def eights(size):
-    """A size that is divisible by 8, as the compiler can see: 8 elements of two bytes are one access."""
-    # A size of 1 is a constant to the compiler.
-    if INTERPRETED or isinstance(size, tl.constexpr):
-        return size
-    return size // 8 * 8
-
-
 @triton.jit
 def grouped_tile(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The tile (row, column) of a program: eight rows of tiles at a time, so that operands are met again in L2."""

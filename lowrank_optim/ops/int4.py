@@ -33,7 +33,8 @@ def quantize_int4_(codes: Tensor, scale: Tensor, zero: Tensor, values: Tensor, *
     columns = values.shape[-1]
     flat = values.flatten(-2).to(torch.float32)
     count = flat.shape[-1]
-    groups = torch.nn.functional.pad(flat, (0, -count % group_size)).unflatten(-1, (-1, group_size))
+    padded = torch.nn.functional.pad(flat, (0, -count % group_size))
+    groups = padded.view(*values.shape[:-2], -1, group_size)
     low, high = groups.amin(-1).clamp_max_(0), groups.amax(-1).clamp_min_(0)
     torch.div(high - low, LARGEST, out=scale)
     inverse = scale.clamp_min(torch.finfo(scale.dtype).tiny).reciprocal()
