@@ -60,9 +60,11 @@ def pick(eager: F, backend: str | None, device: torch.device) -> F:
     Raises:
         RuntimeError: "triton" was asked for and cannot run here.
     """
-    # Read once: the attribute takes longer than the rest of this function.
-    on_gpu = backend != "eager" and device.type == "cuda"
-    if backend == "eager" or (backend is None and not on_gpu):
+    if backend == "eager":
+        return eager
+    # Read once: the attribute takes as long as the rest of this function.
+    on_gpu = device.type == "cuda"
+    if backend is None and not on_gpu:
         return eager
     # Before the import: a kernel that is decorated without TRITON_INTERPRET=1 never runs in the interpreter.
     if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
