@@ -42,7 +42,7 @@ def _is_elsewhere(device: torch.device) -> bool:
     index = device.index
     return (
         index is not None
-        and torch.cuda.is_initialized()
+        and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         and index != torch.cuda.current_device()
         and not torch.compiler.is_compiling()
     )
