@@ -59,11 +59,11 @@ def gaussian(rows: int, columns: int, *, key: int | Tensor, dtype: torch.dtype, 
     """See ``lowrank_optim.ops.gaussian``; computed in fp32 whatever the dtype.
 
     Raises:
-        ValueError: 2^31 - 1024 elements or more: positions past the end, which are masked, must fit 32 bits too.
+        ValueError: 2^31 elements or more, which a 32-bit counter cannot tell apart.
     """
     size = rows * columns
-    if size >= 2**31 - BLOCK:
-        raise ValueError(f"Invalid shape: ({rows}, {columns}), expected fewer than 2^31 - {BLOCK} elements")
+    if size >= 2**31:
+        raise ValueError(f"Invalid shape: ({rows}, {columns}), expected fewer than 2^31 elements")
     out = torch.empty(rows, columns, dtype=dtype, device=device)
     if size:
         half = (size + 1) // 2

@@ -28,5 +28,5 @@ def test_other_dtypes(dtype: torch.dtype, device: torch.device) -> None:
 
 
 def test_more_than_a_counter_can_tell_apart_is_refused(device: torch.device) -> None:
-    with pytest.raises(ValueError, match=r"expected fewer than 2\^31 - 1024 elements"):
-        pick(eager, "triton", device)(2**21 - 1, 2**10, key=0, dtype=torch.float32, device=device)
+    with pytest.raises(ValueError, match="expected fewer than 2\\^31 elements"):
+        pick(eager, "triton", device)(2**16, 2**15, key=0, dtype=torch.float32, device=device)
