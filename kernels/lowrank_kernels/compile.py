@@ -2,9 +2,9 @@
 
 A kernel module has ``aot_cases()``, a list of (label, kernel, signature, constants, options): argument types by name
 ("*fp32", "i32", "constexpr"), values of the constexprs, and options of the launch such as ``num_warps``. Each case is
-compiled twice, with every pointer and integer divisible by 16 and with none of which anything is known, as the launcher
-would for such arguments; the figures are the larger ones. The exit status is 1 where a kernel spills registers or
-takes more shared memory than a block can have.
+compiled twice, with every pointer and integer divisible by 16 ("aligned", as LLaMA's matrices mostly are) and with none
+of which anything is known, as the launcher would for such arguments. The exit status is 1 where a kernel spills
+registers or takes more shared memory than a block can have.
 """
 
 from __future__ import annotations
@@ -46,18 +46,24 @@ class Usage(NamedTuple):
 
     kernel: str
     arch: int
+    aligned: bool
     registers: int
     local: int
     shared: int
 
     def complaint(self) -> str | None:
         """Why this must not ship, None where nothing is wrong."""
+        name = f"{self.kernel} ({operands(self.aligned)}) on sm_{self.arch}"
         if self.local:
-            return f"{self.kernel} on sm_{self.arch}: {self.local} bytes of local memory a thread, expected none"
+            return f"{name}: {self.local} bytes of local memory a thread, expected none"
         if self.shared > SHARED_LIMIT[self.arch]:
-            limit = SHARED_LIMIT[self.arch]
-            return f"{self.kernel} on sm_{self.arch}: {self.shared} bytes of shared memory, expected at most {limit}"
+            return f"{name}: {self.shared} bytes of shared memory, expected at most {SHARED_LIMIT[self.arch]}"
         return None
+
+
+def operands(aligned: bool) -> str:
+    """The word for what is known of pointers and sizes."""
+    return "aligned" if aligned else "unaligned"
 
 
 def cases() -> Iterator[Case]:
@@ -97,31 +103,34 @@ def compiled(case: Case, arch: int, *, aligned: bool) -> tuple[bytes, int]:
     return binary.asm["cubin"], binary.metadata.shared
 
 
-def usage(case: Case, arch: int) -> Usage:
-    """Compile a case for an architecture and read what it takes from the cubins."""
+def usage(case: Case, arch: int, *, aligned: bool) -> Usage:
+    """Compile a case for an architecture and read what it takes from the cubin."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    found = []
-    for aligned in (True, False):
-        cubin, dynamic = compiled(case, arch, aligned=aligned)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(cubin)
-            file.flush()
-            command = [str(tool), "--dump-resource-usage", file.name]
-            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        of = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
-        found.append((of["REG"], of["STACK"] + of["LOCAL"], of["SHARED"] + dynamic))
-    return Usage(case.label, arch, *(max(values) for values in zip(*found)))
+    cubin, dynamic = compiled(case, arch, aligned=aligned)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    of = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+    return Usage(case.label, arch, aligned, of["REG"], of["STACK"] + of["LOCAL"], of["SHARED"] + dynamic)
 
 
 def markdown(rows: Sequence[Usage]) -> str:
-    """A table with a line a kernel and a column an architecture: registers / local bytes / shared KiB."""
+    """A table with two lines a kernel and a column an architecture: registers / local bytes / shared KiB."""
     archs = sorted({row.arch for row in rows})
-    at = {(row.kernel, row.arch): f"{row.registers} / {row.local} / {row.shared / 1024:.3g}" for row in rows}
-    lines = [f"| kernel | {' | '.join(f'sm_{arch}' for arch in archs)} |", f"|---{'|---:' * len(archs)}|"]
-    for kernel in dict.fromkeys(row.kernel for row in rows):
-        lines.append(f"| {kernel} | {' | '.join(at[kernel, arch] for arch in archs)} |")
+    at = {
+        (row.kernel, row.aligned, row.arch): f"{row.registers} / {row.local} / {row.shared / 1024:.3g}" for row in rows
+    }
+    lines = [
+        f"| kernel | operands | {' | '.join(f'sm_{arch}' for arch in archs)} |",
+        f"|---|---{'|---:' * len(archs)}|",
+    ]
+    for kernel, aligned in dict.fromkeys((row.kernel, row.aligned) for row in rows):
+        cells = " | ".join(at[kernel, aligned, arch] for arch in archs)
+        lines.append(f"| {kernel} | {operands(aligned)} | {cells} |")
     return "\n".join(
         [*lines, "", "Registers a thread / bytes of local memory a thread / KiB of shared memory a block."]
     )
@@ -140,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"lowrank_kernels.compile: error: needs triton: {error}") from error
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     archs = options.arch or [arch for arch in SHARED_LIMIT if version >= SINCE.get(arch, version)]
-    rows = [usage(case, arch) for case in cases() for arch in archs]
+    rows = [usage(case, arch, aligned=aligned) for case in cases() for aligned in (True, False) for arch in archs]
     print(markdown(rows))
     if options.json:
         result = {

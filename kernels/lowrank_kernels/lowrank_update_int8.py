@@ -207,7 +207,7 @@ def launch_options(dtype: torch.dtype | None, rank: int) -> dict[str, Any]:
     options: dict[str, Any] = {"BLOCK_N": GROUP, "PRECISION": "tf32", "num_warps": 8, "num_stages": 4}
     options["BLOCK_K"] = min(32, max(16, triton.next_power_of_2(rank)))
     if dtype is None:
-        return {**options, "BLOCK_M": 8}
+        return {**options, "BLOCK_M": 4, "num_warps": 4}
     if dtype != torch.float32:
         return {**options, "BLOCK_M": 64}
     # Without tensor cores, unless torch allows TF32, the operands stand in registers too.

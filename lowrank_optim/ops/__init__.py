@@ -25,6 +25,29 @@ def _triton_twin(name: str) -> Callable[..., object] | ImportError:
         return error
 
 
+@functools.cache
+def _guarded(twin: Callable[..., object], index: int) -> Callable[..., object]:
+    """Triton launches on the current device, wherever the operands live."""
+
+    @functools.wraps(twin)
+    def on_its_device(*args: object, **kwargs: object) -> object:
+        with torch.cuda.device(index):
+            return twin(*args, **kwargs)
+
+    return on_its_device
+
+
+def _is_elsewhere(device: torch.device) -> bool:
+    """Whether a GPU is not the current one. A compiler sets the device itself; a fake tensor's has no driver."""
+    index = device.index
+    return (
+        index is not None
+        and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        and index != torch.cuda.current_device()
+        and not torch.compiler.is_compiling()
+    )
+
+
 def pick(eager: F, backend: str | None, device: torch.device) -> F:
     """The implementation of ``eager`` that ``backend`` asks for on ``device``.
 
@@ -32,19 +55,23 @@ def pick(eager: F, backend: str | None, device: torch.device) -> F:
         eager: an operation of this package.
         backend: None takes Triton on CUDA and ROCm where it can be imported, else eager;
             "eager" and "triton" are obeyed.
-        device: where the operands live.
+        device: where the operands live; a kernel makes it the current device for its launch.
 
     Raises:
         RuntimeError: "triton" was asked for and cannot run here.
     """
-    if backend == "eager" or (backend is None and device.type != "cuda"):
+    if backend == "eager":
+        return eager
+    # Read once: the attribute takes as long as the rest of this function.
+    on_gpu = device.type == "cuda"
+    if backend is None and not on_gpu:
         return eager
     # Before the import: a kernel that is decorated without TRITON_INTERPRET=1 never runs in the interpreter.
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(f"backend='triton' needs tensors on a CUDA or ROCm device, got {device}; use backend=None")
     twin = _triton_twin(eager.__name__)
     if isinstance(twin, ImportError):
         if backend is None:
             return eager
         raise RuntimeError(f"backend='triton' has no kernel {eager.__name__!r} here: {twin}") from twin
-    return cast("F", twin)
+    return cast("F", _guarded(twin, device.index) if on_gpu and _is_elsewhere(device) else twin)

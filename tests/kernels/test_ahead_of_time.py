@@ -8,7 +8,6 @@ import pkgutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import lowrank_kernels
 import pytest
@@ -52,6 +51,7 @@ def test_no_kernel_spills_or_takes_too_much_shared_memory(chosen: tuple[str, ...
     # Every module is among them, but for parts of kernels; what is printed is what is written.
     modules = {info.name for info in pkgutil.iter_modules(lowrank_kernels.__path__) if not info.name.startswith("_")}
     assert {row.kernel.split()[0].strip(",") for row in rows} == modules - {"compile", "rounding", "tiles"}
+    assert len(rows) == 2 * len({(row.kernel, row.arch) for row in rows}) and any(row.aligned for row in rows)
     assert {row.arch for row in rows} >= ({90} if chosen else {80, 89, 90})
     assert all(0 < row.registers <= 255 for row in rows)
     assert result.stdout.strip() == markdown(rows)
@@ -62,12 +62,12 @@ def test_a_spill_is_an_error(tmp_path: Path) -> None:
     script.write_text(SPILLING)
     result = run(str(script))
     assert result.returncode == 1
-    assert "greedy on sm_90" in result.stderr and "local memory" in result.stderr
+    assert "greedy (unaligned) on sm_90" in result.stderr and "local memory" in result.stderr
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
 def test_more_shared_memory_than_a_block_can_have_is_an_error(arch: int) -> None:
-    fits = Usage("k", arch, 255, 0, SHARED_LIMIT[arch])
+    fits = Usage("k", arch, True, 255, 0, SHARED_LIMIT[arch])
     assert fits.complaint() is None
     assert "shared memory" in str(fits._replace(shared=SHARED_LIMIT[arch] + 1).complaint())
 
@@ -79,6 +79,10 @@ def test_a_module_without_cases_is_an_error(tmp_path: Path, monkeypatch: pytest.
         list(cases())
 
 
-def test_a_line_a_kernel_and_a_column_an_architecture() -> None:
-    rows: list[Any] = [Usage("k", arch, 40 + arch, 0, 1536) for arch in (90, 80)]
-    assert "| k | 120 / 0 / 1.5 | 130 / 0 / 1.5 |" in markdown(rows).splitlines()
+def test_two_lines_a_kernel_and_a_column_an_architecture() -> None:
+    rows = [Usage("k", arch, aligned, 40 + arch + aligned, 0, 1536) for aligned in (True, False) for arch in (90, 80)]
+    lines = markdown(rows).splitlines()
+    assert lines[2:4] == [
+        "| k | aligned | 121 / 0 / 1.5 | 131 / 0 / 1.5 |",
+        "| k | unaligned | 120 / 0 / 1.5 | 130 / 0 / 1.5 |",
+    ]
