@@ -29,7 +29,7 @@ def project(grad: Tensor, basis: Tensor) -> Tensor:
         if grad.ndim <= 3 and basis.ndim == grad.ndim:
             return product(grad, basis, out_dtype=wide)
     basis = basis.to(wide)
-    if torch.compiler.is_compiling() or grad.is_meta:
+    if torch.compiler.is_compiling():
         # The compiler fuses the conversion itself.
         return grad.to(wide) @ basis
     low = torch.empty((*grad.shape[:-1], basis.shape[-1]), dtype=wide, device=grad.device)

@@ -46,9 +46,10 @@ class Accumulator:
         grad = self.subspace.orient(grad, self.state)
         self.grad_dtype = grad.dtype
         if not self.has_basis:
-            self.has_basis = self.optimizer.refresh(self.plan, grad, self.group)
-            if not self.has_basis:
+            if not self.optimizer.refresh(self.plan, grad, self.group, is_scheduled=not self.state["waiting"]):
                 return
+            # Matrices without a gradient so far take their basis from a later micro-batch.
+            self.has_basis = not self.state["waiting"]
         self.terms += 1
         self.low = self._add(self.low, self.subspace.project(grad, self.state, self.group))
         sketch = None

@@ -266,7 +266,8 @@ class LowRankOptimizer(Optimizer):
             if param.ndim < 2:
                 return "full-rank", "fewer than two dimensions"
             return "full-rank", f"its smaller side does not exceed {group['rank']}"
-        rank = parts.subspace.rank(view.shape, group)
+        subspace = parts.subspace
+        rank = subspace.rank(view.shape, group)
         present = self.state.get(param, {}).get("rank", rank)
         if present != rank:
             return f"rank {present}", f"its state has rank {present}; the next step rebuilds it with rank {rank}"
@@ -401,8 +402,10 @@ class LowRankOptimizer(Optimizer):
             return
         grad = subspace.orient(as_matrices(grad, plan.view), state)
         grad = plan.parts.lift.before(grad, state, group)
-        if refresh_due(state, group, plan.place) and not self.refresh(plan, grad, group):
-            return
+        if refresh_due(state, group, plan.place):
+            is_scheduled = scheduled(state, group, plan.place)
+            if not self.refresh(plan, grad, group, is_scheduled=is_scheduled):
+                return
         self._step_low(plan, param, subspace.project(grad, state, group), grad, group)
 
     def _step_low(self, plan: Plan, param: Tensor, low: Tensor, grad: Tensor | None, group: Group) -> None:
@@ -480,10 +483,10 @@ class LowRankOptimizer(Optimizer):
 
     # ---- refreshes ----
 
-    def refresh(self, plan: Plan, grad: Tensor, group: Group) -> bool:
-        """Renew the bases of a parameter; False where the update must be skipped.
+    def refresh(self, plan: Plan, grad: Tensor, group: Group, *, is_scheduled: bool) -> bool:
+        """Renew the bases of a parameter, or of those matrices that wait for one; False to skip the update.
 
-        A zero gradient has no subspace: its matrix keeps its basis, or waits for another gradient in the next step.
+        A zero gradient has no subspace: its matrix keeps its basis, or waits for another gradient.
         """
         subspace, state = plan.parts.subspace, plan.state
         assert subspace is not None
@@ -493,7 +496,7 @@ class LowRankOptimizer(Optimizer):
             self._warn_once("skipped an update because of a non-finite gradient")
             return False
         started = int(state["step"]) > 0
-        which, waiting = select_matrices(subspace, sizes, plan, grad.device, scheduled(state, group, plan.place))
+        which, waiting = select_matrices(subspace, sizes, plan, grad.device, is_scheduled)
         state["waiting"] = waiting
         if which is None:
             return True
@@ -641,7 +644,7 @@ def select_matrices(
 ) -> tuple[Which | None, int]:
     """The matrices that a refresh is about, None for none, and those that wait after it, as the bits of an int."""
     waiting = plan.state["waiting"]
-    if int(plan.state["step"]) == 0:
+    if is_scheduled and int(plan.state["step"]) == 0:
         waiting = (1 << len(sizes)) - 1
     if not subspace.follows_gradient:
         return Which(warm=int(plan.state["step"]) > 0), 0

@@ -201,3 +201,10 @@ class FRUGALAdamW(LowRankOptimizer):
     def parts(self, view: View, group: Group) -> Parts:
         """The subspace that ``projection`` names."""
         return self.triple._replace(subspace=PROJECTIONS[group["projection"]])
+
+    def _explain(self, param: Tensor, group: Group) -> tuple[str, str]:
+        method, reason = super()._explain(param, group)
+        density = group["density"]
+        if group["rank"] is None or density is None or param.ndim < 2:
+            return method, reason
+        return method, f"density {density:g}" + (" leaves nothing out" if method == "full-rank" else "")

@@ -231,7 +231,7 @@ class StepInBackward:
     @torch.no_grad()
     def _on_gradient(self, param: Tensor) -> None:
         if not self._inside:
-            self._begin_implicit()
+            self._begin_implicit(param)
         if param in self._seen:
             raise RuntimeError(
                 f"A parameter of shape {tuple(param.shape)} got two gradients within one micro-batch: make one "
@@ -246,7 +246,7 @@ class StepInBackward:
         if self._done + 1 == self.accumulate:
             self._step(param, group)
 
-    def _begin_implicit(self) -> None:
+    def _begin_implicit(self, param: Tensor) -> None:
         """A backward pass without micro_batch() is an update; its number tells it from the one before."""
         if self.accumulate != 1:
             raise RuntimeError(
@@ -254,15 +254,15 @@ class StepInBackward:
             )
         task = torch._C._current_graph_task_id()
         if task != self._task:
-            self._end_implicit()
+            self._end_implicit(param)
             self._task = task
 
-    def _end_implicit(self) -> None:
+    def _end_implicit(self, newer: Tensor | None = None) -> None:
         if self._task is not None and not self._inside:
-            self._end()
+            self._end(newer)
 
-    def _end(self) -> None:
-        """Take the norm of an update that is complete.
+    def _end(self, newer: Tensor | None = None) -> None:
+        """Take the norm of an update that is complete; ``newer`` holds a gradient of the next one already.
 
         Raises:
             RuntimeError: a parameter got a gradient and no hook saw it.
@@ -277,7 +277,7 @@ class StepInBackward:
                 # Of the last update whose norm was finite.
                 group["clip_norm"] = torch.where(norm.isfinite(), norm, before)
         for p in self._params():
-            if p.grad is not None:
+            if p.grad is not None and p is not newer:
                 raise RuntimeError(
                     f"{self.optimizer.entry(p).name or 'A parameter'} of shape {tuple(p.shape)} has a gradient that no "
                     "hook saw: it replaced another one in a group; remove() the handle and attach the optimizer anew"

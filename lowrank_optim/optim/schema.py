@@ -117,7 +117,7 @@ def checked(saved: Mapping[str, Any], slots: Slots, name: str, device: torch.dev
             dtype = slot.dtype if isinstance(slot, Slot) else value.dtype
             copied[key] = value.detach().to(device=device, dtype=dtype, copy=True)
         else:
-            copied[key] = int(value) if isinstance(slot, Number) else value
+            copied[key] = type(slot.initial)(value) if isinstance(slot, Number) else value
     return drop_unused(copied)
 
 

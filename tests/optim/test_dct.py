@@ -135,8 +135,8 @@ def test_scores_by_fft_equal_those_by_product(
     shape: tuple[int, int], left: bool, basis: str, dtype: torch.dtype
 ) -> None:
     tall = torch.randn(shape[::-1], dtype=dtype).mT if left else torch.randn(shape, dtype=dtype)
-    by_fft = coefficients(tall, {"basis": basis, "similarity": "fft"})
-    by_product = coefficients(tall, {"basis": basis, "similarity": "matmul"})
+    by_fft = coefficients(tall, basis, "fft")
+    by_product = coefficients(tall, basis, "matmul")
     atol = 1e-5 if dtype == torch.float32 else 1e-13
     torch.testing.assert_close(by_fft, by_product, atol=atol, rtol=0)
     for p in (1, 2):
@@ -145,9 +145,9 @@ def test_scores_by_fft_equal_those_by_product(
 
 def test_auto_takes_the_fft_from_the_measured_size_on() -> None:
     auto = {"basis": "dct2", "similarity": "auto"}
-    assert not uses_fft(auto, 256, CPU) and uses_fft(auto, 512, CPU)
-    assert not uses_fft({**auto, "basis": "random"}, 4096, CPU)
-    assert uses_fft({**auto, "similarity": "fft"}, 8, CPU)
+    assert not uses_fft("dct2", "auto", 256, CPU) and uses_fft("dct2", "auto", 512, CPU)
+    assert not uses_fft("random", "auto", 4096, CPU)
+    assert uses_fft("dct2", "fft", 8, CPU)
 
 
 def test_selection_ties_zeros_and_the_bound_of_the_2_norm() -> None:
@@ -167,7 +167,7 @@ def test_the_gather_is_the_product_with_the_rotation() -> None:
     old, new = (torch.randperm(40)[:15].sort().values for _ in range(2))
     place = torch.full((40,), -1)
     place[old] = torch.arange(15)
-    group = {"state_dtype": "float32"}
+    group = {"state_dtype": "float32", "backend": None}
     moments = {"exp_avg": torch.randn(8, 15, dtype=torch.float64), "exp_avg_sq": torch.rand(8, 15, dtype=torch.float64)}
     gathered, multiplied = ({k: v.clone() for k, v in moments.items()} for _ in range(2))
     Adam().transport(gathered, place[new], group)

@@ -50,7 +50,7 @@ def test_residual_norm_without_the_residual(dtype: torch.dtype, inner: float) ->
     low = grad @ basis
     norms = Norms(row_norms(low), row_norms(torch.randn(40, 8, dtype=dtype)), row_norms(grad))
     phi = factors(norms).phi
-    explicit = torch.linalg.vector_norm(scaling.phi * (grad - inner * low @ basis.mH))
+    explicit = torch.linalg.vector_norm(phi * (grad - inner * low @ basis.mH))
     torch.testing.assert_close(residual_norm(phi, norms, inner).view(()), explicit, rtol=2e-6, atol=0)
 
 

@@ -101,7 +101,7 @@ def test_moments_follow_a_basis_that_turns_its_sign(
     lifted = optimizer.state[p]["exp_avg"] @ optimizer.state[p]["basis"].mT
     second = (optimizer.state[p]["exp_avg_sq"]).clone()
     turned = -optimizer.state[p]["basis"]
-    monkeypatch.setattr("lowrank_optim.optim.galore.top_basis", lambda *_, **__: turned)
+    monkeypatch.setattr("lowrank_optim.optim.subspaces.singular.top_basis", lambda *_, **__: turned)
     step_with(optimizer, p, torch.full_like(grad, 1e-12))
     state = optimizer.state[p]
     torch.testing.assert_close(state["exp_avg"] @ state["basis"].mT, 0.9 * moved * lifted, atol=1e-6, rtol=1e-4)
@@ -179,7 +179,7 @@ def test_a_non_finite_gradient_is_skipped_and_said_once(bad: float, at: int, ref
     assert torch.equal(p, q)
     assert bool(bias.isfinite().all()) and bool((bias < 1).all())
     assert [str(w.message) for w in caught if "non-finite" in str(w.message)] == [
-        "GaLoreAdamW skipped an update because of a non-finite gradient; this is said once"
+        "GaLoreAdamW skipped an update because of a non-finite gradient (warned once)"
     ]
 
 
@@ -297,7 +297,7 @@ def test_spectral_selection_takes_singular_vectors_by_position_and_step(shape: t
 
 @pytest.mark.parametrize("refresh", ["power", "randomized"])
 def test_spectral_selection_needs_every_singular_value(refresh: str) -> None:
-    with pytest.raises(ValueError, match=f"Invalid refresh: '{refresh}', selection='spectral' takes 'svd' only"):
+    with pytest.raises(ValueError, match=f"Invalid refresh: '{refresh}', selection='spectral' works with 'svd' only"):
         GaLoreAdamW([nn.Parameter(torch.zeros(9, 9))], rank=2, refresh=refresh, selection="spectral")
     with pytest.raises(ValueError, match="Invalid selection: 'random', expected one of 'top', 'spectral'"):
         GaLoreAdamW([nn.Parameter(torch.zeros(9, 9))], rank=2, selection="random")

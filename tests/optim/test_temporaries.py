@@ -14,12 +14,12 @@ from tests.temporaries import CountTemporaries
 # Allowed on the CPU, and on a device, where a non-finite gradient must be masked unseen; fp32 weights.
 CASES: list[tuple[str, dict[str, Any], int, int]] = [
     ("GaLoreAdamW", {}, 0, 0),
-    ("FiraAdamW", {}, 0, 1),
-    ("FiraAdamW", {"residual": "paper", "proj_type": "reverse_std"}, 0, 1),
-    ("FiraAdamW", {"limiter_gamma": None}, 0, 1),
-    ("APOLLOAdamW", {}, 0, 1),
-    ("APOLLOAdamW", {"proj": "svd", "scale_type": "tensor"}, 0, 1),
-    ("APOLLOMini", {}, 0, 1),
+    ("FiraAdamW", {}, 0, 0),
+    ("FiraAdamW", {"residual": "paper", "proj_type": "reverse_std"}, 0, 0),
+    ("FiraAdamW", {"limiter_gamma": None}, 0, 0),
+    ("APOLLOAdamW", {}, 0, 0),
+    ("APOLLOAdamW", {"proj": "svd", "scale_type": "tensor"}, 0, 0),
+    ("APOLLOMini", {}, 0, 0),
     ("FRUGALAdamW", {}, 1, 1),
     ("FRUGALAdamW", {"projection": "svd"}, 1, 1),
     ("FRUGALAdamW", {"projection": "dct"}, 1, 1),

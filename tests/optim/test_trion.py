@@ -71,7 +71,7 @@ def test_only_what_is_used_of_the_momentum_decays() -> None:
     expected = grad @ rows.mT
     expected[:, state["indices"]] *= 0.75
     torch.testing.assert_close(state["momentum"], expected, atol=1e-13, rtol=0)
-    assert set(state) == {"step", "seed", "left", "indices", "momentum"}
+    assert set(state) == {"step", "seed", "waiting", "left", "rank", "indices", "momentum"}
 
 
 @pytest.mark.parametrize("scaling", ["kj", "dion", "kimi", "none"])
@@ -98,7 +98,7 @@ def test_what_is_no_hidden_matrix_is_torchs_adamw_at_its_own_rate(given: str) ->
     theirs.load_state_dict(ours.state_dict())
     params: Any = ours.named_parameters() if given == "named" else low_rank_groups(ours, rank=4)
     optimizer = Trion(params, lr=0.02, rank=4, adamw_lr=3e-3, weight_decay=0.1)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.02, 3e-3]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.02, 0.02]
     names = ["embed.weight", "attn.bias", "head.weight"]
     assert sorted(optimizer.param_groups[1]["param_names"]) == sorted(names)
     reference = torch.optim.AdamW(
@@ -117,21 +117,32 @@ def test_what_is_no_hidden_matrix_is_torchs_adamw_at_its_own_rate(given: str) ->
         torch.testing.assert_close(ours.get_parameter(name), theirs.get_parameter(name), atol=1e-6, rtol=1e-5)
 
 
-def test_a_group_that_names_its_rate_keeps_it_and_a_mixed_one_without_is_split() -> None:
+def test_groups_stay_as_they_were_given_and_a_group_that_names_its_rate_keeps_it() -> None:
     def params() -> list[nn.Parameter]:
         return [nn.Parameter(torch.ones(shape)) for shape in [(8,), (9, 8), (3, 9)]]
 
-    mixed = params()
-    optimizer = Trion(mixed, rank=4)
-    assert [[id(p) for p in group["params"]] for group in optimizer.param_groups] == [
-        [id(mixed[1])],
-        [id(mixed[0]), id(mixed[2])],
-    ]
-    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 3e-4]
+    optimizer = Trion(params(), rank=4)
     optimizer.add_param_group({"params": params(), "lr": 0.5})
     optimizer.add_param_group({"params": params()[:1], "adamw_lr": 0.25})
-    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 3e-4, 0.5, 0.25]
-    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 2, 3, 1]
+    optimizer.add_param_group({"params": params(), "lr": 0.5, "adamw_lr": 0.125})
+    assert [len(group["params"]) for group in optimizer.param_groups] == [3, 3, 1, 3]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.5, 0.01, 0.5]
+    shares = [group["adamw_share"] for group in optimizer.param_groups]
+    assert shares == pytest.approx([0.03, 1.0, 25.0, 0.25])
+
+
+def test_a_schedule_with_one_factor_a_group_drives_both_rates() -> None:
+    matrix, vector = nn.Parameter(torch.zeros(9, 8)), nn.Parameter(torch.zeros(8))
+    optimizer = Trion([matrix, vector], rank=4, adamw_lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: 0.5**step])
+    moved = []
+    for _ in range(2):
+        before = vector.detach().clone()
+        matrix.grad, vector.grad = torch.randn(9, 8), torch.ones(8)
+        optimizer.step()
+        schedule.step()
+        moved.append(float((before - vector.detach()).abs().max()))
+    assert moved == pytest.approx([1e-3, 5e-4], rel=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(256, 48), (48, 256)])

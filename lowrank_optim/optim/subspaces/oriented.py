@@ -40,7 +40,7 @@ class Oriented(Subspace):
 
     def slots(self, view: View, group: Group) -> Slots:
         left, rank = self.left(view.shape, group), self.rank(view.shape, group)
-        return {"left": Number(int(left), fixed=True), "rank": Number(rank, fixed=True)}
+        return {"left": Number(left, fixed=True), "rank": Number(rank, fixed=True)}
 
     def low_shape(self, view: View, group: Group) -> tuple[int, ...]:
         """(..., rows, rank)."""

@@ -36,8 +36,8 @@ def noise(shape: tuple[int, ...], like: Tensor, key: int | Tensor, group: Group)
     """Independent real N(0, 1) of ``shape`` in the precision of ``like``."""
     draw = pick(gaussian, group["backend"], like.device)
     *batch, rows, columns = shape
-    flat = draw(torch.Size((*batch, rows)).numel(), columns, key=key, dtype=like.dtype.to_real(), device=like.device)
-    return flat.view(shape)
+    options = {"batch": tuple(batch)} if batch else {}
+    return draw(rows, columns, key=key, dtype=like.dtype.to_real(), device=like.device, **options)
 
 
 def sketch_matrix(shape: tuple[int, ...], like: Tensor, state: State, group: Group) -> Tensor:

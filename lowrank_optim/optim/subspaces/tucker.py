@@ -38,7 +38,7 @@ class Tucker(Subspace):
 
     def slots(self, view: View, group: Group) -> Slots:
         rank, batch = self.rank(view.shape, group), len(view.batch)
-        found: Slots = {"left": Number(0, fixed=True), "rank": Number(rank, fixed=True)}
+        found: Slots = {"left": Number(False, fixed=True), "rank": Number(rank, fixed=True)}
         for axis, d in enumerate(view.shape):
             if axis >= batch and d > rank:
                 along = {len(view.shape) - 2: "rows", len(view.shape) - 1: "columns"}.get(axis)
