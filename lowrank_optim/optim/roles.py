@@ -219,13 +219,15 @@ class _Sizes(NamedTuple):
 
 
 def _sizes(tree: dict[str, nn.Module]) -> _Sizes:
+    """The lengths that tell a head; in a small model the width may be the number of characters, and tells nothing."""
     configs = [getattr(module, "config", None) for module in tree.values()]
-    vocabularies = {getattr(config, "vocab_size", None) for config in configs}
-    labels = {getattr(config, "num_labels", None) for config in configs}
+    tables = [module for module in tree.values() if isinstance(module, nn.Embedding)]
+    widths = {table.embedding_dim for table in tables}
     # The longest table: positions may be as many as a hidden layer is wide.
-    tables = [module.num_embeddings for module in tree.values() if isinstance(module, nn.Embedding)]
-    vocabularies.add(max(tables, default=None))
-    return _Sizes(*({size for size in sizes if isinstance(size, int)} for sizes in (vocabularies, labels)))
+    longest = max((table.num_embeddings for table in tables), default=None)
+    vocabularies = {getattr(config, "vocab_size", None) for config in configs} | {longest}
+    labels = {getattr(config, "num_labels", None) for config in configs}
+    return _Sizes(*({size for size in sizes - widths if isinstance(size, int)} for sizes in (vocabularies, labels)))
 
 
 def _embeds(owner: nn.Module) -> bool:
@@ -246,9 +248,7 @@ def _at(place: _Place, sizes: _Sizes) -> Role:
         return "router"
     if "expert" in kind and len(shape) > 2:
         return "experts"
-    # Square matrices are no heads: in a small model the width may be the number of characters.
-    outside = named == "matrix" and not place.inside and shape[0] != shape[1]
-    if outside and (sizes.vocabularies.intersection(shape) or shape[0] in sizes.labels):
+    if named == "matrix" and not place.inside and (sizes.vocabularies.intersection(shape) or shape[0] in sizes.labels):
         return "head"
     return "tensor" if named == "convolution" else named
 

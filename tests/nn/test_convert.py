@@ -95,7 +95,7 @@ def test_heads_and_routers_stay_whatever_their_names() -> None:
     )
     assert set(convert(model, LowRank(rank=3))) == {*TARGETS, *(f"moe.experts.{i}" for i in range(3))}
     for target in ("k_proj", "gate", "lm_head"):
-        with pytest.raises(ValueError, match="match no nn.Linear"):
+        with pytest.raises(ValueError, match=r"match no nn\.Linear"):
             convert(model, LowRank(rank=3), targets=target)
 
 
