@@ -66,10 +66,8 @@ def role_of_name(name: str, param: Tensor) -> Role:
     """What a parameter is, by its name and shape alone; :func:`roles` knows better where there is a module."""
     parts = name.lower().split(".")
     role = _by_name(name, param, inside=any(part.isdigit() for part in parts))
-    # A router has one row an expert; the gate of a SwiGLU is longer than its input.
-    if role == "matrix" and param.shape[0] < param.shape[1] and any(_GATE.fullmatch(part) for part in parts):
-        return "router"
-    return role
+    # It may be the gate of a SwiGLU, which costs memory; a compressed router would cost quality.
+    return "router" if role == "matrix" and any(_GATE.fullmatch(part) for part in parts) else role
 
 
 def roles(model: nn.Module) -> dict[str, Role]:

@@ -268,7 +268,7 @@ class Layer(nn.Module):
         super().__init__()
         self.wq = nn.Linear(width, width)
         self.w1 = nn.Linear(width, inner, bias=False)
-        self.gate = nn.Linear(width, inner, bias=False)
+        self.w3 = nn.Linear(width, inner, bias=False)
         self.w2 = nn.Linear(inner, width, bias=False)
         self.before = nn.LayerNorm(width)
 
@@ -345,10 +345,11 @@ def test_routers_beside_experts_and_gates_without() -> None:
     moe = model_of(experts=experts)
     moe.register_parameter("w_gate", nn.Parameter(torch.zeros(16, 3)))
     assert roles(model_of(blocks=nn.ModuleList([moe])))["blocks.0.w_gate"] == "router"
-    # The gate of a SwiGLU, by the tree and by its shape.
-    assert kinds(model_of(blocks=layers()), "blocks.0.gate") == {"matrix"}
-    assert role_of_name("layers.0.mlp.gate.weight", torch.zeros(24, 16)) == "matrix"
-    assert role_of_name("layers.0.mlp.gate.weight", torch.zeros(3, 16)) == "router"
+    # The gate of a SwiGLU: the tree tells it from a router, a name cannot.
+    swiglu = model_of(gate=nn.Linear(16, 24), up=nn.Linear(16, 24), down=nn.Linear(24, 16))
+    assert kinds(model_of(blocks=nn.ModuleList([swiglu])), "blocks.0.gate") == {"matrix"}
+    assert role_of_name("layers.0.mlp.gate.weight", torch.zeros(24, 16)) == "router"
+    assert role_of_name("layers.0.mlp.gate_proj.weight", torch.zeros(24, 16)) == "matrix"
 
 
 def test_stacked_experts_and_their_biases() -> None:
@@ -421,7 +422,7 @@ def test_factored_layers_are_compressed() -> None:
     model = model_of(tokens=nn.Embedding(40, 16), blocks=layers(), lm_head=nn.Linear(16, 40))
     convert(model, LowRank(rank=4))
     assert set(low_rank_groups(model)[0]["param_names"]) == {
-        f"blocks.{i}.{name}.{part}" for i in (0, 1) for name in ("wq", "w1", "gate", "w2") for part in "AB"
+        f"blocks.{i}.{name}.{part}" for i in (0, 1) for name in ("wq", "w1", "w3", "w2") for part in "AB"
     }
 
 
