@@ -395,19 +395,24 @@ def test_modules_of_torch() -> None:
     assert kinds(model, "turned") == {"convolution"}
 
 
-def test_a_model_whose_methods_fail() -> None:
+def test_what_a_model_calls_its_embeddings() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.table, self.blocks, self.final = nn.Linear(40, 16), layers(), nn.Linear(16, 7)
+            self.into, self.out, self.blocks = nn.Linear(40, 16), nn.Linear(16, 7), layers()
 
         def get_input_embeddings(self) -> nn.Module:
-            return self.table
+            return self.into
 
-        def get_output_embeddings(self, language: str) -> nn.Module:
+        def get_output_embeddings(self) -> nn.Module:
+            return self.out
+
+    class Failing(Odd):
+        def get_output_embeddings(self, language: str = "") -> nn.Module:
             raise LookupError(language)
 
-    assert kinds(Odd(), "table") == {"embedding"} and kinds(Odd(), "final") == {"head"}
+    assert kinds(Odd(), "into") == {"embedding"} and kinds(Odd(), "out") == {"head"}
+    assert kinds(Failing(), "into") == {"embedding"} and kinds(Failing(), "out") == {"matrix"}
 
 
 def test_tied_weights_stand_once_and_stay() -> None:
