@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim.nn.base import FactoredLinear, Parameterization
-from lowrank_optim.optim.groups import keeps_full_rank, matches
+from lowrank_optim.optim.groups import as_targets, takes
+from lowrank_optim.optim.roles import roles_by_id
 
 
 def convert(
     model: nn.Module,
     parameterization: Parameterization,
-    targets: str | Iterable[str] = ("attn", "mlp"),
+    targets: str | Iterable[str] | None = None,
     *,
     from_weight: bool = False,
     seed: int = 0,
@@ -29,8 +30,9 @@ def convert(
     Args:
         model: any module; its optimizer is made afterwards.
         parameterization: the options, for example ``SLTrain(rank=128)``.
-        targets: what the name of a replaced module contains, or, as a regular expression, matches fully;
-            ``"all"`` takes every ``nn.Linear``. Embeddings, heads and norms stay even then.
+        targets: None or ``"all"`` takes every ``nn.Linear`` that is a hidden matrix (see
+            :func:`lowrank_optim.optim.roles.roles`); otherwise what the name of a replaced module contains, or, as a
+            regular expression, matches fully. Heads and routers stay even then.
         from_weight: keep the trained weight as well as the parameterization can, instead of a fresh start.
         seed: the layers draw from generators seeded by this and by their position in the model.
 
@@ -41,7 +43,6 @@ def convert(
         ValueError: a target that matches nothing, a layer that is converted already, options that do not
             fit a layer, or a weight shared with a module that stays.
     """
-    targets = [targets] if isinstance(targets, str) else list(targets)
     chosen = select_linears(model, targets)
     check_shared(model, chosen)
     positions = layer_positions(model)
@@ -171,19 +172,22 @@ def sharing_key(linear: nn.Linear) -> tuple[int, int]:
     return id(linear.weight), id(linear.bias)
 
 
-def select_linears(model: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
+def select_linears(model: nn.Module, targets: str | Iterable[str] | None) -> dict[str, nn.Linear]:
     """The ``nn.Linear`` modules that :func:`convert` would replace, by name."""
-    hits = dict.fromkeys(targets, 0)
+    wanted = as_targets(targets)
+    hits = dict.fromkeys(wanted, 0)
+    known = roles_by_id(model)
     chosen: dict[str, nn.Linear] = {}
     candidates: list[str] = []
     for name, module in _named_modules(model):
         # Subclasses of nn.Linear have reasons of their own: quantized weights, or a parent that reads .weight.
         if not name or not (isinstance(module, FactoredLinear) or type(module) is nn.Linear):
             continue
-        if isinstance(module, nn.Linear) and keeps_full_rank(f"{name}.weight", module.weight):
+        role = known[id(module.weight)] if isinstance(module, nn.Linear) else "matrix"
+        if not takes("all", name, role):
             continue
         candidates.append(name)
-        matched = [target for target in targets if matches(target, name)]
+        matched = [target for target in wanted if takes(target, name, role)]
         for target in matched:
             hits[target] += 1
         if matched and isinstance(module, FactoredLinear):
@@ -193,7 +197,7 @@ def select_linears(model: nn.Module, targets: list[str]) -> dict[str, nn.Linear]
     missed = [target for target, count in hits.items() if not count]
     if missed or not chosen:
         some = ", ".join(candidates) or "none"
-        raise ValueError(f"Invalid targets: {missed or targets} match no nn.Linear; candidates: {some[:300]}")
+        raise ValueError(f"Invalid targets: {missed or wanted} match no nn.Linear; candidates: {some[:300]}")
     return chosen
 
 

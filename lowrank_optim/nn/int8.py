@@ -177,7 +177,7 @@ class Int8Linear(FactoredLinear):
         return clone
 
 
-def quantize_weights(model: nn.Module, targets: str | Iterable[str] = ("attn", "mlp")) -> list[str]:
+def quantize_weights(model: nn.Module, targets: str | Iterable[str] | None = None) -> list[str]:
     """Replace the matching ``nn.Linear`` modules of ``model`` by :class:`Int8Linear` with the nearest codes, in place.
 
     One layer at a time, so that beside the model there is one weight more. Works on the meta device and under
@@ -195,7 +195,7 @@ def quantize_weights(model: nn.Module, targets: str | Iterable[str] = ("attn", "
         ValueError: a target that matches nothing, a layer that is converted already, or a weight shared with a module
             that stays.
     """
-    chosen = select_linears(model, [targets] if isinstance(targets, str) else list(targets))
+    chosen = select_linears(model, targets)
     check_shared(model, chosen)
     made: dict[tuple[int, int], Int8Linear] = {}
     keys = {name: sharing_key(linear) for name, linear in chosen.items()}

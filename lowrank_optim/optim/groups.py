@@ -3,53 +3,52 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
-# One dotted component of a parameter's name that keeps it full-rank.
-_FULL_RANK = re.compile(r"(\w*(embed|norm)\w*|ln\w*|wte|wpe|(lm_|output_)?head|output_layer|classifier|bias)")
+from lowrank_optim.optim.roles import HIDDEN, ON_REQUEST, Role, longer_than_hidden, role_of_name, roles
 
-
-def keeps_full_rank(name: str, param: Tensor) -> bool:
-    """Whether a named parameter is an embedding, a head, a norm, a bias, or no matrix at all."""
-    return param.ndim < 2 or any(_FULL_RANK.fullmatch(part) for part in name.lower().split("."))
+Named = tuple[str, Tensor, Role]
 
 
 def low_rank_groups(
-    model: nn.Module, *, targets: str | Iterable[str] = ("attn", "mlp"), **options: Any
+    model: nn.Module, *, targets: str | Iterable[str] | None = None, **options: Any
 ) -> list[dict[str, Any]]:
     """Split a model's trainable parameters into a low-rank and a full-rank group.
 
     Args:
         model: any module; tied parameters count once.
-        targets: what the name of a low-rank parameter contains, or, as a regular expression, matches
-            fully. Embeddings, heads, norms, biases and vectors stay full-rank even then.
-            ``"all"`` takes everything else.
+        targets: None takes every hidden matrix and all stacked experts, as :func:`lowrank_optim.optim.roles.roles`
+            sees them; ``"all"`` is the same. Otherwise what the name of a low-rank parameter contains, or, as a
+            regular expression, matches fully: GaLore's published choice is ``("attn", "mlp")``. Embeddings, heads,
+            routers, norms, biases and vectors stay full-rank even then; convolutions are taken only then.
         options: the low-rank group's hyper-parameters (``rank=128, update_proj_gap=200, ...``); what is
             absent takes the optimizer's value.
 
     Returns:
-        Two groups with ``params`` and ``param_names``, the low-rank one first; the second has ``rank: None``
-        and is left out where it would be empty.
+        Two groups with ``params``, ``param_names`` and ``param_roles``, the low-rank one first; the second has
+        ``rank: None`` and is left out where it would be empty.
 
     Raises:
-        ValueError: a target that matches no parameter.
+        ValueError: a target that matches no parameter, or a model without a hidden matrix.
     """
-    targets = [targets] if isinstance(targets, str) else list(targets)
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    hits = dict.fromkeys(targets, 0)
-    low: list[tuple[str, Tensor]] = []
-    full: list[tuple[str, Tensor]] = []
-    for name, p in named:
-        matched = [] if keeps_full_rank(name, p) else [t for t in targets if matches(t, name)]
+    known = roles(model)
+    named = [(name, p, known[name]) for name, p in model.named_parameters() if p.requires_grad]
+    wanted = as_targets(targets)
+    hits = dict.fromkeys(wanted, 0)
+    low: list[Named] = []
+    full: list[Named] = []
+    for name, p, role in named:
+        matched = [target for target in wanted if takes(target, name, role)]
         for target in matched:
             hits[target] += 1
-        (low if matched else full).append((name, p))
+        (low if matched else full).append((name, p, role))
     missed = [target for target, count in hits.items() if not count]
     if missed or not low:
-        some = ", ".join(name for name, p in named if not keeps_full_rank(name, p)) or "none"
+        some = ", ".join(name for name, _, role in named if role in HIDDEN | ON_REQUEST) or "none"
         raise ValueError(f"Invalid targets: {missed or targets} match no matrix; candidates: {some[:300]}")
     groups: list[dict[str, Any]] = [_named_group(low, **options)]
     if full:
@@ -57,20 +56,38 @@ def low_rank_groups(
     return groups
 
 
+def as_targets(targets: str | Iterable[str] | None) -> list[str]:
+    """A list of targets from what the user gave; None is ``["all"]``."""
+    if targets is None:
+        return ["all"]
+    return [targets] if isinstance(targets, str) else list(targets)
+
+
+def takes(target: str, name: str, role: Role) -> bool:
+    """Whether a target takes a parameter of this name and role; "all" takes what is hidden."""
+    return matches(target, name) and (role in HIDDEN or (role in ON_REQUEST and target != "all"))
+
+
 def matches(target: str, name: str) -> bool:
     """Whether a name contains ``target`` or, as a regular expression, matches it fully; "all" matches any."""
     return target == "all" or target in name or re.fullmatch(target, name) is not None
 
 
-def _named_group(named: list[tuple[str, Tensor]], **options: Any) -> dict[str, Any]:
-    return {"params": [p for _, p in named], "param_names": [name for name, _ in named], **options}
+def _named_group(named: list[Named], **options: Any) -> dict[str, Any]:
+    return {
+        "params": [p for _, p, _ in named],
+        "param_names": [name for name, _, _ in named],
+        "param_roles": [role for _, _, role in named],
+        **options,
+    }
 
 
 def as_groups(params: Any) -> tuple[list[dict[str, Any]], bool]:
     """The groups of an optimizer from whatever its constructor got.
 
     - Tensors: one group; the rank compresses every matrix that it can.
-    - ``(name, tensor)`` pairs: two groups; embeddings, heads, norms and biases stay full-rank.
+    - ``(name, tensor)`` pairs: two groups; what by its name is neither a hidden matrix nor stacked experts stays
+      full-rank. A matrix that would be compressed although it looks like an embedding or a head is warned of.
     - Groups: as they are. Where one of them names a ``rank``, those that name none are full-rank, as in the
       published packages.
 
@@ -90,8 +107,21 @@ def as_groups(params: Any) -> tuple[list[dict[str, Any]], bool]:
         switched = any(group.get("rank") is not None for group in params)
         return [dict(group) for group in params], switched
     if isinstance(params[0], tuple):
-        low = [(name, p) for name, p in params if not keeps_full_rank(name, p)]
-        full = [(name, p) for name, p in params if keeps_full_rank(name, p)]
+        named = [(name, p, role_of_name(name, p)) for name, p in params]
+        low = [row for row in named if row[2] in HIDDEN]
+        full = [row for row in named if row[2] not in HIDDEN]
+        _warn_of_long_matrices(low)
         groups = [_named_group(low)] if low else []
         return [*groups, *([_named_group(full, rank=None)] if full else [])], False
     return [{"params": params}], False
+
+
+def _warn_of_long_matrices(low: list[Named]) -> None:
+    suspects = longer_than_hidden((name, p) for name, p, _ in low)
+    if suspects:
+        # Seen from the line that makes the optimizer: as_groups, the base, the subclass.
+        warnings.warn(
+            f"{', '.join(suspects)[:300]}: compressed by name, although longer than every matrix of the layers, as "
+            "embeddings and heads are; low_rank_groups(model) asks the module instead",
+            stacklevel=5,
+        )

@@ -83,7 +83,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer ``name`` over the trainable parameters of ``model``, which may be on the meta device.
 
-    Ours compress the attention and MLP matrices that :func:`lowrank_optim.low_rank_groups` selects and give
+    Ours compress the hidden matrices that :func:`lowrank_optim.low_rank_groups` selects and give
     the rest the full-rank rule; Muon takes the same matrices and leaves the rest to AdamW. LOROAdamW and SSTAdamW
     take a model with layers of their parameterization.
 

@@ -73,14 +73,30 @@ def test_modules_that_share_a_weight_become_one() -> None:
     assert torch.equal(model.mlp["down_proj"].A, expected)
 
 
-@pytest.mark.parametrize("other", ["another bias", "an embedding"])
+@pytest.mark.parametrize("other", ["another bias", "no linear"])
 def test_a_weight_shared_with_what_stays_is_an_error(other: str) -> None:
-    model = block(tokens=12)
-    model.attn["k_proj"] = nn.Linear(12, 12)
-    shared = model.attn["o_proj"].weight if other == "another bias" else model.embed_tokens.weight
-    model.attn["k_proj"].weight = shared
+    model = block()
+    if other == "another bias":
+        model.attn["k_proj"] = nn.Linear(12, 12)
+        model.attn["k_proj"].weight = model.attn["o_proj"].weight
+    else:
+        model.copy = nn.ParameterList([model.attn["o_proj"].weight])
     with pytest.raises(ValueError, match="shares its weight"):
         convert(model, LowRank(rank=3))
+
+
+def test_heads_and_routers_stay_whatever_their_names() -> None:
+    model = block(tokens=12)
+    # A linear that computes with an embedding's table is that embedding.
+    model.attn["k_proj"] = nn.Linear(12, 12)
+    model.attn["k_proj"].weight = model.embed_tokens.weight
+    model.moe = nn.ModuleDict(
+        {"gate": nn.Linear(12, 3), "experts": nn.ModuleList(nn.Linear(12, 12, bias=False) for _ in range(3))}
+    )
+    assert set(convert(model, LowRank(rank=3))) == {*TARGETS, *(f"moe.experts.{i}" for i in range(3))}
+    for target in ("k_proj", "gate", "lm_head"):
+        with pytest.raises(ValueError, match=r"match no nn\.Linear"):
+            convert(model, LowRank(rank=3), targets=target)
 
 
 def test_modes_devices_and_dtypes_stay() -> None:

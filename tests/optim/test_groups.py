@@ -97,6 +97,41 @@ def test_targets(targets: str | list[str], expected: list[str]) -> None:
     assert groups[0]["param_names"] == expected
 
 
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block()])
+        self.blocks[0].conv = nn.Conv1d(16, 16, 3)
+        self.blocks[0].router = nn.Linear(16, 8)
+
+
+def test_convolutions_are_taken_where_a_target_names_them() -> None:
+    hidden = ["blocks.0.self_attn.weight", "blocks.0.mlp.weight"]
+    for everything in (None, "all"):
+        groups = low_rank_groups(Convolutions(), targets=everything, rank=4)
+        assert groups[0]["param_names"] == hidden
+    for targets in ("conv", r".*\.conv\.weight"):
+        groups = low_rank_groups(Convolutions(), targets=targets, rank=4)
+        assert groups[0]["param_names"] == ["blocks.0.conv.weight"]
+        assert groups[0]["param_roles"] == ["convolution"]
+
+
+@pytest.mark.parametrize("target", ["router", "layernorm", r".*\.bias"])
+def test_what_stays_full_rank_stays_so_when_it_is_named(target: str) -> None:
+    with pytest.raises(ValueError, match=r"match no matrix; candidates: blocks\.0\.self_attn\.weight"):
+        low_rank_groups(Convolutions(), targets=target, rank=4)
+
+
+def test_every_matrix_is_taken_by_default_whatever_its_name() -> None:
+    model = Model()
+    model.layers[1].add_module("mixer", nn.Linear(16, 16))
+    assert "layers.1.mixer.weight" in low_rank_groups(model)[0]["param_names"]
+    published = low_rank_groups(model, targets=("attn", "mlp"))[0]
+    assert published["param_names"] == LOW and published["param_roles"] == ["matrix"] * 4
+    with pytest.raises(ValueError, match="candidates: none"):
+        low_rank_groups(nn.Embedding(40, 16))
+
+
 def test_a_target_without_a_match_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"Invalid targets: \['atn'\] match no matrix; candidates: layers.0.self_attn"):
         low_rank_groups(Model(), targets=["mlp", "atn"])
