@@ -37,7 +37,10 @@ def tasks(setting: Setting) -> list[Task]:
         model = tiny_model(setting.scratch)
         jobs = [Job(model, "GaLoreAdamW8bit", {"rank": 8}, seq_len=16, per_layer=True, checkpointing=True)]
     return [
-        Task(f"{Path(job.model).stem}, {job.method}, {job.weights} weights, {card} GB", partial(capped, setting, job, card))
+        Task(
+            f"{Path(job.model).stem}, {job.method}, {job.weights} weights, {card} GB",
+            partial(capped, setting, job, card),
+        )
         for job, card in zip(jobs, CARDS)
     ]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,18 +51,15 @@ class Setting:
     def ms(self, run: Callable[[], Any]) -> float:
         """Milliseconds of a call on the device, the median of many, with L2 flushed before each.
 
-        On the CPU the median of three, which only shows that the call works.
+        On the CPU of one call, which only shows that it works.
         """
         if self.cuda:
             from triton.testing import do_bench
 
             return float(do_bench(run, warmup=10, rep=60, return_mode="median"))
-        seconds = []
-        for _ in range(3):
-            start = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - start)
-        return 1e3 * statistics.median(seconds)
+        start = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - start)
 
     def synchronize(self) -> None:
         if self.cuda:
