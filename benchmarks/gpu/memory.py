@@ -36,13 +36,11 @@ def tasks(setting: Setting) -> list[Task]:
     if not setting.cuda:
         model = tiny_model(setting.scratch)
         jobs = [Job(model, "GaLoreAdamW8bit", {"rank": 8}, seq_len=16, per_layer=True, checkpointing=True)]
-    return [
-        Task(
-            f"{Path(job.model).stem}, {job.method}, {job.weights} weights, {card} GB",
-            partial(capped, setting, job, card),
-        )
-        for job, card in zip(jobs, CARDS)
-    ]
+    found = []
+    for job, card in zip(jobs, CARDS):
+        name = f"{Path(job.model).stem}, {job.method}, {job.weights} weights, {card} GB"
+        found.append(Task(name, partial(capped, setting, job, card)))
+    return found
 
 
 def capped(setting: Setting, job: Job, card: int) -> dict[str, Any]:
@@ -54,7 +52,7 @@ def capped(setting: Setting, job: Job, card: int) -> dict[str, Any]:
     except MemoryError as error:
         figures = in_a_process(task, EXPANDABLE, setting.left())
         figures["without_expandable_segments"] = str(error)
-    return {"method": job.method, "weights": job.weights, "card_gb": card, **figures, **simulated(setting, job)}
+    return {"method": job.method, "weights": job.weights, "card_gb": card, **simulated(job), **figures}
 
 
 def in_a_process(task: Mapping[str, Any], environment: Mapping[str, str], seconds: float) -> dict[str, Any]:
@@ -76,10 +74,8 @@ def in_a_process(task: Mapping[str, Any], environment: Mapping[str, str], second
     return found
 
 
-def simulated(setting: Setting, job: Job) -> dict[str, Any]:
-    """The simulated peak: of LLaMA-7B what has been recorded, as it takes minutes."""
-    if not setting.cuda:
-        return {"simulated_bytes": simulate(job).peak_bytes}
+def simulated(job: Job) -> dict[str, Any]:
+    """The simulated peak as it has been recorded: for LLaMA-7B it takes minutes."""
     recorded = (read_result("memory_7b") or {"rows": []})["rows"]
     peaks = [row["peak_bytes"] for row in recorded if (row["method"], row["weights"]) == (job.method, job.weights)]
     return {"simulated_bytes": peaks[0]} if peaks else {}
@@ -98,6 +94,7 @@ def main() -> None:
         figures = {"context_bytes": context, "cap_bytes": cap}
     else:
         torch.set_num_threads(1)
+        figures = {"simulated_bytes": simulate(job).peak_bytes}
     found = run(job, updates=UPDATES if device == "cuda" else 2, device=device)
     if device == "cuda":
         figures["reserved_bytes"] = torch.cuda.max_memory_reserved()

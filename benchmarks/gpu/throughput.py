@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.gpu.limits import limit_of
 from benchmarks.gpu.record import Task
-from benchmarks.gpu.setting import Setting
+from benchmarks.gpu.setting import Setting, tiny_model
 from benchmarks.gpu.train import Row, watched
-from lowrank_optim.pretrain.llama import PRESETS
+from lowrank_optim.pretrain.llama import build_config
 from lowrank_optim.pretrain.report import peak_flops
 
 # Updates that do not count, and those that do.
@@ -30,7 +31,7 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.model}, {' '.join(self.optimizer)}{', compiled' if self.compile else ''}"
+        return f"{Path(self.model).stem}, {' '.join(self.optimizer)}{', compiled' if self.compile else ''}"
 
 
 # 7B with AdamW takes 54 GB of weights, gradients and moments in bf16, and no updates within the backward pass.
@@ -46,11 +47,11 @@ RUNS = [
     Run("llama_1b", ("FiraAdamW", "rank=512"), 32, 256),
     Run("llama_1b", ("APOLLOAdamW", "rank=512"), 32, 256),
 ]
-TINY = [Run("llama_9m", ("GaLoreAdamW", "rank=16"), 1, 16)]
 
 
 def tasks(setting: Setting) -> list[Task]:
-    return [Task(run.name, partial(measured, setting, run)) for run in (RUNS if setting.cuda else TINY)]
+    runs = RUNS if setting.cuda else [Run(tiny_model(setting.scratch), ("GaLoreAdamW", "rank=8"), 2, 16)]
+    return [Task(run.name, partial(measured, setting, run)) for run in runs]
 
 
 def command(run: Run) -> list[str]:
@@ -68,7 +69,7 @@ def measured(setting: Setting, run: Run) -> dict[str, Any]:
     def rates(rows: list[Row]) -> list[float]:
         return [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
 
-    folder = setting.scratch / run.name.replace(" ", "_").replace("/", "_")
+    folder = setting.scratch / run.name.replace(" ", "_")
     rows = watched(
         command(run), folder, tokens=None, enough=lambda rows: len(rates(rows)) >= need, seconds=setting.left() - 2
     )
@@ -76,7 +77,7 @@ def measured(setting: Setting, run: Run) -> dict[str, Any]:
     if not counted:
         raise RuntimeError(f"only {len(rates(rows))} updates were made in the time that was left")
     tokens_s = statistics.median(counted)
-    figures = {"model": run.model, "optimizer": " ".join(run.optimizer), "compiled": run.compile}
+    figures = {"model": Path(run.model).stem, "optimizer": " ".join(run.optimizer), "compiled": run.compile}
     figures |= {"tokens_s": tokens_s, "updates": len(counted), "tokens_an_update": run.batch_size * run.seq_len}
     figures |= {"seq_len": run.seq_len, "loss": next((row["loss"] for row in reversed(rows) if "loss" in row), None)}
     flops = tokens_s * flops_per_token(run.model, run.seq_len)
@@ -88,6 +89,7 @@ def measured(setting: Setting, run: Run) -> dict[str, Any]:
 
 def flops_per_token(model: str, seq_len: int) -> float:
     """Forward and backward: 6 for each weight that multiplies, and causal attention; nothing that is computed twice."""
-    shape = PRESETS[model]
-    layer = 4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate
-    return 6.0 * (shape.layers * (layer + shape.hidden * seq_len) + shape.vocab * shape.hidden)
+    config = build_config(model)
+    hidden = config.hidden_size
+    layer = 4 * hidden**2 + 3 * hidden * config.intermediate_size
+    return 6.0 * (config.num_hidden_layers * (layer + hidden * seq_len) + config.vocab_size * hidden)
