@@ -31,7 +31,7 @@ def tasks(setting: Setting) -> list[Task]:
         *(Task(PRODUCT.format(name), partial(product, setting, dtype, tf32)) for name, dtype, tf32 in products),
         Task("launch of an ATen operation", partial(host_time, setting, aten_launch(setting))),
         Task("launch of a Triton kernel", lambda: host_time(setting, triton_launch(setting))),
-        Task("launch of torch's fused AdamW on 7 matrices", lambda: host_time(setting, adamw_launch(setting))),
+        Task("launch of torch's fused AdamW", lambda: host_time(setting, adamw_launch(setting))),
     ]
 
 
@@ -98,6 +98,7 @@ def triton_launch(setting: Setting) -> Callable[[], Any]:
 
 
 def adamw_launch(setting: Setting) -> Callable[[], Any]:
+    """All seven matrices of a layer are one launch or two."""
     params = [torch.nn.Parameter(torch.zeros(16, 16, device=setting.device)) for _ in range(7)]
     for p in params:
         p.grad = torch.ones_like(p)
