@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from benchmarks.gpu import steps
+from benchmarks.gpu import kernels, steps
 from benchmarks.gpu.cases import Check, checks
 from benchmarks.gpu.record import Task
 from benchmarks.gpu.setting import Setting
@@ -16,7 +16,16 @@ def tasks(setting: Setting) -> list[Task]:
     if not setting.cuda:
         return [Task("all kernels", lambda: {"reason": "an interpreter compiles nothing"})]
     found = [Task(check.name, partial(launched, check)) for check in checks(setting.device)]
-    return found + [Task(name, partial(steps.twice, setting, row)) for name, row in steps.rows(setting).items()]
+    # A layer of each model has the shapes of all of it.
+    rows = {row.name: row for row in (row._replace(whole=False) for row in steps.rows(setting).values())}
+    found += [Task(name, partial(steps.twice, setting, row)) for name, row in rows.items()]
+    return found + [Task(variant.name, partial(tile, setting, variant)) for variant in kernels.variants(setting)]
+
+
+def tile(setting: Setting, variant: kernels.Variant) -> dict[str, Any]:
+    with kernels.launched_with(variant, setting) as case:
+        case.bound("triton")()
+    return {"launched": True}
 
 
 def launched(check: Check) -> dict[str, Any]:

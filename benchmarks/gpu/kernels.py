@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,13 +49,7 @@ def tasks(setting: Setting) -> list[Task]:
         for at, size in sizes.items()
         for name, maker in MAKER.items()
     ]
-    for at, size in matrices.items():
-        for name in ("project", "lowrank_update"):
-            for tile in TILES if setting.cuda else [(16, 16, 16, 4, 2)]:
-                found.append(Task(f"{name}, {at}, tile {tile}", partial(tiled, setting, name, size, tile)))
-        for height in HEIGHTS if setting.cuda else HEIGHTS[:1]:
-            for name in ("lowrank_update_int8",):
-                found.append(Task(f"{name}, {at}, {height} rows", partial(rows_of, setting, name, size, height)))
+    found += [Task(variant.name, partial(varied, setting, variant)) for variant in variants(setting)]
     for side in GRAMS if setting.cuda else (48,):
         found.append(Task(f"gram, {side}", partial(gram, setting, side)))
     return found
@@ -133,31 +127,46 @@ def adamw(setting: Setting, dtype: torch.dtype) -> dict[str, Any]:
     return {"ms": ms, "weights": p.numel(), "tb_s": 7 * p.numel() * p.element_size() / ms / 1e9}
 
 
+class Variant(NamedTuple):
+    """A kernel with other tiles, warps or stages than it chooses."""
+
+    name: str
+    kernel: str
+    size: Size
+    options: dict[str, int]
+
+
+def variants(setting: Setting) -> list[Variant]:
+    found = []
+    for at, size in (MATRICES if setting.cuda else {"tiny": TINY}).items():
+        for kernel in ("project", "lowrank_update"):
+            for tile in TILES if setting.cuda else [(16, 16, 16, 4, 2)]:
+                options = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), tile, strict=True))
+                found.append(Variant(f"{kernel}, {at}, tile {tile}", kernel, size, options))
+        for height in HEIGHTS if setting.cuda else HEIGHTS[:1]:
+            kernel = "lowrank_update_int8"
+            found.append(Variant(f"{kernel}, {at}, {height} rows", kernel, size, {"BLOCK_M": height}))
+    return found
+
+
 @contextmanager
-def launched_with(module: Any, **options: Any) -> Iterator[None]:
-    """Let a module's kernel run with other tiles, warps and stages than it chooses."""
+def launched_with(variant: Variant, setting: Setting) -> Iterator[Case]:
+    """The kernel's case, and within it the variant's options in the place of the kernel's own."""
+    case = MAKER[variant.kernel](variant.size, setting.device)
+    module = kernel_module(case.operation)
     before = module.launch_options
-    module.launch_options = lambda *args, **kwargs: {**before(*args, **kwargs), **options}
+    module.launch_options = lambda *args, **kwargs: {**before(*args, **kwargs), **variant.options}
     try:
-        yield
+        yield case
     finally:
         module.launch_options = before
 
 
-def tiled(setting: Setting, name: str, size: Size, tile: tuple[int, int, int, int, int]) -> dict[str, Any]:
-    m, n, k, warps, stages = tile
-    case = MAKER[name](size, setting.device)
-    options = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
-    with launched_with(kernel_module(case.operation), **options):
+def varied(setting: Setting, variant: Variant) -> dict[str, Any]:
+    with launched_with(variant, setting) as case:
         ms = setting.ms(case.bound("triton"))
-    return {"ms": ms, "tflop_s": case.flops / ms / 1e9, "tile": list(tile)}
-
-
-def rows_of(setting: Setting, name: str, size: Size, height: int) -> dict[str, Any]:
-    case = MAKER[name](size, setting.device)
-    with launched_with(kernel_module(case.operation), BLOCK_M=height):
-        ms = setting.ms(case.bound("triton"))
-    return {"ms": ms, "tb_s": case.moved / ms / 1e9, "rows": height}
+    rates = {"tb_s": case.moved / ms / 1e9, "tflop_s": case.flops / ms / 1e9}
+    return {"ms": ms, **rates, "options": variant.options}
 
 
 def gram(setting: Setting, side: int) -> dict[str, Any]:

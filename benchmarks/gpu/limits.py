@@ -25,14 +25,16 @@ LARGE_COPY, BF16_PRODUCT = COPY.format(1024), PRODUCT.format("bf16")
 def tasks(setting: Setting) -> list[Task]:
     sizes = (32, 1024, 4096) if setting.cuda else (1,)
     products = (("bf16", torch.bfloat16, False), ("fp32", torch.float32, False), ("tf32", torch.float32, True))
-    return [
+    found = [
         Task("versions", partial(versions, setting)),
         *(Task(COPY.format(mib), partial(copy, setting, mib)) for mib in sizes),
         *(Task(PRODUCT.format(name), partial(product, setting, dtype, tf32)) for name, dtype, tf32 in products),
         Task("launch of an ATen operation", partial(host_time, setting, aten_launch(setting))),
         Task("launch of a Triton kernel", lambda: host_time(setting, triton_launch(setting))),
-        Task("launch of torch's fused AdamW", lambda: host_time(setting, adamw_launch(setting))),
     ]
+    if setting.cuda:
+        found.append(Task("launch of torch's fused AdamW", lambda: host_time(setting, adamw_launch(setting))))
+    return found
 
 
 def versions(setting: Setting) -> dict[str, Any]:

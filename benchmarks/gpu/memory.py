@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import read_result
-from benchmarks.gpu.record import Task
+from benchmarks.gpu.record import OutOfTime, Task
 from benchmarks.gpu.setting import Setting, tiny_model
 from benchmarks.memory_7b import JOBS
 from lowrank_optim.memory.job import Job
@@ -60,12 +60,17 @@ def in_a_process(task: Mapping[str, Any], environment: Mapping[str, str], second
 
     Raises:
         MemoryError: the job does not fit.
+        OutOfTime: it was not over in time.
         RuntimeError: it failed for another reason.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, json.dumps(task)],
-        env={**os.environ, **environment}, capture_output=True, text=True, timeout=max(1.0, seconds), check=False,
-    )  # fmt: skip
+    command = [sys.executable, "-m", __name__, json.dumps(task)]
+    try:
+        done = subprocess.run(
+            command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=max(1.0, seconds),
+            check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise OutOfTime(f"the job was not over after {seconds:.0f} s") from error
     print(done.stderr[-4000:])
     if done.returncode:
         last = " ".join(done.stderr.strip().splitlines()[-1:])[:300]

@@ -6,8 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.contestants import Contestant, contestants
+from benchmarks.common import held_bytes
+from benchmarks.contestants import Contestant, contestants, every_svd_once
 from benchmarks.gpu.record import Task
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.steps import timed
@@ -15,14 +17,18 @@ from benchmarks.kernel_steps import ADAMW, layer_shapes, parameters
 
 RANK = 256
 OURS = ("GaLoreAdamW", "FiraAdamW", "APOLLOAdamW", "APOLLOMini", "GaLoreAdafactor")
-PEERS = ("galore-torch", "apollo-torch", "fira", "torch")
+# Those with SVDs last.
+PEERS = ("torch", "apollo-torch", "galore-torch", "fira")
+DECOMPOSED: dict[Any, tuple[Tensor, ...]] = {}
 EIGHT_BIT = "bitsandbytes AdamW8bit, bf16"
 
 
 def tasks(setting: Setting) -> list[Task]:
-    chosen = [one for one in contestants() if one.name in OURS or one.name.split()[0] in PEERS]
+    everyone = list(contestants())
+    chosen = [one for one in everyone if one.name in OURS]
+    chosen += [one for peer in PEERS for one in everyone if one.name.split()[0] == peer]
     found = [Task(one.name, partial(measured, setting, one)) for one in chosen]
-    return [*found, Task(EIGHT_BIT, partial(bitsandbytes, setting))]
+    return [Task(EIGHT_BIT, partial(bitsandbytes, setting)), *found]
 
 
 def _shapes(setting: Setting) -> list[tuple[int, int]]:
@@ -33,7 +39,6 @@ def measured(setting: Setting, one: Contestant) -> dict[str, Any]:
     """Milliseconds of a step between refreshes, weights in bf16, and the bytes of the state."""
     params = parameters(_shapes(setting), setting.device, torch.bfloat16)
     grads = [p.grad for p in params]
-    before = torch.cuda.memory_allocated() if setting.cuda else 0
     optimizer = one.build(params, RANK if setting.cuda else 8)
 
     def step() -> None:
@@ -42,11 +47,11 @@ def measured(setting: Setting, one: Contestant) -> dict[str, Any]:
             p.grad = grad
         optimizer.step()
 
-    step()
-    figures: dict[str, Any] = timed(setting, step)
-    if setting.cuda:
-        figures["state_bytes"] = torch.cuda.memory_allocated() - before
-    return {"arguments": dict(one.arguments), "rank": RANK, **figures}
+    # The first step's SVDs take seconds each, and all have the same gradients.
+    with every_svd_once(DECOMPOSED):
+        step()
+    state = held_bytes(optimizer.state, exclude=[*params, *(grad for grad in grads if grad is not None)])
+    return {"arguments": dict(one.arguments), "rank": RANK, **timed(setting, step), "state_bytes": state}
 
 
 def bitsandbytes(setting: Setting) -> dict[str, Any]:

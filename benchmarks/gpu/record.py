@@ -15,6 +15,10 @@ FILE = "gpu.jsonl"
 WHOLE = "the whole piece"
 
 
+class OutOfTime(Exception):
+    """The time of the piece was over before there was a figure; another run should try again."""
+
+
 class Task(NamedTuple):
     """One figure: its name within the piece, and what measures it."""
 

@@ -27,7 +27,7 @@ GRACE = 1.5
 class Piece(NamedTuple):
     """``seconds`` at most; ``workers`` processes share what is not timed."""
 
-    seconds: float
+    seconds: int
     about: str
     workers: int = 1
 
@@ -35,16 +35,16 @@ class Piece(NamedTuple):
 # In the order of what is worth most if the rest is cut off. Those up to "throughput" fit into 540 s.
 PIECES = {
     "limits": Piece(25, "versions, copy bandwidth, rates of products, what a launch costs"),
-    "compile": Piece(45, "every kernel launched once, so that nothing is compiled where something is timed", 12),
-    "check": Piece(55, "every kernel, shape and rounding against fp64", 6),
-    "sanitizer": Piece(50, "every kernel at its smallest shape under compute-sanitizer"),
+    "compile": Piece(60, "every kernel launched once, so that nothing is compiled where something is timed", 12),
+    "check": Piece(50, "every kernel, shape and rounding against fp64", 6),
+    "sanitizer": Piece(45, "every kernel at its smallest shape under compute-sanitizer"),
     "memory": Piece(115, "LLaMA-7B with its memory capped to 24, 16 and 12 GB"),
-    "kernels": Piece(60, "kernels against cuBLAS, torch's fused AdamW and their byte limit; tiles"),
+    "kernels": Piece(55, "kernels against cuBLAS, torch's fused AdamW and their byte limit; tiles"),
     "steps": Piece(70, "whole optimizer steps: launched, replayed, on the host, with a refresh"),
     "throughput": Piece(120, "tokens/s and MFU of train_llama.py"),
-    "converge": Piece(150, "losses of LLaMA-60M on given tokens"),
-    "peers": Piece(40, "the published packages on one layer of LLaMA-7B"),
-    "tests": Piece(90, "the tests of the kernels"),
+    "tests": Piece(60, "the tests of the kernels"),
+    "peers": Piece(75, "the published packages on one layer of LLaMA-7B"),
+    "converge": Piece(160, "losses of LLaMA-60M on given tokens"),
 }
 
 
@@ -86,7 +86,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=540.0, help="seconds after which everything is ended")
     parser.add_argument("--only", nargs="+", choices=PIECES, default=[], metavar="PIECE", help="only these pieces")
     parser.add_argument("--tokens", type=Path, help="a .npy of uint16 token ids, for the losses of LLaMA-60M")
-    parser.add_argument("--updates", type=int, default=400, help="of each of these training runs")
+    parser.add_argument("--updates", type=int, default=250, help="of each of these training runs")
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""The README's figures from a GPU, drawn from the lines of ``results/gpu.jsonl``: part of ``python -m benchmarks.table``.
+"""The README's figures from a GPU, drawn from the lines of ``results/gpu.jsonl``; part of ``benchmarks.table``.
 
 What has no figure is left out, and named under the tables where it was tried.
 """

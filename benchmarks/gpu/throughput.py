@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.gpu.limits import limit_of
-from benchmarks.gpu.record import Task
+from benchmarks.gpu.record import OutOfTime, Task
 from benchmarks.gpu.setting import Setting, tiny_model
 from benchmarks.gpu.train import Row, watched
-from lowrank_optim.pretrain.llama import build_config
+from lowrank_optim.pretrain.llama import PRESETS, Shape
 from lowrank_optim.pretrain.report import peak_flops
 
 # Updates that do not count, and those that do.
@@ -75,21 +75,21 @@ def measured(setting: Setting, run: Run) -> dict[str, Any]:
     )
     counted = rates(rows)[WARMUP if setting.cuda else 1 :]
     if not counted:
-        raise RuntimeError(f"only {len(rates(rows))} updates were made in the time that was left")
+        raise OutOfTime(f"only {len(rates(rows))} updates were made in the time that was left")
     tokens_s = statistics.median(counted)
     figures = {"model": Path(run.model).stem, "optimizer": " ".join(run.optimizer), "compiled": run.compile}
     figures |= {"tokens_s": tokens_s, "updates": len(counted), "tokens_an_update": run.batch_size * run.seq_len}
     figures |= {"seq_len": run.seq_len, "loss": next((row["loss"] for row in reversed(rows) if "loss" in row), None)}
-    flops = tokens_s * flops_per_token(run.model, run.seq_len)
+    if run.model not in PRESETS:
+        return figures
+    flops = tokens_s * flops_per_token(PRESETS[run.model], run.seq_len)
     limit, peak = limit_of(setting.figures("limits")), peak_flops(setting.device, "bf16")
     figures["mfu"] = flops / peak if peak else None
     figures["share_of_measured_product"] = flops / limit.flops if limit else None
     return figures
 
 
-def flops_per_token(model: str, seq_len: int) -> float:
+def flops_per_token(shape: Shape, seq_len: int) -> float:
     """Forward and backward: 6 for each weight that multiplies, and causal attention; nothing that is computed twice."""
-    config = build_config(model)
-    hidden = config.hidden_size
-    layer = 4 * hidden**2 + 3 * hidden * config.intermediate_size
-    return 6.0 * (config.num_hidden_layers * (layer + hidden * seq_len) + config.vocab_size * hidden)
+    layer = 4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate
+    return 6.0 * (shape.layers * (layer + shape.hidden * seq_len) + shape.vocab * shape.hidden)

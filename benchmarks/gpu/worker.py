@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu import record
-from benchmarks.gpu.record import Task
+from benchmarks.gpu.record import OutOfTime, Task
 from benchmarks.gpu.setting import Setting, start_device
 
 # The status of a process whose CUDA context is broken, and of one whose time was over.
@@ -81,12 +81,15 @@ def work(setting: Setting, piece: str, tasks: Sequence[Task], share: int = 0) ->
 
 
 def attempt(setting: Setting, piece: str, task: Task) -> int:
-    """Measure one figure and record it, or why there is none; :data:`BROKEN` where the process should end."""
+    """Measure one figure and record it, or why there is none; not 0 where the process should end."""
     start = time.perf_counter()
     try:
         figures = dict(task.run())
         # What a kernel did wrong may show only now.
         setting.synchronize()
+    except OutOfTime as error:
+        record.write(setting.out, piece, task.name, setting.device_name, reason=str(error), again=True)
+        return UNFINISHED
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         broken = setting.cuda and _is_broken(reason)
