@@ -51,7 +51,9 @@ def checks(device: torch.device) -> list[Check]:
     cuda = device.type == "cuda"
     sizes = SIZES if cuda else {"tall": TALL}
     odd = ODD if cuda else {"wide, as it lies": WIDE}
-    plain = [(f"{name}, {at}", maker, size, _same) for name, maker in MAKER.items() for at, size in sizes.items()]
+    plain: list[tuple[str, Maker, Size, Change]] = [
+        (f"{name}, {at}", maker, size, _same) for name, maker in MAKER.items() for at, size in sizes.items()
+    ]
     plain += [
         (f"{name}, {at}", MAKER[name], size, _same)
         for at, size in odd.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, NamedTuple
 
-from benchmarks.gpu.record import OutOfTime, Task
+from benchmarks.gpu.record import OutOfTimeError, Task
 from benchmarks.gpu.setting import Setting, tiny_model
 from benchmarks.gpu.train import Row, watched
 
@@ -61,7 +61,7 @@ def measured(setting: Setting, run: Run) -> dict[str, Any]:
     )  # fmt: skip
     losses = evaluated(rows)
     if setting.updates not in losses:
-        raise OutOfTime(f"{max(losses, default=0)} of {setting.updates} updates were made: {losses}")
+        raise OutOfTimeError(f"{max(losses, default=0)} of {setting.updates} updates were made: {losses}")
     rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
     figures = {"optimizer": run.optimizer, "arguments": list(run.arguments), "lr": run.lr, "updates": setting.updates}
     return {**figures, "losses": losses, "loss": losses[setting.updates], "tokens_s": sorted(rates)[len(rates) // 2]}

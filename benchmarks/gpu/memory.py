@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import read_result
-from benchmarks.gpu.record import OutOfTime, Task
+from benchmarks.gpu.record import OutOfTimeError, Task
 from benchmarks.gpu.setting import Setting, tiny_model
 from benchmarks.memory_7b import JOBS
 from lowrank_optim.memory.job import Job
@@ -60,7 +60,7 @@ def in_a_process(task: Mapping[str, Any], environment: Mapping[str, str], second
 
     Raises:
         MemoryError: the job does not fit.
-        OutOfTime: it was not over in time.
+        OutOfTimeError: it was not over in time.
         RuntimeError: it failed for another reason.
     """
     command = [sys.executable, "-m", __name__, json.dumps(task)]
@@ -70,7 +70,7 @@ def in_a_process(task: Mapping[str, Any], environment: Mapping[str, str], second
             check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
-        raise OutOfTime(f"the job was not over after {seconds:.0f} s") from error
+        raise OutOfTimeError(f"the job was not over after {seconds:.0f} s") from error
     print(done.stderr[-4000:])
     if done.returncode:
         last = " ".join(done.stderr.strip().splitlines()[-1:])[:300]

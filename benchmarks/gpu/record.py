@@ -15,7 +15,7 @@ FILE = "gpu.jsonl"
 WHOLE = "the whole piece"
 
 
-class OutOfTime(Exception):
+class OutOfTimeError(Exception):
     """The time of the piece was over before there was a figure; another run should try again."""
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.gpu.limits import limit_of
-from benchmarks.gpu.record import OutOfTime, Task
+from benchmarks.gpu.record import OutOfTimeError, Task
 from benchmarks.gpu.setting import Setting, tiny_model
 from benchmarks.gpu.train import Row, watched
 from lowrank_optim.pretrain.llama import PRESETS, Shape
@@ -75,7 +75,7 @@ def measured(setting: Setting, run: Run) -> dict[str, Any]:
     )
     counted = rates(rows)[WARMUP if setting.cuda else 1 :]
     if not counted:
-        raise OutOfTime(f"only {len(rates(rows))} updates were made in the time that was left")
+        raise OutOfTimeError(f"only {len(rates(rows))} updates were made in the time that was left")
     tokens_s = statistics.median(counted)
     figures = {"model": Path(run.model).stem, "optimizer": " ".join(run.optimizer), "compiled": run.compile}
     figures |= {"tokens_s": tokens_s, "updates": len(counted), "tokens_an_update": run.batch_size * run.seq_len}

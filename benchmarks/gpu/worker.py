@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu import record
-from benchmarks.gpu.record import OutOfTime, Task
+from benchmarks.gpu.record import OutOfTimeError, Task
 from benchmarks.gpu.setting import Setting, start_device
 
 # The status of a process whose CUDA context is broken, and of one whose time was over.
@@ -87,7 +87,7 @@ def attempt(setting: Setting, piece: str, task: Task) -> int:
         figures = dict(task.run())
         # What a kernel did wrong may show only now.
         setting.synchronize()
-    except OutOfTime as error:
+    except OutOfTimeError as error:
         record.write(setting.out, piece, task.name, setting.device_name, reason=str(error), again=True)
         return UNFINISHED
     except Exception as error:

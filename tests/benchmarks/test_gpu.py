@@ -106,7 +106,7 @@ def test_after_a_broken_context_the_process_ends(tmp_path: Path, monkeypatch: py
 
 def test_what_there_was_no_time_for_is_tried_again(tmp_path: Path) -> None:
     def slow() -> dict[str, Any]:
-        raise record.OutOfTime("after 3 s")
+        raise record.OutOfTimeError("after 3 s")
 
     assert worker.work(setting(tmp_path), "memory", [Task("job", slow)]) == worker.UNFINISHED
     assert lines(tmp_path)[0]["again"]
