@@ -29,13 +29,13 @@ EXPANDABLE = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
 def tasks(setting: Setting) -> list[Task]:
-    jobs = [
-        Job("llama_7b", optimizer, args, weights=weights, seq_len=2048, per_layer=True, checkpointing=True)
-        for optimizer, args, weights, _ in JOBS
-    ]
-    if not setting.cuda:
-        model = tiny_model(setting.scratch)
-        jobs = [Job(model, "GaLoreAdamW8bit", {"rank": 8}, seq_len=16, per_layer=True, checkpointing=True)]
+    how: dict[str, Any] = {"per_layer": True, "checkpointing": True}
+    if setting.cuda:
+        how |= {"model": "llama_7b", "seq_len": 2048}
+        jobs = [Job(optimizer=name, optimizer_args=args, weights=weights, **how) for name, args, weights, _ in JOBS]
+    else:
+        how |= {"model": tiny_model(setting.scratch), "seq_len": 16}
+        jobs = [Job(optimizer="GaLoreAdamW8bit", optimizer_args={"rank": 8}, weights="bf16", **how)]
     found = []
     for job, card in zip(jobs, CARDS):
         name = f"{Path(job.model).stem}, {job.method}, {job.weights} weights, {card} GB"

@@ -100,7 +100,8 @@ def device_name() -> str:
 def run_piece(name: str, options: argparse.Namespace, ends: float, device: str) -> None:
     """Run one piece; where a process of it dies, once again without the figure that it died of."""
     start = time.time()
-    deadline = min(ends, start + PIECES[name].seconds)
+    # An interpreter takes the time that it takes.
+    deadline = ends if device == "cpu" else min(ends, start + PIECES[name].seconds)
     for _ in range(2):
         with tempfile.TemporaryDirectory(prefix="gpu-") as scratch:
             ended = run_processes(name, options, deadline, Path(scratch), device)
