@@ -20,6 +20,7 @@ import lowrank_optim
 from benchmarks import aot_table, memory_7b, parameterizations_table
 from benchmarks.common import read_result
 from benchmarks.contestants import ARGUMENTS, own_names
+from benchmarks.gpu import table as gpu_table
 from lowrank_optim.memory.plan import estimate
 from lowrank_optim.pretrain.optimizers import accepted_arguments
 
@@ -134,6 +135,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         new = replaced(text, current())
         for table in (memory_7b, parameterizations_table, aot_table):
             new = replaced(new, table.current(), table.BEGIN)
+        # Figures from a GPU stand in the README once there are some.
+        if gpu_table.BEGIN in new:
+            new = replaced(new, gpu_table.current(), gpu_table.BEGIN)
     except ValueError as error:
         raise SystemExit(f"benchmarks.table: error: {error}") from error
     if not options.check:
