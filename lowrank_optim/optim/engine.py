@@ -36,6 +36,7 @@ from lowrank_optim.optim.parts import (
     View,
     Which,
 )  # fmt: skip
+from lowrank_optim.optim.roles import HIDDEN, Role, describe
 from lowrank_optim.optim.rules.adam import Adam
 from lowrank_optim.optim.schema import absent, allocate_, checked, fit_, match_names
 from lowrank_optim.optim.views import as_matrices, seed_of, view_of
@@ -113,7 +114,7 @@ class LowRankOptimizer(Optimizer):
     _entries: dict[Tensor, Entry] | None = None
     # Called after a group was added.
     on_new_group: Callable[[Group], None] | None = None
-    _read_key: itemgetter[str] | None = None
+    _read_key: Callable[[Group], tuple[Any, ...]] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -205,10 +206,12 @@ class LowRankOptimizer(Optimizer):
         """The parts that a compressed parameter gets; a method with more than one triple chooses here."""
         return self.triple
 
-    def _view_and_parts(self, param: Tensor, group: Group) -> tuple[View, Parts]:
+    def _role(self, param: Tensor, group: Group) -> Role | None:
         roles = group.get("param_roles")
-        role = None if roles is None else roles[self.entry(param).number]
-        view = view_of(param, role, group["rank"])
+        return None if roles is None else roles[self.entry(param).number]
+
+    def _view_and_parts(self, param: Tensor, group: Group) -> tuple[View, Parts]:
+        view = view_of(param, self._role(param, group), group["rank"])
         if group["rank"] is not None:
             parts = self.parts(view, group)
             subspace = parts.subspace
@@ -261,7 +264,8 @@ class LowRankOptimizer(Optimizer):
     def _explain(self, param: Tensor, group: Group) -> tuple[str, str]:
         view, parts = self._view_and_parts(param, group)
         if group["rank"] is None:
-            return "full-rank", "its group has no rank"
+            role = self._role(param, group)
+            return "full-rank", "its group has no rank" if role is None or role in HIDDEN else describe(role)
         if parts.subspace is None:
             if param.ndim < 2:
                 return "full-rank", "fewer than two dimensions"
@@ -274,7 +278,7 @@ class LowRankOptimizer(Optimizer):
         if view.kind == "matrix":
             return f"rank {rank}", f"its smaller side exceeds {rank}"
         if view.kind == "stack":
-            return f"rank {rank}", f"a stack of {view.count} matrices whose smaller side exceeds {rank}"
+            return f"rank {rank}", f"a stack of {view.matrices} matrices whose smaller side exceeds {rank}"
         how = f"as a matrix {view.shape[0]} x {view.shape[1]}" if parts.subspace.flattens else "along its long axes"
         return f"rank {rank}", f"a convolution, compressed {how}"
 
@@ -321,8 +325,7 @@ class LowRankOptimizer(Optimizer):
         """What the plan of a group's parameters depends on."""
         if self._read_key is None:
             self._read_key = itemgetter(*(name for name in self.known_options() if name not in VOLATILE))
-        key: tuple[Any, ...] = self._read_key(group)
-        return key
+        return self._read_key(group)
 
     def _name(self, param: Tensor) -> str:
         entry = self.entry(param)
@@ -421,7 +424,7 @@ class LowRankOptimizer(Optimizer):
         if lift.needs_norms and grad is not None:
             of_low = torch.empty(2, *low.shape[:-1], dtype=low.dtype.to_real(), device=low.device)
             direction = rule.direction(low, state, group, of_low)
-            norms = Norms(*of_low.unsqueeze(-1), row_norms(grad))
+            norms = Norms(of_low[0].unsqueeze(-1), of_low[1].unsqueeze(-1), row_norms(grad))
         else:
             direction, size = self.direction(rule, low, state, group, size)
         # What is read of a weight here is its shape and dtype: that of an int8 weight has no values.
@@ -621,7 +624,7 @@ def scheduled(state: State, group: Group, place: int) -> bool:
     # A tensor is read from the device: a capturable step should run inside of a CUDA graph, where nothing is due.
     step = int(state["step"])
     # A lazy subspace keeps a gap of its own.
-    gap = state.get("gap", group["update_proj_gap"])
+    gap: int = state.get("gap", group["update_proj_gap"])
     offset = int(gap * (place * 0.6180339887498949 % 1.0)) if group["stagger"] else 0
     return bool(step == 0 or (step + offset) % gap == 0)
 

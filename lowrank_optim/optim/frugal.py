@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,20 @@ from typing_extensions import Unpack
 from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.optim.lifts.sign import SignOutside
 from lowrank_optim.optim.options import Common, arguments, flag, number, one_of, optional
-from lowrank_optim.optim.parts import Group, Number, Option, Parts, Refresh, Scalar, Slot, Slots, State, View, Which
+from lowrank_optim.optim.parts import (
+    Accumulation,
+    Group,
+    Number,
+    Option,
+    Parts,
+    Refresh,
+    Scalar,
+    Slot,
+    Slots,
+    State,
+    View,
+    Which,
+)
 from lowrank_optim.optim.rules.adam import CorrectedAdam
 from lowrank_optim.optim.subspaces.fixed_basis import Columns, Settings
 from lowrank_optim.optim.subspaces.oriented import Oriented, on_left
@@ -22,7 +35,7 @@ from lowrank_optim.optim.subspaces.singular import TopSingular
 class Restarting(Oriented):
     """A subspace of the rank that ``density`` gives, in which moments begin anew at every refresh."""
 
-    accumulation = None
+    accumulation: ClassVar[Accumulation | None] = None
     options = {
         "density": Option(optional(number(0.0, 1.0)), None),
         "reset_moments": Option(flag, True),

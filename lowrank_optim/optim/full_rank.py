@@ -16,7 +16,8 @@ from lowrank_optim.optim.weight_storage import is_int8, writable
 class Method(Protocol):
     """What a method may replace; see :class:`lowrank_optim.optim.engine.LowRankOptimizer`."""
 
-    decay_first: bool
+    @property
+    def decay_first(self) -> bool: ...
 
     def add_direction_(
         self, target: Tensor, rule: Rule, grad: Tensor, state: State, group: Group, size: Scalar, sign: float

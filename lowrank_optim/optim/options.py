@@ -146,7 +146,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def expand_signature(cls: type) -> None:
     """Give a class a signature in which the options of :class:`Common` stand by name, for ``help`` and ``inspect``."""
-    signature = inspect.signature(cls.__init__)
+    signature = inspect.signature(cls.__init__)  # type: ignore[misc]
     parameters = [p for name, p in signature.parameters.items() if name != "self"]
     if not parameters or parameters[-1].kind is not inspect.Parameter.VAR_KEYWORD:
         return

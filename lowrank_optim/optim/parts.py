@@ -78,7 +78,7 @@ class View(NamedTuple):
         return self.shape[:-2] if self.kind == "stack" else ()
 
     @property
-    def count(self) -> int:
+    def matrices(self) -> int:
         """The number of matrices."""
         return math.prod(self.batch)
 

@@ -56,7 +56,7 @@ def fit_(state: State, slots: Slots, device: torch.device, before: Slots | None)
             if isinstance(slot, Slot) and key in state:
                 state[key] = state[key].to(slot.dtype)
         return False
-    kept = {key: state[key] for key in ("seed", "weight_correction") if key in state}
+    kept: State = {key: state[key] for key in ("seed", "weight_correction") if key in state}
     for key in [key for key in state if is_own(key)]:
         del state[key]
     allocate_(state, slots, device)
@@ -112,12 +112,12 @@ def checked(saved: Mapping[str, Any], slots: Slots, name: str, device: torch.dev
         raise ValueError(f"Invalid state_dict: {extra[0]!r} of {name} is {describe(state[extra[0]])}, expected nothing")
     copied: State = {}
     for key, value in state.items():
-        slot = slots.get(key)
+        declared = slots.get(key)
         if isinstance(value, Tensor):
-            dtype = slot.dtype if isinstance(slot, Slot) else value.dtype
+            dtype = declared.dtype if isinstance(declared, Slot) else value.dtype
             copied[key] = value.detach().to(device=device, dtype=dtype, copy=True)
         else:
-            copied[key] = type(slot.initial)(value) if isinstance(slot, Number) else value
+            copied[key] = type(declared.initial)(value) if isinstance(declared, Number) else value
     return drop_unused(copied)
 
 

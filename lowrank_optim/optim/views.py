@@ -22,7 +22,7 @@ def view_of(param: Tensor, role: str | None, rank: int | None) -> View:
         kind = "vector"
     elif len(shape) == 2:
         kind = "matrix"
-    elif role == "experts" or (role != "convolution" and len(shape) == 3 and min(shape[-2:]) > (rank or 0)):
+    elif role == "experts" or (role is None and len(shape) == 3 and min(shape[-2:]) > (rank or 0)):
         kind = "stack"
     else:
         kind = "convolution"

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from lowrank_optim import DCTAdamW
 from lowrank_optim.ops.dct_select import dct_select
 from lowrank_optim.ops.int8_blocks import dequantize
-from lowrank_optim.optim.subspaces.fixed_basis import BASES, basis_rows, coefficients, uses_fft
 from lowrank_optim.optim.parts import Group, State
 from lowrank_optim.optim.rules.adam import Adam, CorrectedAdam
+from lowrank_optim.optim.subspaces.fixed_basis import BASES, basis_rows, coefficients, uses_fft
 from tests.conftest import GOLDEN
 from tests.reference.columns import cosine_basis, dct_adamw
 from tests.temporaries import CountTemporaries
@@ -144,7 +144,6 @@ def test_scores_by_fft_equal_those_by_product(
 
 
 def test_auto_takes_the_fft_from_the_measured_size_on() -> None:
-    auto = {"basis": "dct2", "similarity": "auto"}
     assert not uses_fft("dct2", "auto", 256, CPU) and uses_fft("dct2", "auto", 512, CPU)
     assert not uses_fft("random", "auto", 4096, CPU)
     assert uses_fft("dct2", "fft", 8, CPU)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim import APOLLOAdamW, FiraAdamW
+from lowrank_optim.ops.row_norms import row_norms
 from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.optim.fira import residual_norm
-from lowrank_optim.ops.row_norms import row_norms
 from lowrank_optim.optim.lifts.norm_scaling import factors
 from lowrank_optim.optim.parts import Norms
 from tests.reference.fira import fira

@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lowrank_optim import Trion, low_rank_groups
-from lowrank_optim.optim.subspaces.fixed_basis import basis_rows
 from lowrank_optim.optim.lifts.momentum import update_scale
+from lowrank_optim.optim.subspaces.fixed_basis import basis_rows
 from tests.reference.columns import cosine_basis, trion
 from tests.temporaries import CountTemporaries
 

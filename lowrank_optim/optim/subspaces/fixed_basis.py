@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -127,7 +127,7 @@ class ColumnSketch(Accumulation):
 class Columns(Oriented):
     """``rank`` columns D_I of an orthogonal basis D on the smaller side of a matrix: low = tall @ D_I."""
 
-    accumulation = ColumnSketch()
+    accumulation: ClassVar[Accumulation | None] = ColumnSketch()
     options = {
         "basis": Option(one_of(*BASES), "dct2"),
         "ell_norm": Option(one_of(*ELL_NORMS), 2),

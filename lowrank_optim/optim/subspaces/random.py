@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ def noise(shape: tuple[int, ...], like: Tensor, key: int | Tensor, group: Group)
     """Independent real N(0, 1) of ``shape`` in the precision of ``like``."""
     draw = pick(gaussian, group["backend"], like.device)
     *batch, rows, columns = shape
-    options = {"batch": tuple(batch)} if batch else {}
+    options: dict[str, Any] = {"batch": tuple(batch)} if batch else {}
     return draw(rows, columns, key=key, dtype=like.dtype.to_real(), device=like.device, **options)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -131,7 +133,7 @@ class TopSingular(Oriented):
     ``std`` compresses the smaller side, ``reverse_std`` the larger one, ``left`` the rows, ``right`` the columns.
     """
 
-    accumulation = HalfIterations()
+    accumulation: ClassVar[Accumulation | None] = HalfIterations()
     options = {
         "proj_type": Option(one_of(*SIDES), "std"),
         "refresh": Option(one_of(*REFRESHES), "power"),
