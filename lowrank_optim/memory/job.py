@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lowrank_optim.pretrain.config import Options
@@ -21,14 +21,16 @@ MEMORY_OPTIONS = (
 class Job(Options):
     """What is trained and how, in one process.
 
-    ``optimizer_args`` and ``parameterization_args`` may be mappings. What is not given takes the value published for
-    the model's size, as in a run of ``train_llama.py``.
+    ``optimizer_args`` and ``parameterization_args`` may be mappings; they are kept as ``key=value`` pairs. What is not
+    given takes the value published for the model's size, as in a run of ``train_llama.py``.
     """
 
     dtype: str = "bf16"
     batch_size: int = 1
     seq_len: int = 256
     accumulate: int = 1
+    optimizer_args: Any = field(default_factory=list)
+    parameterization_args: Any = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -190,7 +190,8 @@ def _profile(config: Any, job: Job) -> Profile:
 def _profile_of(config: Any, job: Job, layers: int) -> Profile:
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers
-    _, _, network, optimizer = build(job, "meta", config=config)
+    built: Any = build(job, "meta", config=config)
+    _, _, network, optimizer = built
     for p in network.parameters():
         p.grad = torch.empty_like(p, memory_format=torch.contiguous_format)
     init_state_(optimizer)

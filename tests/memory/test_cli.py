@@ -27,6 +27,15 @@ def test_json(capsys):
     assert answer["dtype"] == "bfloat16"
 
 
+def test_a_job_is_read_from_the_file_of_a_run(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("model: llama_9m\noptimizer: GaLoreAdamW\noptimizer_args: {rank: 16}\nlr: 0.1\n")
+    from_file = run_json(capsys, "estimate", "--config", str(tmp_path / "run.yaml"))
+    assert from_file == run_json(capsys, *GALORE)
+    # The line overrides the file.
+    other = run_json(capsys, "estimate", "--config", str(tmp_path / "run.yaml"), "--dtype", "fp32")
+    assert other["dtype"] == "float32"
+
+
 def test_dtype(capsys):
     bf16, fp32 = (run_json(capsys, *GALORE, "--dtype", dtype) for dtype in ("bf16", "fp32"))
     assert fp32["by_category"]["weights"] == 2 * bf16["by_category"]["weights"]
