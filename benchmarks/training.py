@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.optim import Optimizer
 
-from lowrank_optim.pretrain.build import build, schedule_for
+from lowrank_optim.pretrain.build import build
 from lowrank_optim.pretrain.config import Options, Resolved
 from lowrank_optim.pretrain.data import Data, load_data
 from lowrank_optim.pretrain.llama import build_config
+from lowrank_optim.pretrain.schedule import build_schedule
 from lowrank_optim.pretrain.steps import clip_gradients_, loss_sum
 from lowrank_optim.pretrain.tokenization import BPE_VOCAB
 
@@ -34,7 +35,7 @@ class Training(NamedTuple):
 
     def updates(self) -> Iterator[tuple[int, float]]:
         """Train; yields the number of the update, from 1, and its loss, when gradients are there and not yet used."""
-        schedule = schedule_for(self.run, self.optimizer)
+        schedule = build_schedule(self.optimizer, warmup=self.run.warmup_steps, total=self.run.max_steps)
         stream = self.data.train(None)
         for step in range(1, self.run.max_steps + 1):
             batch, _ = next(stream)

@@ -54,7 +54,7 @@ def randomize_(model: nn.Module) -> None:
             p.fill_(1) if p.ndim < 2 else p.normal_(std=0.02)
 
 
-def random_batches(run: Resolved, vocabulary: int, device: str) -> list[Batch]:
+def random_batches(run: Resolved, vocabulary: int, device: torch.device | str) -> list[Batch]:
     """The micro-batches of one update, of random tokens."""
     tokens = torch.randint(vocabulary, (run.accumulate, run.batch_size, run.seq_len)).to(device)
     return [Batch(ids, ids) for ids in tokens]

@@ -24,11 +24,9 @@ import torch
 from lowrank_optim.memory.estimate import CATEGORIES
 from lowrank_optim.memory.job import Job
 from lowrank_optim.memory.materialize import materialize, random_batches
-from lowrank_optim.pretrain.build import optimizer_for, schedule_for, settle, start_in_backward
-from lowrank_optim.pretrain.config import Resolved
+from lowrank_optim.pretrain.build import optimizer_for, settle
 from lowrank_optim.pretrain.optimizers import parse_optimizer_args
 from lowrank_optim.pretrain.sizes import tensor_bytes
-from lowrank_optim.pretrain.steps import LossSum
 from lowrank_optim.pretrain.update import Updater
 
 # glibc returns what is freed only where a block has its own mapping; otherwise its heap would be measured.
@@ -99,8 +97,7 @@ def run(job: Job, *, updates: int, device: str, save: str | None = None, load: s
     if device == "cpu":
         _warm_up(job)
     meter = _Meter(device)
-    settled, update = prepare(job, device)
-    model = update.network.model
+    update = prepare(job, device)
     if load is not None:
         _load_(Path(load), update)
         _say(f"resumed from {load} after {updates} updates")
@@ -108,37 +105,30 @@ def run(job: Job, *, updates: int, device: str, save: str | None = None, load: s
     for number in range(updates if load else 0, updates + bool(save or load)):
         torch.manual_seed(number)
         start = time.perf_counter()
-        losses.append(train_on_noise(settled, update))
+        losses.append(train_on_noise(update))
         seconds.append(time.perf_counter() - start)
         _say(f"update {number + 1}: loss {losses[-1]:.6f}, {seconds[-1]:.1f} s, peak {meter.peak() / 1e9:.3f} GB")
         if save is not None and number + 1 == updates:
             _say(f"saved {_save(Path(save), update) / 1e9:.3f} GB to {save}")
-    sizes = tensor_bytes(model, update.optimizer)
+    sizes = tensor_bytes(update.model, update.optimizer)
     peak = meter.peak()
     by_category = dict.fromkeys(CATEGORIES, 0)
     by_category["weights"], by_category["optimizer"] = sizes["weights"], sum(sizes["optimizer"].values())
     by_category["other"] = peak - sum(by_category.values())
-    total = sum(tensor.sum(dtype=torch.float64).item() for tensor in model.state_dict().values())
+    total = sum(tensor.sum(dtype=torch.float64).item() for tensor in update.model.state_dict().values())
     return Measured(peak, by_category, losses, seconds, total, meter.name)
 
 
-def prepare(job: Job, device: str) -> tuple[Resolved, Updater]:
+def prepare(job: Job, device: str) -> Updater:
     """A job with random weights, ready for its first update."""
     settled, config = settle(job)
     model = materialize(settled, config, device)
-    optimizer = optimizer_for(settled, model)
-    return settled, Updater(
-        LossSum(model, chunked=settled.chunked_loss),
-        optimizer,
-        schedule_for(settled, optimizer),
-        grad_clip=settled.grad_clip,
-        in_backward=start_in_backward(settled, optimizer),
-    )
+    return Updater(settled, model, optimizer_for(settled, model))
 
 
-def train_on_noise(settled: Resolved, update: Updater) -> float:
+def train_on_noise(update: Updater) -> float:
     """One update from random tokens; its loss."""
-    batches = random_batches(settled, update.network.model.config.vocab_size, str(update.device))
+    batches = random_batches(update.run, update.model.config.vocab_size, update.model.device)
     return update(batches, sum(batch.targets for batch in batches)).loss
 
 
@@ -176,7 +166,7 @@ def _warm_up(job: Job) -> None:
     """One update of a small model, after which the code of the libraries is in memory."""
     args = {k: min(v, 32) if k == "rank" else v for k, v in parse_optimizer_args(job.optimizer_args).items()}
     small = replace(job, model="llama_9m", optimizer_args=args, seq_len=16, batch_size=1)
-    train_on_noise(*prepare(small, "cpu"))
+    train_on_noise(prepare(small, "cpu"))
 
 
 def _trim() -> None:
@@ -187,22 +177,15 @@ def _trim() -> None:
 
 def _save(folder: Path, update: Updater) -> int:
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(update.network.state_dict(), folder / _MODEL)
-    state = {"optimizer": update.optimizer.state_dict(), "schedule": update.schedule.state_dict()}
-    if update.in_backward is not None:
-        state["in_backward"] = update.in_backward.state_dict()
-    torch.save(state, folder / _OPTIMIZER)
+    torch.save(update.model.state_dict(), folder / _MODEL)
+    torch.save(update.state_dict(), folder / _OPTIMIZER)
     return sum((folder / name).stat().st_size for name in (_MODEL, _OPTIMIZER))
 
 
 def _load_(folder: Path, update: Updater) -> None:
     # Mapped files: a tensor is read when it is copied, so the checkpoint is never in memory beside the model.
-    update.network.load_state_dict(torch.load(folder / _MODEL, mmap=True, weights_only=True))
-    saved = torch.load(folder / _OPTIMIZER, mmap=True, weights_only=True)
-    update.optimizer.load_state_dict(saved["optimizer"])
-    update.schedule.load_state_dict(saved["schedule"])
-    if update.in_backward is not None:
-        update.in_backward.load_state_dict(saved["in_backward"])
+    update.model.load_state_dict(torch.load(folder / _MODEL, mmap=True, weights_only=True))
+    update.load_state_dict(torch.load(folder / _OPTIMIZER, mmap=True, weights_only=True))
 
 
 def _say(text: str) -> None:

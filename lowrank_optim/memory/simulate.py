@@ -15,10 +15,8 @@ from lowrank_optim.memory.materialize import allocate_, random_batches
 from lowrank_optim.memory.tracker import Peak, Tracker
 from lowrank_optim.ops import dct
 from lowrank_optim.optim import columns
-from lowrank_optim.optim.in_backward import StepInBackward
-from lowrank_optim.pretrain.build import build_network, optimizer_for, schedule_for, settle, start_in_backward
+from lowrank_optim.pretrain.build import build_network, optimizer_for, settle
 from lowrank_optim.pretrain.config import Options, Resolved
-from lowrank_optim.pretrain.steps import LossSum
 from lowrank_optim.pretrain.update import Updater
 
 # With a gap of two, these are an update of each kind.
@@ -50,14 +48,7 @@ def simulate(options: Options) -> Peak:
         tracker.watch(model)
         optimizer = optimizer_for(run, model)
         _shorten_gap_(optimizer)
-        update = Updater(
-            LossSum(model, chunked=run.chunked_loss),
-            optimizer,
-            schedule_for(run, optimizer),
-            grad_clip=run.grad_clip,
-            in_backward=_watch_updates(run, model, optimizer, tracker),
-            phase=tracker.during,
-        )
+        update = _watched_updater(run, model, optimizer, tracker)
         batches = random_batches(run, config.vocab_size, "cpu")
         tracker.label([tensor for batch in batches for tensor in batch], "other")
         for name in UPDATES:
@@ -74,8 +65,8 @@ def _shorten_gap_(optimizer: Optimizer) -> None:
             group["update_proj_gap"] = 2
 
 
-def _watch_updates(run: Resolved, model: nn.Module, optimizer: Optimizer, tracker: Tracker) -> StepInBackward | None:
-    """Register the run's hooks, and book gradients as such and updates to the name of their parameter."""
+def _watched_updater(run: Resolved, model: nn.Module, optimizer: Optimizer, tracker: Tracker) -> Updater:
+    """The run's updater, which books gradients as such and updates to the name of their parameter."""
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     trained = [p for p in names if p.requires_grad]
     phases = ExitStack()
@@ -87,7 +78,9 @@ def _watch_updates(run: Resolved, model: nn.Module, optimizer: Optimizer, tracke
 
     for p in trained:
         p.register_post_accumulate_grad_hook(arrives)  # type: ignore[no-untyped-call]
-    handle = start_in_backward(run, optimizer)
+    # Between the two, as hooks run in the order of their registration.
+    update = Updater(run, model, optimizer, phase=tracker.during)
+    handle = update.in_backward
 
     def leaves(param: Tensor) -> None:
         phases.close()
@@ -105,7 +98,7 @@ def _watch_updates(run: Resolved, model: nn.Module, optimizer: Optimizer, tracke
                 step_param(param, group)
 
         optimizer.step_param = tracked  # type: ignore[attr-defined]
-    return handle
+    return update
 
 
 @contextmanager

@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from lowrank_optim.nn import quantize_weights
+from lowrank_optim.nn.restarts import Restart
 from lowrank_optim.optim.base import LowRankOptimizer
 from lowrank_optim.optim.in_backward import StepInBackward, step_in_backward
 from lowrank_optim.pretrain.config import Options, Resolved
 from lowrank_optim.pretrain.llama import build_config, build_model, checkpoint_activations_
 from lowrank_optim.pretrain.optimizers import build_optimizer, parse_optimizer_args
-from lowrank_optim.pretrain.parameterizations import LayerSpec, layer_spec, parameterize_
+from lowrank_optim.pretrain.parameterizations import LayerSpec, build_restarts, layer_spec, parameterize_
 from lowrank_optim.pretrain.recipes import resolve
-from lowrank_optim.pretrain.schedule import build_schedule
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel
@@ -89,9 +88,10 @@ def optimizer_for(run: Resolved, model: nn.Module) -> Optimizer:
     return optimizer
 
 
-def schedule_for(run: Resolved, optimizer: Optimizer) -> LambdaLR:
-    """The learning-rate schedule of a run."""
-    return build_schedule(optimizer, warmup=run.warmup_steps, total=run.max_steps)
+def restarts_for(run: Resolved, model: nn.Module, optimizer: Optimizer) -> list[Restart]:
+    """The restarts of a run, in the order in which they act."""
+    args = parse_optimizer_args(run.restart_args, "restart")
+    return build_restarts(run.restarts, args, model, optimizer, first=run.warmup_steps, seed=run.seed)
 
 
 def start_in_backward(run: Resolved, optimizer: Optimizer) -> StepInBackward | None:

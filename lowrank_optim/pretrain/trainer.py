@@ -13,16 +13,14 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.pretrain import checkpoint, report
-from lowrank_optim.pretrain.build import build, schedule_for, start_in_backward
+from lowrank_optim.pretrain.build import build, restarts_for
 from lowrank_optim.pretrain.command_line import write_options
 from lowrank_optim.pretrain.config import Options, UserError, user_errors
 from lowrank_optim.pretrain.data import load_data, read_ahead
 from lowrank_optim.pretrain.launch import catch_signals, run_folder, start_accelerator
 from lowrank_optim.pretrain.metrics import Metrics
-from lowrank_optim.pretrain.optimizers import parse_optimizer_args
-from lowrank_optim.pretrain.parameterizations import build_restarts
 from lowrank_optim.pretrain.sizes import kept_bytes
-from lowrank_optim.pretrain.steps import LossSum, evaluate
+from lowrank_optim.pretrain.steps import evaluate
 from lowrank_optim.pretrain.update import Updater
 
 NON_FINITE_LIMIT = 10
@@ -48,12 +46,8 @@ class Trainer:
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         with user_errors(ImportError):
             self.run, self.config, self.model, self.optimizer = build(options, self.device, processes=self.world)
-            self.schedule = schedule_for(self.run, self.optimizer)
-            pairs = parse_optimizer_args(self.run.restart_args, "restart")
-            self.restarts = build_restarts(
-                self.run.restarts, pairs, self.model, self.optimizer, first=self.run.warmup_steps, seed=self.run.seed
-            )
-            self.in_backward = start_in_backward(self.run, self.optimizer)
+            restarts = restarts_for(self.run, self.model, self.optimizer)
+            self.update = Updater(self.run, self.model, self.optimizer, restarts=restarts, processes=self.accelerator)
         device = report.device_name(self.device)
         self.say(report.banner(self.run, self.config, self.model, world=self.world, device=device))
         self.progress, self.position, fingerprint = checkpoint.Progress(), None, None
@@ -82,7 +76,9 @@ class Trainer:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_options(self.run, self.folder / "config.yaml")
         self.metrics = Metrics(self.folder if self.leads else None, self.progress.step)
-        self.update = self._updater()
+        # The optimizer and the schedule are not prepared: the wrapped schedule would step once a process.
+        network = self.accelerator.prepare_model(self.update.network)
+        self.update.network = torch.compile(network) if self.run.compile else network
         self.model.train()
         if self.progress.step == 0:
             self.progress.untrained_loss = self._validate()
@@ -104,31 +100,8 @@ class Trainer:
     def _resume(self, found: Path, fingerprint: str | None) -> None:
         if fingerprint != self.text.fingerprint:
             raise UserError(f"Cannot resume {found}: the data or the tokenizer is not what it was saved with")
-        self.position = checkpoint.load_(found, rank=self.rank, **self._parts())
+        self.position = checkpoint.load_(found, self.update, rank=self.rank)
         self.say(f"resumed    {found} after {self.progress.step} updates")
-
-    def _parts(self) -> dict[str, Any]:
-        """What a checkpoint holds the state of."""
-        return {
-            "model": self.model,
-            "optimizer": self.optimizer,
-            "schedule": self.schedule,
-            "restarts": self.restarts,
-            "in_backward": self.in_backward,
-        }
-
-    def _updater(self) -> Updater:
-        # The optimizer and the schedule are not prepared: the wrapped schedule would step once a process.
-        network = self.accelerator.prepare_model(LossSum(self.model, chunked=self.run.chunked_loss))
-        return Updater(
-            torch.compile(network) if self.run.compile else network,
-            self.optimizer,
-            self.schedule,
-            grad_clip=self.run.grad_clip,
-            in_backward=self.in_backward,
-            restarts=self.restarts,
-            processes=self.accelerator,
-        )
 
     def _advance(self, stream: Any, meter: report.Meter, bar: Any, stop: list[int]) -> bool:
         """One update with what is due after it; whether the run stops before its end."""
@@ -145,7 +118,7 @@ class Trainer:
         else:
             self._leave_out(made.loss, made.grad_norm)
         progress.step += 1
-        for restart in self.restarts:
+        for restart in self.update.restarts:
             restart.after_step(progress.step)
         progress.tokens += tokens
         row = {"loss": made.loss, "lr": made.lr, "grad_norm": made.grad_norm}
@@ -165,7 +138,7 @@ class Trainer:
 
     def _leave_out(self, loss: float, norm: float) -> None:
         self.skipped += 1
-        where = " where gradients were not finite" if self.in_backward else ""
+        where = " where gradients were not finite" if self.run.per_layer else ""
         self.say(f"warning: update {self.progress.step + 1} left out{where}: loss {loss}, gradient norm {norm}")
         if self.skipped == NON_FINITE_LIMIT:
             raise UserError(f"{self.skipped} updates in a row without a finite loss and gradient: lower --lr")
@@ -210,12 +183,10 @@ class Trainer:
             path = checkpoint.save(
                 self.folder,
                 self.progress,
+                self.update,
                 tokenizer=self.text.tokenizer,
                 processes=processes,
-                options=self.run,
                 fingerprint=self.text.fingerprint,
-                keep=self.run.keep,
-                **self._parts(),
             )
             self.say(f"saved      {path}")
         self.accelerator.wait_for_everyone()

@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from lowrank_optim.nn.restarts import Restart
-from lowrank_optim.optim.in_backward import StepInBackward
 from lowrank_optim.pretrain import steps
+from lowrank_optim.pretrain.build import start_in_backward
+from lowrank_optim.pretrain.config import Resolved
 from lowrank_optim.pretrain.data import Batch
-
-Phase = Callable[[str], AbstractContextManager[Any]]
-
-
-class Processes(Protocol):
-    """What an update needs of the processes that train together; an ``Accelerator`` is one."""
-
-    num_processes: int
-
-    def backward(self, loss: Tensor) -> None: ...
-
-    def reduce(self, tensor: Tensor, reduction: str) -> Any: ...
-
-    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]: ...
+from lowrank_optim.pretrain.schedule import build_schedule
+from lowrank_optim.pretrain.steps import LossSum
 
 
-class Alone:
-    """A single process without accelerate."""
+class _Alone:
+    """What an update asks of an ``Accelerator``, for a single process without one."""
 
     num_processes = 1
 
@@ -42,8 +30,11 @@ class Alone:
     def reduce(self, tensor: Tensor, reduction: str) -> Tensor:
         return tensor
 
-    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
+    def no_sync(self, model: Any) -> AbstractContextManager[Any]:
         return nullcontext()
+
+
+ALONE = _Alone()
 
 
 class Update(NamedTuple):
@@ -59,32 +50,50 @@ class Updater:
     """Makes updates: forward and backward per micro-batch, clipping, step, schedule.
 
     Args:
-        network: returns the sum of a micro-batch's losses, see :class:`lowrank_optim.pretrain.steps.LossSum`.
-        optimizer, schedule: step once an update.
-        grad_clip: largest gradient norm, 0 for no clipping; ``in_backward`` clips by itself.
-        in_backward: updates in the backward pass, None where ``optimizer.step`` makes them.
+        run: says how.
+        model: what is trained; ``network``, which computes the sum of a micro-batch's losses, may be wrapped.
+        optimizer: of its parameters; where ``run.per_layer`` is set, they are updated in the backward pass from now on.
         restarts: what raises the learning rate again after a restart.
         processes: an ``Accelerator`` where several processes train together.
         phase: surrounds "forward", "backward" and "update", for those who want to know where memory goes.
+
+    Raises:
+        ValueError: an optimizer that cannot update one parameter at a time, with ``run.per_layer``.
     """
 
     def __init__(
         self,
-        network: Any,
+        run: Resolved,
+        model: Any,
         optimizer: Optimizer,
-        schedule: LRScheduler,
         *,
-        grad_clip: float,
-        in_backward: StepInBackward | None = None,
         restarts: Sequence[Restart] = (),
-        processes: Processes | None = None,
-        phase: Phase = lambda _: nullcontext(),
+        processes: Any = ALONE,
+        phase: Callable[[str], AbstractContextManager[Any]] = lambda _: nullcontext(),
     ) -> None:
-        self.network, self.optimizer, self.schedule = network, optimizer, schedule
-        self.grad_clip, self.in_backward, self.restarts = grad_clip, in_backward, restarts
-        self.processes: Processes = processes or Alone()
-        self.phase = phase
-        self.device = next(network.parameters()).device
+        self.run, self.model, self.optimizer, self.restarts = run, model, optimizer, restarts
+        self.processes, self.phase = processes, phase
+        self.network: Any = LossSum(model, chunked=run.chunked_loss)
+        self.schedule = build_schedule(optimizer, warmup=run.warmup_steps, total=run.max_steps)
+        self.in_backward = start_in_backward(run, optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the weights, to continue from."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "restarts": [restart.state_dict() for restart in self.restarts],
+            "in_backward": self.in_backward.state_dict() if self.in_backward else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        for restart, saved in zip(self.restarts, state["restarts"], strict=True):
+            restart.load_state_dict(saved)
+        if self.in_backward:
+            self.in_backward.load_state_dict(state["in_backward"])
 
     def __call__(self, batches: Sequence[Batch], tokens: int, *, stepped: Callable[[], None] = lambda: None) -> Update:
         """One update.
@@ -117,7 +126,7 @@ class Updater:
 
     def _backward(self, batch: Batch, tokens: int) -> Tensor:
         with self.phase("forward"):
-            part: Tensor = self.network(batch.to(self.device)) / tokens
+            part: Tensor = self.network(batch.to(self.model.device)) / tokens
         with self.phase("backward"):
             # Gradients are averaged over the processes, the loss is a sum over them.
             self.processes.backward(part * self.processes.num_processes)
@@ -138,5 +147,5 @@ class Updater:
         if self.in_backward is not None:
             norm = self.in_backward.grad_norm
         else:
-            norm = steps.clip_gradients_(self.network.parameters(), self.grad_clip)
+            norm = steps.clip_gradients_(self.model.parameters(), self.run.grad_clip)
         return float(norm.item())

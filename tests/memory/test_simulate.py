@@ -115,12 +115,12 @@ def test_what_stays_is_the_estimate(name, small):
 
 def allocated(job):
     """Peak of what torch's CPU allocator hands out, by its own profile."""
-    run, update = prepare(job, "cpu")
-    model = update.network
+    update = prepare(job, "cpu")
+    model = update.model
     held = sum(t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()])
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         for _ in range(3):
-            train_on_noise(run, update)
+            train_on_noise(update)
     events = sorted(
         (event.start_ns(), event.nbytes())
         for event in recorded.profiler.kineto_results.events()

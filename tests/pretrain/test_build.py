@@ -47,13 +47,13 @@ def facts(update: Updater) -> dict[str, Any]:
         {key: value for key, value in group.items() if key != "params"} for group in update.optimizer.param_groups
     ]
     return {
-        **layers(update.network.model),
-        "activation": type(update.network.model.model.layers[0].mlp.act_fn),
-        "checkpointing": update.network.model.is_gradient_checkpointing,
+        **layers(update.model),
+        "activation": type(update.model.model.layers[0].mlp.act_fn),
+        "checkpointing": update.model.is_gradient_checkpointing,
         "chunked": update.network.chunked,
         "optimizer": type(update.optimizer),
         "groups": groups,
-        "grad_clip": update.grad_clip,
+        "grad_clip": update.run.grad_clip,
         "in_backward": handle and (handle.accumulate, handle.max_norm, handle.clip_by, handle.sum_dtype),
         "schedule": [update.schedule.lr_lambdas[0](step) for step in range(4)],  # type: ignore[attr-defined]
     }
