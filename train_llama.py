@@ -54,7 +54,7 @@ def dry_run(options: Options) -> int:
         run, config, model, optimizer = build(options, "meta", processes=world)
     print(report.banner(run, config, model, world=world, device="meta (dry run)"))
     print("\n" + report.method_table(optimizer, model) + "\n")
-    print(report.memory_table({run.optimizer: estimate(options).by_category, "AdamW": dense_adamw(options)}))
+    print(report.memory_table({run.optimizer: estimate(options).by_category, "AdamW": adamw_bytes(options)}))
     print("Predicted to the byte; activations are not included.")
     return 0
 
@@ -70,7 +70,7 @@ def train(options: Options) -> int:
     status = trainer.train()
     if status == 0 and trainer.leads and trainer.sizes:
         run = trainer.run
-        sizes = {f"{run.optimizer}, measured": trainer.sizes, "AdamW, same model": dense_adamw(options)}
+        sizes = {f"{run.optimizer}, measured": trainer.sizes, "AdamW, same model": adamw_bytes(options)}
         trainer.say("\n" + report.memory_table(sizes))
         seconds = time.perf_counter() - started
         trainer.say("\n" + report.summary(trainer.progress, trainer.evaluated, trainer.folder, seconds=seconds))
@@ -81,13 +81,14 @@ def train(options: Options) -> int:
     return status
 
 
-def dense_adamw(options: Options) -> Mapping[str, int]:
-    """What AdamW keeps for the same model with dense weights, predicted."""
+def adamw_bytes(options: Options) -> Mapping[str, int]:
+    """What AdamW keeps, predicted: in this run if it is its optimizer, else for the same model with dense weights."""
     from lowrank_optim.memory.estimate import estimate
 
-    dense: dict[str, Any] = {"parameterization": None, "parameterization_args": [], "weights": None}
-    adamw: dict[str, Any] = {"optimizer": "AdamW", "optimizer_args": [], "per_layer": False}
-    return estimate(replace(options, **dense, **adamw)).by_category
+    if options.optimizer != "AdamW":
+        dense: dict[str, Any] = {"parameterization": None, "parameterization_args": [], "weights": None}
+        options = replace(options, optimizer="AdamW", optimizer_args=[], per_layer=False, **dense)
+    return estimate(options).by_category
 
 
 if __name__ == "__main__":
