@@ -14,7 +14,7 @@ import torch
 from benchmarks.common import write_result
 from lowrank_optim.memory.job import Job
 from lowrank_optim.memory.measure import measure
-from lowrank_optim.memory.papers import RANKS
+from lowrank_optim.memory.published import RANKS
 from lowrank_optim.memory.simulate import simulate
 from lowrank_optim.pretrain.optimizers import accepted_arguments, low_rank_names
 
@@ -44,7 +44,10 @@ def _row(model: str, dtype: str, name: str, options: argparse.Namespace, device:
     args = {key: value for key, value in given.items() if key in accepted_arguments(name)}
     if name == "APOLLOMini":
         del args["rank"]
-    job = Job(model, name, args, dtype=dtype, seq_len=options.seq_len, per_layer=options.per_layer)
+    job = Job(
+        model=model, optimizer=name, optimizer_args=args,
+        dtype=dtype, seq_len=options.seq_len, per_layer=options.per_layer,
+    )  # fmt: skip
     peak, run = simulate(job), measure(job, device=device)[0]
     return {
         "model": model,

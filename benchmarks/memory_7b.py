@@ -32,7 +32,10 @@ def main() -> None:
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for optimizer, args, weights, target in JOBS:
-        job = Job("llama_7b", optimizer, args, weights=weights, seq_len=2048, per_layer=True, checkpointing=True)
+        job = Job(
+            model="llama_7b", optimizer=optimizer, optimizer_args=args, weights=weights,
+            seq_len=2048, per_layer=True, checkpointing=True,
+        )  # fmt: skip
         peak = simulate(job)
         rows.append({"method": job.method, "weights": weights, "target_gb": target, **peak.as_dict()})
         print(f"{job.method}, {weights} weights: {peak.peak_bytes / 1e9:.2f} GB, target {target:g}", flush=True)

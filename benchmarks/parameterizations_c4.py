@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from benchmarks.common import read_result, write_result
 from lowrank_optim.pretrain.llama import build_config, build_model
 from lowrank_optim.pretrain.optimizers import build_optimizer
-from lowrank_optim.pretrain.parameterizations import build_restarts, parameterize_, plan_parameterization
+from lowrank_optim.pretrain.parameterizations import build_restarts, layer_spec, parameterize_
 from lowrank_optim.pretrain.schedule import build_schedule
 
 # Two starts of the same factors; the better of the two is the baseline of all others.
@@ -98,7 +98,7 @@ def train(options: argparse.Namespace, contestant: Contestant, lr: float, seed: 
     torch.manual_seed(seed)
     model = build_model(build_config(options.model, vocab_size=256))
     if contestant.parameterization is not None:
-        parameterize_(model, plan_parameterization(contestant.parameterization, contestant.args), seed=seed)
+        parameterize_(model, layer_spec(contestant.parameterization, contestant.args), seed=seed)
     optimizer = build_optimizer(contestant.optimizer, model, lr=lr, weight_decay=0.0, args=contestant.optimizer_args)
     warmup = options.steps // 10
     schedule = build_schedule(optimizer, warmup=warmup, total=options.steps)

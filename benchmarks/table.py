@@ -14,14 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import lowrank_optim
 from benchmarks import aot_table, memory_7b, parameterizations_table
 from benchmarks.common import read_result
 from benchmarks.contestants import ARGUMENTS, own_names
 from benchmarks.gpu import table as gpu_table
-from lowrank_optim.memory.plan import estimate
+from lowrank_optim.memory.estimate import estimate
+from lowrank_optim.memory.job import Job
 from lowrank_optim.pretrain.optimizers import accepted_arguments
 
 README = Path(__file__).parents[1] / "README.md"
@@ -63,7 +62,8 @@ def _state(name: str) -> str:
     # What fixes the rank of a class in the comparison of steps fixes it here too.
     free = "rank" in accepted_arguments(name) and "rank" not in ARGUMENTS.get(name, {})
     args = {"rank": PLANNED_RANK} if free else {}
-    return f"{estimate(PLANNED, name, args, torch.bfloat16).by_category['optimizer'] / 1e9:.2f}"
+    job = Job(model=PLANNED, optimizer=name, optimizer_args=args)
+    return f"{estimate(job).by_category['optimizer'] / 1e9:.2f}"
 
 
 def _timed(row: Mapping[str, Any] | None) -> tuple[str, str]:

@@ -6,15 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lowrank_optim.pretrain.build import build
 from lowrank_optim.pretrain.config import Options, Resolved
 from lowrank_optim.pretrain.data import Data, load_data
-from lowrank_optim.pretrain.llama import build_config, build_model
-from lowrank_optim.pretrain.optimizers import build_optimizer, parse_optimizer_args
-from lowrank_optim.pretrain.recipes import resolve
+from lowrank_optim.pretrain.llama import build_config
 from lowrank_optim.pretrain.schedule import build_schedule
 from lowrank_optim.pretrain.steps import clip_gradients_, loss_sum
 from lowrank_optim.pretrain.tokenization import BPE_VOCAB
@@ -57,13 +55,8 @@ def prepare(options: Options) -> Training:
         UserError, RuntimeError, ValueError: as the trainer raises them.
     """
     config = build_config(options.model, vocab_size=None if options.tokenizer else BPE_VOCAB)
-    run = resolve(options, hidden_size=config.hidden_size, processes=1)
-    data = load_data(run, vocab_size=config.vocab_size)
-    torch.manual_seed(run.seed)
-    model = build_model(config)
-    arguments = parse_optimizer_args(run.optimizer_args)
-    optimizer = build_optimizer(run.optimizer, model, lr=run.lr, weight_decay=run.weight_decay, args=arguments)
-    return Training(run, data, model, optimizer)
+    run, _, model, optimizer = build(options, "cpu", config=config)
+    return Training(run, load_data(run, vocab_size=config.vocab_size), model, optimizer)
 
 
 def about(training: Training) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lowrank_optim.memory.estimate import CATEGORIES, estimate
 from lowrank_optim.memory.job import Job
-from lowrank_optim.memory.papers import RANKS
-from lowrank_optim.memory.plan import CATEGORIES
+from lowrank_optim.memory.published import RANKS
 from lowrank_optim.memory.simulate import simulate
+from lowrank_optim.pretrain.config import OPTIMIZER_OF
 from lowrank_optim.pretrain.optimizers import accepted_arguments, low_rank_names, nearest, optimizer_names
 from lowrank_optim.pretrain.parameterizations import PARAMETERIZATIONS
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = dict(zip(CATEGORIES, ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#bbbbbb")))
-# Parameterizations with an optimizer of their own.
-_OPTIMIZERS = {"loro": "LOROAdamW", "sst": "SSTAdamW"}
 
 
 class Row(NamedTuple):
@@ -38,7 +37,7 @@ def all_methods() -> list[tuple[str, str | None]]:
     """Optimizers with the parameterization that they train: the full-rank ones, the low-rank ones, the layers."""
     known = optimizer_names()
     plain = [*(name for name in ("AdamW", "AdamW8bit") if name in known), *low_rank_names()]
-    return [*((name, None) for name in plain), *((_OPTIMIZERS.get(p, "AdamW"), p) for p in PARAMETERIZATIONS)]
+    return [*((name, None) for name in plain), *((OPTIMIZER_OF.get(p, "AdamW"), p) for p in PARAMETERIZATIONS)]
 
 
 def compare(
@@ -76,7 +75,7 @@ def compare(
             given = {"rank": RANKS[model]} if ranked else {}
             given = {key: value for key, value in {**given, **args}.items() if key in accepted[name]}
             this = replace(job, model=model, optimizer=name, optimizer_args=given, parameterization=layers)
-            sizes = (simulate(this) if simulated else this.estimate()).by_category
+            sizes = (simulate(this) if simulated else estimate(this)).by_category
             rows.append(Row(model, this.method, sum(sizes.values()), sizes))
     return rows
 

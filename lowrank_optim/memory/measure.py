@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
-from lowrank_optim.memory.job import Job, hooks, train_update
-from lowrank_optim.memory.plan import CATEGORIES, tensor_bytes
-from lowrank_optim.optim.in_backward import StepInBackward
+from lowrank_optim.memory.estimate import CATEGORIES
+from lowrank_optim.memory.job import Job
+from lowrank_optim.memory.materialize import materialize, random_batches
+from lowrank_optim.pretrain.build import optimizer_for, settle
+from lowrank_optim.pretrain.optimizers import parse_optimizer_args
+from lowrank_optim.pretrain.sizes import tensor_bytes
+from lowrank_optim.pretrain.update import Updater
 
 # glibc returns what is freed only where a block has its own mapping; otherwise its heap would be measured.
 _ENVIRONMENT = {
@@ -95,29 +97,39 @@ def run(job: Job, *, updates: int, device: str, save: str | None = None, load: s
     if device == "cpu":
         _warm_up(job)
     meter = _Meter(device)
-    model = job.materialize(device)
-    optimizer = job.build_optimizer(model)
-    handle = hooks(job, optimizer)
+    update = prepare(job, device)
     if load is not None:
-        _load_(Path(load), model, optimizer, handle)
+        _load_(Path(load), update)
         _say(f"resumed from {load} after {updates} updates")
     losses, seconds = [], []
     for number in range(updates if load else 0, updates + bool(save or load)):
         torch.manual_seed(number)
         start = time.perf_counter()
-        batches = job.batches(model.config.vocab_size, device)
-        losses.append(train_update(job, model, optimizer, handle, batches))
+        losses.append(train_on_noise(update))
         seconds.append(time.perf_counter() - start)
         _say(f"update {number + 1}: loss {losses[-1]:.6f}, {seconds[-1]:.1f} s, peak {meter.peak() / 1e9:.3f} GB")
         if save is not None and number + 1 == updates:
-            _say(f"saved {_save(Path(save), model, optimizer, handle) / 1e9:.3f} GB to {save}")
-    sizes = tensor_bytes(model, optimizer)
+            _say(f"saved {_save(Path(save), update) / 1e9:.3f} GB to {save}")
+    sizes = tensor_bytes(update.model, update.optimizer)
     peak = meter.peak()
     by_category = dict.fromkeys(CATEGORIES, 0)
     by_category["weights"], by_category["optimizer"] = sizes["weights"], sum(sizes["optimizer"].values())
     by_category["other"] = peak - sum(by_category.values())
-    total = sum(tensor.sum(dtype=torch.float64).item() for tensor in model.state_dict().values())
+    total = sum(tensor.sum(dtype=torch.float64).item() for tensor in update.model.state_dict().values())
     return Measured(peak, by_category, losses, seconds, total, meter.name)
+
+
+def prepare(job: Job, device: str) -> Updater:
+    """A job with random weights, ready for its first update."""
+    settled, config = settle(job)
+    model = materialize(settled, config, device)
+    return Updater(settled, model, optimizer_for(settled, model))
+
+
+def train_on_noise(update: Updater) -> float:
+    """One update from random tokens; its loss."""
+    batches = random_batches(update.run, update.model.config.vocab_size, update.model.device)
+    return update(batches, sum(batch.targets for batch in batches)).loss
 
 
 class _Meter:
@@ -152,12 +164,9 @@ class _Meter:
 
 def _warm_up(job: Job) -> None:
     """One update of a small model, after which the code of the libraries is in memory."""
-    args = {key: min(value, 32) if key == "rank" else value for key, value in job.optimizer_args.items()}
+    args = {k: min(v, 32) if k == "rank" else v for k, v in parse_optimizer_args(job.optimizer_args).items()}
     small = replace(job, model="llama_9m", optimizer_args=args, seq_len=16, batch_size=1)
-    model = small.materialize("cpu")
-    optimizer = small.build_optimizer(model)
-    batches = small.batches(model.config.vocab_size, "cpu")
-    train_update(small, model, optimizer, hooks(small, optimizer), batches)
+    train_on_noise(prepare(small, "cpu"))
 
 
 def _trim() -> None:
@@ -166,21 +175,17 @@ def _trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _save(folder: Path, model: nn.Module, optimizer: Optimizer, handle: StepInBackward | None) -> int:
+def _save(folder: Path, update: Updater) -> int:
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), folder / _MODEL)
-    hooks = None if handle is None else handle.state_dict()
-    torch.save({"optimizer": optimizer.state_dict(), "hooks": hooks}, folder / _OPTIMIZER)
+    torch.save(update.model.state_dict(), folder / _MODEL)
+    torch.save(update.state_dict(), folder / _OPTIMIZER)
     return sum((folder / name).stat().st_size for name in (_MODEL, _OPTIMIZER))
 
 
-def _load_(folder: Path, model: nn.Module, optimizer: Optimizer, handle: StepInBackward | None) -> None:
+def _load_(folder: Path, update: Updater) -> None:
     # Mapped files: a tensor is read when it is copied, so the checkpoint is never in memory beside the model.
-    model.load_state_dict(torch.load(folder / _MODEL, mmap=True, weights_only=True))
-    saved = torch.load(folder / _OPTIMIZER, mmap=True, weights_only=True)
-    optimizer.load_state_dict(saved["optimizer"])
-    if handle is not None:
-        handle.load_state_dict(saved["hooks"])
+    update.model.load_state_dict(torch.load(folder / _MODEL, mmap=True, weights_only=True))
+    update.load_state_dict(torch.load(folder / _OPTIMIZER, mmap=True, weights_only=True))
 
 
 def _say(text: str) -> None:

@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
-from lowrank_optim.memory.job import Job, allocate_, hooks, train_update
+from lowrank_optim.memory.materialize import allocate_, random_batches
 from lowrank_optim.memory.tracker import Peak, Tracker
 from lowrank_optim.ops import dct
-from lowrank_optim.optim import columns
-from lowrank_optim.optim.in_backward import StepInBackward
-from lowrank_optim.pretrain.optimizers import accepted_arguments
+from lowrank_optim.optim.subspaces import fixed_basis
+from lowrank_optim.pretrain.build import build_network, optimizer_for, settle
+from lowrank_optim.pretrain.config import Options, Resolved
+from lowrank_optim.pretrain.update import Updater
 
 # With a gap of two, these are an update of each kind.
 UPDATES = ("first update", "update between refreshes", "update with a refresh")
 
 
-def simulate(job: Job) -> Peak:
+def simulate(options: Options) -> Peak:
     """The peak of the bytes alive over three updates, one with a first basis, one with a new one, one between them.
 
     The training step is the real one, with its hooks, checkpoints and optimizer; no memory of the job's size is used.
     What an operation of a device allocates and frees inside of itself is not seen.
 
+    Args:
+        options: of a run, or a :class:`lowrank_optim.memory.job.Job`.
+
     Raises:
-        ValueError, RuntimeError: as the job's model and optimizer raise them.
+        UserError, ValueError, RuntimeError: as :func:`lowrank_optim.pretrain.build.build` raises them.
     """
-    job = replace(job, optimizer_args=_gap_of_two(job))
-    model = job.build_model("meta")
+    run, config = settle(options)
+    model = build_network(run, config, "meta")
     with (
         _without_cached_tensors(),
         _as_if_with_data(),
@@ -43,39 +46,41 @@ def simulate(job: Job) -> Peak:
         allocate_(model, "cpu")
         tracker.label([*model.parameters(), *model.buffers()], "weights")
         tracker.watch(model)
-        optimizer = job.build_optimizer(model)
-        handle = _watch_updates(job, model, optimizer, tracker)
-        batches = job.batches(model.config.vocab_size, "cpu")
+        optimizer = optimizer_for(run, model)
+        _shorten_gap_(optimizer)
+        update = _watched_updater(run, model, optimizer, tracker)
+        batches = random_batches(run, config.vocab_size, "cpu")
         tracker.label([tensor for batch in batches for tensor in batch], "other")
-        for update in UPDATES:
-            tracker.part(update)
-            train_update(job, model, optimizer, handle, batches, tracker.during)
+        for name in UPDATES:
+            tracker.part(name)
+            update(batches, run.accumulate * run.batch_size * (run.seq_len - 1))
         return tracker.peak()
 
 
-def _gap_of_two(job: Job) -> Mapping[str, Any]:
-    given = dict(job.optimizer_args)
-    accepted = accepted_arguments(job.optimizer)
-    # Staggered refreshes come a few at a time: a gap of two would make them come in halves.
-    if "update_proj_gap" in accepted and given.get("update_proj_gap", 2) > 1 and not given.get("stagger"):
-        given["update_proj_gap"] = 2
-    return given
+def _shorten_gap_(optimizer: Optimizer) -> None:
+    """Let an update of each kind come within three updates."""
+    for group in optimizer.param_groups:
+        # Staggered refreshes come a few at a time: a gap of two would make them come in halves.
+        if group.get("update_proj_gap", 1) > 1 and not group.get("stagger"):
+            group["update_proj_gap"] = 2
 
 
-def _watch_updates(job: Job, model: nn.Module, optimizer: Optimizer, tracker: Tracker) -> StepInBackward | None:
-    """Register the job's hooks, and book gradients as such and updates to the name of their parameter."""
+def _watched_updater(run: Resolved, model: nn.Module, optimizer: Optimizer, tracker: Tracker) -> Updater:
+    """The run's updater, which books gradients as such and updates to the name of their parameter."""
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     trained = [p for p in names if p.requires_grad]
     phases = ExitStack()
 
     def arrives(param: Tensor) -> None:
         tracker.label([param.grad], "gradients")
-        if job.per_layer:
+        if run.per_layer:
             phases.enter_context(tracker.during("update", names[param]))
 
     for p in trained:
         p.register_post_accumulate_grad_hook(arrives)  # type: ignore[no-untyped-call]
-    handle = hooks(job, optimizer)
+    # Between the two, as hooks run in the order of their registration.
+    update = Updater(run, model, optimizer, phase=tracker.during)
+    handle = update.in_backward
 
     def leaves(param: Tensor) -> None:
         phases.close()
@@ -86,14 +91,14 @@ def _watch_updates(job: Job, model: nn.Module, optimizer: Optimizer, tracker: Tr
     for p in trained:
         p.register_post_accumulate_grad_hook(leaves)  # type: ignore[no-untyped-call]
     step_param = getattr(optimizer, "step_param", None)
-    if step_param is not None and not job.per_layer:
+    if step_param is not None and not run.per_layer:
 
         def tracked(param: Tensor, group: dict[str, Any]) -> None:
             with tracker.during("update", names[param]):
                 step_param(param, group)
 
         optimizer.step_param = tracked  # type: ignore[attr-defined]
-    return handle
+    return update
 
 
 @contextmanager
@@ -124,7 +129,7 @@ def _as_if_with_data() -> Iterator[None]:
 
 
 def _clear_caches() -> None:
-    columns.BUILT.clear()
+    fixed_basis.BUILT.clear()
     dct.PLANS.clear()
     for name, module in list(sys.modules.items()):
         if name.startswith("lowrank_optim."):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lowrank_optim.memory.plan import CATEGORIES
+from lowrank_optim.memory.estimate import CATEGORIES
 
 _aten = torch.ops.aten
 

@@ -225,6 +225,10 @@ class LowRankOptimizer(Optimizer):
         """The parts of one parameter; its subspace is None where it gets the full-rank rule."""
         return self._view_and_parts(param, group)[1]
 
+    def accumulates(self, param: Tensor, group: Group) -> bool:
+        """Whether micro-batches of one parameter can be summed at low rank; see :func:`step_in_backward`."""
+        return can_accumulate(self.parts_of(param, group), group)
+
     def slots_of(self, param: Tensor, group: Group) -> Slots:
         """Every tensor and number that the state of a parameter may hold: its schema."""
         return self._slots(param, group, *self._view_and_parts(param, group))
@@ -624,7 +628,7 @@ def scheduled(state: State, group: Group, place: int) -> bool:
     # A tensor is read from the device: a capturable step should run inside of a CUDA graph, where nothing is due.
     step = int(state["step"])
     # A lazy subspace keeps a gap of its own.
-    gap: int = state.get("gap", group["update_proj_gap"])
+    gap: int = state["gap"] if "gap" in state else group["update_proj_gap"]
     offset = int(gap * (place * 0.6180339887498949 % 1.0)) if group["stagger"] else 0
     return bool(step == 0 or (step + offset) % gap == 0)
 

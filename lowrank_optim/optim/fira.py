@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -18,13 +19,18 @@ RESIDUALS = ("reference", "paper")
 ADAM = Adam()
 
 
-def residual_norm(phi: Tensor, norms: Norms, inner: float) -> Tensor:
+def residual_norm(phi: Tensor, norms: Norms, inner: float, image: Tensor | None = None) -> Tensor:
     """||phi (G - inner R Pᴴ)|| of every matrix, (..., 1, 1), from the norms of rows: the residual is never formed.
 
-    With R = G P and an orthonormal P, row by row ||g - inner r Pᴴ||² = ||g||² - inner (2 - inner) ||r||².
+    With R = G P, row by row ||g - inner r Pᴴ||² = ||g||² - 2 inner ||r||² + inner² ||r Pᴴ||².
+
+    Args:
+        image: ||r Pᴴ||² (..., rows, 1); None for ||r||², which it is for an orthonormal P.
     """
+    inside = norms.low.square()
+    image = inside if image is None else image
     # The difference of nearly equal numbers where hardly anything lies outside: never below zero.
-    outside = (norms.grad.square() - inner * (2 - inner) * norms.low.square()).clamp_min_(0)
+    outside = (norms.grad.square() - 2 * inner * inside + inner**2 * image).clamp_min_(0)
     return (phi.square() * outside).sum((-2, -1), keepdim=True).sqrt()
 
 
@@ -43,7 +49,12 @@ class Residual(GrowthLimiter):
         alpha, paper = group["alpha"], group["residual"] == "paper"
         inner = 1.0 if paper else alpha
         scaling = factors(step.norms)
-        norm = residual_norm(scaling.phi, step.norms, inner)
+        image = None
+        if paper and torch.finfo(step.grad.dtype).bits < 32:
+            # A basis of 16 bits is orthonormal to 2e-3: too little where all of the gradient but that lies inside.
+            wide = step.subspace.basis(step.grad, state, group).to(step.low.dtype)
+            image = ((step.low @ (wide.mT @ wide)) * step.low).sum(-1, keepdim=True)
+        norm = residual_norm(scaling.phi, step.norms, inner, image)
         # In the paper the limiter looks at the update after bias correction.
         seen = norm * ADAM.correction(state["step"], group) if paper else norm
         row_scale = scaling.phi * self.limit(seen, scaling.direction, state, group)

@@ -62,7 +62,7 @@ class Restarting(Oriented):
 class CosineColumns(Columns):
     """The columns of the orthonormal DCT-II in which the gradient is largest, on any side."""
 
-    accumulation = None
+    accumulation: ClassVar[Accumulation | None] = None
     options = {}
 
     def check(self, group: Group) -> None:

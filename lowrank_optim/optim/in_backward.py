@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowrank_optim.optim.accumulation import SUM_DTYPES, Accumulator
-from lowrank_optim.optim.engine import LowRankOptimizer, can_accumulate
+from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.optim.parts import Group
 from lowrank_optim.optim.validation import check_choice, check_positive_int, check_range
 
@@ -239,7 +239,7 @@ class StepInBackward:
             )
         self._seen.add(param)
         group = self.optimizer.entry(param).group
-        if self.two_phase and can_accumulate(self.optimizer.parts_of(param, group), group):
+        if self.two_phase and self.optimizer.accumulates(param, group):
             if param not in self._sums:
                 self._sums[param] = Accumulator(self.optimizer, param, group, self.sum_dtype)
             self._sums[param].add()

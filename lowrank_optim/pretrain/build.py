@@ -1,75 +1,119 @@
-"""From options to model and optimizer."""
+"""From options to model and optimizer, for runs as for what predicts them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from lowrank_optim.nn import quantize_weights
+from lowrank_optim.nn.restarts import Restart
 from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.optim.in_backward import StepInBackward, step_in_backward
-from lowrank_optim.pretrain.config import Options, Resolved, UserError, user_errors
-from lowrank_optim.pretrain.llama import build_config, build_model
+from lowrank_optim.pretrain.config import Options, Resolved
+from lowrank_optim.pretrain.llama import build_config, build_model, checkpoint_activations_
 from lowrank_optim.pretrain.optimizers import build_optimizer, parse_optimizer_args
-from lowrank_optim.pretrain.parameterizations import parameterize_, plan_parameterization
+from lowrank_optim.pretrain.parameterizations import LayerSpec, build_restarts, layer_spec, parameterize_
 from lowrank_optim.pretrain.recipes import resolve
-from lowrank_optim.pretrain.report import DTYPES
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 def build(
-    options: Options, device: torch.device | str, processes: int
+    options: Options, device: torch.device | str, *, processes: int = 1, config: LlamaConfig | None = None
 ) -> tuple[Resolved, LlamaConfig, PreTrainedModel, Optimizer]:
-    """Options with the published values, configuration, model, and optimizer; ``device`` may be "meta".
+    """The run that options describe: :func:`settle`, :func:`build_network` and :func:`optimizer_for`, in this order.
 
     Raises:
-        UserError: options that contradict each other or are out of range.
+        UserError, ValueError, RuntimeError, ImportError: options that contradict each other or are out of range, or a
+            package that they need is not installed.
     """
-    with user_errors(ImportError):
-        config = build_config(options.model)
-        run = resolve(options, hidden_size=config.hidden_size, processes=processes)
-        if run.seq_len > config.max_position_embeddings:
-            raise UserError(
-                f"Invalid seq_len: {run.seq_len}, expected at most {config.max_position_embeddings} for {run.model}"
-            )
-        if run.weights == "bf16" and run.dtype != "bf16":
-            raise UserError(f"Invalid weights: 'bf16' with dtype={run.dtype!r}, expected 'int8' or --dtype bf16")
-        layers = None
-        if run.parameterization:
-            pairs = parse_optimizer_args(run.parameterization_args, "parameterization")
-            layers = plan_parameterization(run.parameterization, pairs)
-            config.hidden_act = layers.hidden_act or config.hidden_act
-        torch.manual_seed(run.seed)
-        # A card that has room for int8 weights may have none for those that they are made of.
-        first = "cpu" if run.weights == "int8" and str(device) != "meta" else device
-        model = build_model(config, device=first, dtype=DTYPES[run.dtype])
-        if layers:
-            parameterize_(model, layers, seed=run.seed)
-        if run.weights == "int8":
-            quantize_weights(model)
-            model.to(device)
-        args = parse_optimizer_args(run.optimizer_args)
-        optimizer = build_optimizer(run.optimizer, model, lr=run.lr, weight_decay=run.weight_decay, args=args)
-        if run.weights == "int8" and not isinstance(optimizer, LowRankOptimizer):
-            raise UserError(f"Invalid weights: 'int8' with {run.optimizer}, expected an optimizer of lowrank_optim")
+    run, config = settle(options, processes=processes, config=config)
+    model = build_network(run, config, device)
+    return run, config, model, optimizer_for(run, model)
+
+
+def settle(options: Options, *, processes: int = 1, config: LlamaConfig | None = None) -> tuple[Resolved, LlamaConfig]:
+    """The options with the published values of what is not given, and the configuration of the model to train.
+
+    Args:
+        options: what is trained and how.
+        processes: how many train together.
+        config: taken instead of the one that ``options.model`` names.
+    """
+    config = build_config(options.model) if config is None else config
+    run = resolve(options, hidden_size=config.hidden_size, processes=processes)
+    if run.seq_len > config.max_position_embeddings:
+        raise ValueError(
+            f"Invalid seq_len: {run.seq_len}, expected at most {config.max_position_embeddings} for {run.model}"
+        )
+    if run.weights == "bf16" and run.dtype != "bf16":
+        raise ValueError(f"Invalid weights: 'bf16' with dtype={run.dtype!r}, expected 'int8' or --dtype bf16")
+    if run.weights == "int8" and run.parameterization:
+        raise ValueError(f"Invalid weights: 'int8', expected 'bf16' with the parameterization {run.parameterization}")
+    if layers := _layers(run):
+        # CoLA was published with an activation of its own.
+        config.hidden_act = layers.hidden_act or config.hidden_act
+    return run, config
+
+
+def build_network(run: Resolved, config: LlamaConfig, device: torch.device | str) -> PreTrainedModel:
+    """The model with freshly drawn weights, ready to train; on ``device="meta"`` it takes no memory."""
+    torch.manual_seed(run.seed)
+    # A card that has room for int8 weights may have none for those that they are made of.
+    first = "cpu" if run.weights == "int8" and str(device) != "meta" else device
+    model = build_model(config, device=first, dtype=DTYPES[run.dtype])
+    if layers := _layers(run):
+        parameterize_(model, layers, seed=run.seed)
+    if run.weights == "int8":
+        quantize_weights(model)
+        model.to(device)
+    if run.checkpointing:
+        checkpoint_activations_(model, every=run.checkpoint_every)
+    return model
+
+
+def optimizer_for(run: Resolved, model: nn.Module) -> Optimizer:
+    """The optimizer of a run over the parameters of its model; ``run.lr`` becomes the rate that it has."""
+    args = parse_optimizer_args(run.optimizer_args)
+    optimizer = build_optimizer(run.optimizer, model, lr=run.lr, weight_decay=run.weight_decay, args=args)
+    if run.weights == "int8" and not isinstance(optimizer, LowRankOptimizer):
+        raise ValueError(f"Invalid weights: 'int8' with {run.optimizer}, expected an optimizer of lowrank_optim")
     run.lr = float(optimizer.param_groups[0]["lr"])
-    return run, config, model, optimizer
+    return optimizer
 
 
-def start_in_backward(run: Resolved, optimizer: Optimizer) -> StepInBackward:
-    """``--per-layer``: updates within the backward pass from now on.
+def restarts_for(run: Resolved, model: nn.Module, optimizer: Optimizer) -> list[Restart]:
+    """The restarts of a run, in the order in which they act."""
+    args = parse_optimizer_args(run.restart_args, "restart")
+    return build_restarts(run.restarts, args, model, optimizer, first=run.warmup_steps, seed=run.seed)
+
+
+def start_in_backward(run: Resolved, optimizer: Optimizer) -> StepInBackward | None:
+    """``--per-layer``: updates within the backward pass from now on; None where the run has none.
 
     Raises:
-        UserError: an optimizer of another package.
+        ValueError: an optimizer of another package.
     """
-    with user_errors(TypeError):
+    if not run.per_layer:
+        return None
+    try:
         return step_in_backward(
             optimizer,  # type: ignore[arg-type]
             accumulate=run.accumulate,
             max_norm=run.grad_clip or None,
             sum_dtype=DTYPES[run.accumulate_dtype],
         )
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def _layers(run: Resolved) -> LayerSpec | None:
+    if not run.parameterization:
+        return None
+    return layer_spec(run.parameterization, parse_optimizer_args(run.parameterization_args, "parameterization"))

@@ -12,22 +12,19 @@ import copy
 import json
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from lowrank_optim.nn.base import FactoredLinear
 from lowrank_optim.nn.convert import factored_layers
-from lowrank_optim.nn.restarts import Restart
-from lowrank_optim.optim.in_backward import StepInBackward
 from lowrank_optim.pretrain.cache import write_folder
 from lowrank_optim.pretrain.config import Options, Resolved, UserError
+from lowrank_optim.pretrain.update import Updater
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,19 +52,13 @@ class Progress:
 def save(
     folder: Path,
     progress: Progress,
+    update: Updater,
     *,
-    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    optimizer: Optimizer,
-    schedule: LRScheduler,
-    restarts: Sequence[Restart],
-    in_backward: StepInBackward | None,
     processes: list[dict[str, Any]],
-    options: Resolved,
     fingerprint: str,
-    keep: int,
 ) -> Path:
-    """Write ``folder/checkpoint-<step>`` in one rename, then drop the oldest beyond ``keep`` (0 = none).
+    """Write ``folder/checkpoint-<step>`` in one rename, then drop the oldest beyond ``run.keep`` (0 = none).
 
     Raises:
         UserError: it cannot be written; whatever was saved before is untouched.
@@ -75,24 +66,16 @@ def save(
     target = folder / f"checkpoint-{progress.step}"
 
     def fill(into: Path) -> None:
-        _save_model(model, into)
+        _save_model(update.model, into)
         tokenizer.save_pretrained(into)
-        _save(
-            {
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "restarts": [restart.state_dict() for restart in restarts],
-                "in_backward": in_backward.state_dict() if in_backward else None,
-            },
-            into / "optimizer.pt",
-        )
+        _save(update.state_dict(), into / "optimizer.pt")
         _save(processes, into / "processes.pt")
         state = {
             "format": FORMAT,
             "progress": asdict(progress),
             "fingerprint": fingerprint,
             "processes": len(processes),
-            "options": asdict(options),
+            "options": asdict(update.run),
             "torch": torch.__version__,
         }
         (into / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -104,7 +87,7 @@ def save(
         before = checkpoints(folder)
         kept = f"{before[-1]} is intact" if before else "no earlier checkpoint exists"
         raise UserError(f"Cannot save {target}: {_reason(error)}; {kept}") from error
-    for old in checkpoints(folder)[: -keep or None] if keep else []:
+    for old in checkpoints(folder)[: -update.run.keep or None] if update.run.keep else []:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -200,10 +183,7 @@ def read_state(path: Path, options: Resolved, *, processes: int) -> tuple[Progre
     return progress, fingerprint
 
 
-def load_(
-    path: Path, *, model: PreTrainedModel, optimizer: Optimizer, schedule: LRScheduler, restarts: Sequence[Restart],
-    in_backward: StepInBackward | None, rank: int,
-) -> Any:  # fmt: skip
+def load_(path: Path, update: Updater, *, rank: int) -> Any:
     """Load a checkpoint in place; returns the data position of process ``rank`` and restores its random states.
 
     Raises:
@@ -212,17 +192,12 @@ def load_(
     from safetensors.torch import load_model
 
     try:
-        weights = FACTORED if factored_layers(model) else "model.safetensors"
+        weights = FACTORED if factored_layers(update.model) else "model.safetensors"
         # Mapped files, copied tensor by tensor: a card without room for two of everything can resume.
-        load_model(model, path / weights, device="cpu")
+        load_model(update.model, path / weights, device="cpu")
         saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
         processes = torch.load(path / "processes.pt", map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        for restart, state in zip(restarts, saved["restarts"], strict=True):
-            restart.load_state_dict(state)
-        if in_backward:
-            in_backward.load_state_dict(saved["in_backward"])
+        update.load_state_dict(saved)
     except Exception as error:
         raise UserError(f"Broken checkpoint: {path} ({' '.join(str(error).split())[:300]})") from error
     set_random_state(processes[rank]["random"])

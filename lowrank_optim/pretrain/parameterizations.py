@@ -99,7 +99,7 @@ PUBLISHED: dict[str, dict[str, Published]] = {
 }
 
 
-class Plan(NamedTuple):
+class LayerSpec(NamedTuple):
     """A parameterization and where it goes.
 
     Attributes:
@@ -127,12 +127,12 @@ def published(name: str, model: str, hidden_size: int) -> Published:
     return smallest._replace(args={**smallest.args, "rank": rank}, max_steps=None, warmup_steps=None)
 
 
-def plan_parameterization(name: str, args: Mapping[str, Any]) -> Plan:
+def layer_spec(name: str, args: Mapping[str, Any]) -> LayerSpec:
     """Options from a name in any case and from keyword arguments.
 
     Args:
         name: "sltrain", "lost", ...
-        args: fields of the options dataclass; ``targets`` and ``hidden_act`` as in :class:`Plan`.
+        args: fields of the options dataclass; ``targets`` and ``hidden_act`` as in :class:`LayerSpec`.
 
     Raises:
         ValueError: unknown name or argument (the nearest is named), or a value out of range.
@@ -145,12 +145,12 @@ def plan_parameterization(name: str, args: Mapping[str, Any]) -> Plan:
     except TypeError as error:
         raise ValueError(f"Invalid arguments for {name}: {dict(args)} ({error})") from error
     rest = {key: args[key] for key in ("targets", "hidden_act") if key in args}
-    return Plan(options, **rest)
+    return LayerSpec(options, **rest)
 
 
-def parameterize_(model: nn.Module, plan: Plan, *, seed: int = 0) -> list[str]:
+def parameterize_(model: nn.Module, spec: LayerSpec, *, seed: int = 0) -> list[str]:
     """Convert ``model`` in place; returns the names of the replaced layers."""
-    return convert(model, plan.options, plan.targets, seed=seed)
+    return convert(model, spec.options, spec.targets, seed=seed)
 
 
 def build_restarts(

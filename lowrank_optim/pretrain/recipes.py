@@ -72,9 +72,11 @@ def resolve(options: Options, *, hidden_size: int, processes: int) -> Resolved:
     """
     budget = BUDGETS.get(options.model, BUDGETS["llama_60m"])
     values = dataclasses.asdict(options)
+    arguments = parse_optimizer_args(options.optimizer_args)
 
     def default(name: str, value: Any) -> None:
-        if values[name] is None:
+        # A rate or a decay among the optimizer's arguments is given as well.
+        if values[name] is None and not (name in ("lr", "weight_decay") and name in arguments):
             values[name] = value
 
     if options.parameterization is not None:
@@ -87,9 +89,9 @@ def resolve(options: Options, *, hidden_size: int, processes: int) -> Resolved:
     default("eval_batches", math.ceil(budget.evaluated_tokens / (values["batch_size"] * values["seq_len"])))
     if options.optimizer.startswith("GaLore"):
         galore = GALORE.get(options.model) or GALORE["llama_60m"]._replace(rank=max(1, hidden_size // 4))
-        arguments = galore._asdict()
-        default("lr", arguments.pop("lr"))
-        _add_pairs(values, "optimizer_args", arguments)
+        rest = galore._asdict()
+        default("lr", rest.pop("lr"))
+        _add_pairs(values, "optimizer_args", rest)
     default("lr", BASELINE_LR.get(options.optimizer))
     if "weight_decay" in accepted_arguments(options.optimizer):
         default("weight_decay", 0.0)

@@ -1,4 +1,4 @@
-"""What a run says: banner, plan, log line, memory table."""
+"""What a run says: banner, methods, log line, memory table."""
 
 from __future__ import annotations
 
@@ -17,15 +17,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lowrank_optim.memory.plan import estimate, tensor_bytes
 from lowrank_optim.pretrain.checkpoint import Progress
 from lowrank_optim.pretrain.config import Resolved
-from lowrank_optim.pretrain.optimizers import parse_optimizer_args
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KEPT = ("weights", "gradients", "optimizer")
 # Dense bf16 peaks of NVIDIA's data sheets, FLOP/s; the first name found in the device's name counts.
 BF16_PEAKS = {
@@ -100,27 +97,6 @@ def memory_table(rows: Mapping[str, Mapping[str, int]]) -> str:
         (name, *(sizes[k] / 2**20 for k in KEPT), sum(sizes[k] for k in KEPT) / 2**20) for name, sizes in rows.items()
     ]
     return table([("MiB", "weights", "gradients", "optimizer state", "total"), *body])
-
-
-def measured_bytes(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
-    """Bytes of the tensors that exist now; called between a step and ``zero_grad``."""
-    sizes = tensor_bytes(model, optimizer)
-    state = sum(sizes["optimizer"].values())
-    return {"weights": sizes["weights"], "gradients": sizes["gradients"], "optimizer": state}
-
-
-def predicted_bytes(config: LlamaConfig, options: Resolved, optimizer: str) -> dict[str, int]:
-    """The exact prediction for the run of ``options``; with another optimizer for the dense model."""
-    dtype = DTYPES[options.dtype]
-    if optimizer != options.optimizer:
-        return dict(estimate(config, optimizer, {}, dtype).by_category)
-    args = parse_optimizer_args(options.optimizer_args)
-    layers = parse_optimizer_args(options.parameterization_args, "parameterization")
-    kept = estimate(
-        config, optimizer, args, dtype, options.parameterization, layers,
-        weights=options.weights or "bf16", per_layer=options.per_layer,
-    )  # fmt: skip
-    return dict(kept.by_category)
 
 
 def memory_in_use(device: torch.device) -> tuple[int, int]:

@@ -22,8 +22,18 @@ def test_json(capsys):
     assert sum(answer["optimizer_by_key"].values()) == answer["by_category"]["optimizer"]
     # 8,995,968 parameters of two bytes
     assert answer["by_category"]["weights"] == answer["by_category"]["gradients"] == 2 * 8_995_968
-    assert answer["optimizer_args"] == {"rank": 16}
+    # The rest is published for the size.
+    assert answer["optimizer_args"] == {"rank": 16, "update_proj_gap": 200, "scale": 0.25}
     assert answer["dtype"] == "bfloat16"
+
+
+def test_a_job_is_read_from_the_file_of_a_run(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("model: llama_9m\noptimizer: GaLoreAdamW\noptimizer_args: {rank: 16}\nlr: 0.1\n")
+    from_file = run_json(capsys, "estimate", "--config", str(tmp_path / "run.yaml"))
+    assert from_file == run_json(capsys, *GALORE)
+    # The line overrides the file.
+    other = run_json(capsys, "estimate", "--config", str(tmp_path / "run.yaml"), "--dtype", "fp32")
+    assert other["dtype"] == "float32"
 
 
 def test_dtype(capsys):
@@ -50,10 +60,9 @@ def test_sheet_shows_both_units_and_what_is_missing(capsys):
         ([*GALORE, "scale=-1"], "Invalid scale: -1"),
         ([*GALORE, "betas=0.9"], "betas"),
         ([*GALORE, "--dtype", "int3"], "invalid choice: 'int3'"),
-        ([*GALORE, "--batch-size", "0"], "expected a positive int"),
+        ([*GALORE, "--batch-size", "0"], "Invalid batch_size: 0, expected a positive number"),
         ([*GALORE, "--weights", "int4"], "invalid choice: 'int4'"),
         ([*GALORE, "--bogus"], "--bogus"),
-        (["estimate", "--model", "llama_9m"], "--optimizer"),
         (["compare", "--model", "llama_9m", "--optimizer", "AdamW", "--optimizer-args", "rank=1"], "'rank'"),
         (["compare", "--model", "llama_9m", "--optimizer-args", "rnk=1"], "did you mean rank?"),
         (["weigh"], "'weigh'"),

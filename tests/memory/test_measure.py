@@ -6,6 +6,7 @@ import pytest
 
 from lowrank_optim.memory import measure as measuring
 from lowrank_optim.memory.cli import main
+from lowrank_optim.memory.estimate import estimate
 from lowrank_optim.memory.job import Job
 from lowrank_optim.memory.measure import measure
 from lowrank_optim.memory.simulate import simulate
@@ -27,13 +28,17 @@ def test_a_resumed_run_makes_the_same_update(tmp_path, monkeypatch):
     monkeypatch.setattr(measuring, "_warm_up", lambda job: None)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(SMALL))
-    job = Job(str(path), "GaLoreAdamW8bit", {"rank": 16}, weights="int8", per_layer=True, seq_len=16)
+    job = Job(
+        model=str(path), optimizer="GaLoreAdamW8bit", optimizer_args={"rank": 16}, weights="int8", per_layer=True,
+        seq_len=16,
+    )  # fmt: skip
     whole = measuring.run(job, updates=2, device="cpu", save=str(tmp_path))
     resumed = measuring.run(job, updates=2, device="cpu", load=str(tmp_path))
     assert len(whole.losses) == 3
     assert (resumed.losses, resumed.weight_sum) == (whole.losses[2:], whole.weight_sum)
-    assert whole.by_category["weights"] == job.estimate().by_category["weights"]
-    assert whole.by_category["optimizer"] == job.estimate().by_category["optimizer"]
+    expected = estimate(job).by_category
+    assert whole.by_category["weights"] == expected["weights"]
+    assert whole.by_category["optimizer"] == expected["optimizer"]
 
 
 @pytest.mark.slow
@@ -64,5 +69,8 @@ def test_another_optimizer_has_no_per_layer_updates(capsys):
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("name", ["GaLoreAdamW", "GaLoreAdamW8bit", "DCTAdamW", "FiraAdamW", "APOLLOAdamW"])
 def test_simulation_within_five_percent_of_a_run(name, dtype, per_layer):
-    job = Job("llama_60m", name, {"rank": 128, "update_proj_gap": 2}, dtype=dtype, seq_len=64, per_layer=per_layer)
+    job = Job(
+        model="llama_60m", optimizer=name, optimizer_args={"rank": 128, "update_proj_gap": 2}, dtype=dtype,
+        seq_len=64, per_layer=per_layer,
+    )  # fmt: skip
     assert simulate(job).peak_bytes == pytest.approx(measure(job)[0].peak_bytes, rel=0.05)

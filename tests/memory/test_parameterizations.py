@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from lowrank_optim.memory.cli import main
-from lowrank_optim.memory.plan import estimate, tensor_bytes
-from lowrank_optim.pretrain.llama import PRESETS, build_config, build_model
-from lowrank_optim.pretrain.optimizers import build_optimizer
-from lowrank_optim.pretrain.parameterizations import parameterize_, plan_parameterization
+from lowrank_optim.memory.estimate import estimate
+from lowrank_optim.memory.job import Job
+from lowrank_optim.pretrain.build import build
+from lowrank_optim.pretrain.llama import PRESETS
+from lowrank_optim.pretrain.sizes import tensor_bytes
 
 SMALL = {
     "model_type": "llama",
@@ -48,7 +49,9 @@ def count(size: str, rank: int | None = None, density: float = 0.0) -> int:
 )
 def test_published_parameter_counts(size: str, rank: int, density: float, millions: tuple[float, float, float]) -> None:
     # No options given: they are those of the size.
-    dense, low, sparse = (estimate(size, "AdamW", parameterization=name) for name in (None, "lowrank", "sltrain"))
+    dense, low, sparse = (
+        estimate(Job(model=size, optimizer="AdamW", parameterization=name)) for name in (None, "lowrank", "sltrain")
+    )
     assert dense.parameters == count(size)
     assert low.parameters == count(size, rank)
     assert sparse.parameters == count(size, rank, density)
@@ -73,7 +76,7 @@ def test_published_parameter_counts(size: str, rank: int, density: float, millio
 )
 def test_bytes_of_weights_and_states(name: str, optimizer: str, expected: tuple[float, ...]) -> None:
     for size, gigabytes in zip(SIZES, expected, strict=True):
-        result = estimate(size, optimizer, parameterization=name)
+        result = estimate(Job(model=size, optimizer=optimizer, parameterization=name))
         total = result.by_category["weights"] + result.by_category["optimizer"]
         # Half a unit of the last printed digit, and the step counters.
         assert total / 1e9 == pytest.approx(gigabytes, abs=6e-3 if gigabytes > 10 else 6e-4), size
@@ -93,20 +96,21 @@ def test_bytes_of_weights_and_states(name: str, optimizer: str, expected: tuple[
         ("loro", "LOROAdamW"),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_estimate_equals_a_stepped_optimizer_to_the_byte(
-    tmp_path: Any, name: str, optimizer: str, dtype: torch.dtype
+    tmp_path: Any, name: str, optimizer: str, dtype: str
 ) -> None:
     if optimizer.endswith("8bit"):
         pytest.importorskip("bitsandbytes")
     path = tmp_path / "config.json"
     path.write_text(json.dumps(SMALL))
     layers, args = {"rank": 16}, {"rank": 8} if optimizer == "GaLoreAdamW" else {}
-    predicted = estimate(str(path), optimizer, args, dtype, name, layers)
-    model = build_model(build_config(str(path)), dtype=dtype)
-    plan = plan_parameterization(name, predicted.parameterization_args)
-    parameterize_(model, plan)
-    built = build_optimizer(optimizer, model, lr=1e-3, args=args)
+    job = Job(
+        model=str(path), optimizer=optimizer, optimizer_args=args, dtype=dtype, parameterization=name,
+        parameterization_args=layers,
+    )  # fmt: skip
+    predicted = estimate(job)
+    _, _, model, built = build(job, "cpu")
     tokens = torch.randint(0, 128, (1, 8))
     model(input_ids=tokens, labels=tokens).loss.backward()
     built.step()

@@ -1,178 +1,58 @@
-"""The estimate against real tensors of a small LLaMA, and against the closed form for LLaMA-7B."""
-
 import json
-import math
+import shlex
 
 import pytest
-import torch
-from torch import nn
 
-from lowrank_optim.memory.plan import estimate, init_state_, tensor_bytes
-from lowrank_optim.pretrain.llama import PRESETS, build_config, build_model
-from lowrank_optim.pretrain.optimizers import build_optimizer
+from lowrank_optim.memory import plan as planning
+from lowrank_optim.memory.cli import main
+from lowrank_optim.memory.job import Job
+from lowrank_optim.pretrain.command_line import parse_options
 
-# The odd feed-forward width leaves the last 256-element block of bitsandbytes partly filled.
-SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 171,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 128,
-    "tie_word_embeddings": False,
-}
-
-METHODS = [
-    ("GaLoreAdamW", {"rank": 16}),
-    ("GaLoreAdamW", {"rank": 16, "proj_type": "reverse_std"}),
-    ("GaLoreAdamW", {"rank": 64}),
-    ("AdamW", {}),
-    ("AdamW", {"amsgrad": True}),
-    ("SGD", {"momentum": 0.9}),
-    ("SGD", {}),
-    ("Adafactor", {}),
-    ("AdamW8bit", {}),
-    ("Lion8bit", {}),
-]
-if hasattr(torch.optim, "Muon"):
-    METHODS.append(("Muon", {}))
+LINE = "plan --model llama_9m --tokens 1024 --optimizer AdamW GaLoreAdamW8bit"
 
 
-def save_config(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**SMALL, **changes}))
-    return str(path)
+def run_json(capsys, *more):
+    assert main([*LINE.split(), *more, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
 
 
-def train_one_step(config, name, args, dtype):
-    model = build_model(build_config(config), dtype=dtype)
-    optimizer = build_optimizer(name, model, lr=1e-3, args=args)
-    tokens = torch.randint(0, SMALL["vocab_size"], (1, 8))
-    model(input_ids=tokens, labels=tokens).loss.backward()
-    optimizer.step()
-    return model, optimizer
+def test_the_plan_fits_and_its_command_line_is_that_of_the_trainer(capsys):
+    # Less than AdamW takes with gradients and moments.
+    answer = run_json(capsys, "--gpu", "0.85GB")
+    plan = answer["plan"]
+    assert plan["peak_bytes"] <= answer["available_bytes"] == int((0.85e9 - 0.6e9) * 0.97)
+    assert plan["batch_size"] * plan["accumulate"] * plan["seq_len"] == 1024
+    words = shlex.split(plan["command"])
+    assert words[:2] == ["python", "train_llama.py"]
+    options = parse_options(words[2:])
+    assert Job(**{**vars(options), "config": None}).as_dict() == {key: plan[key] for key in Job().as_dict()}
 
 
-@pytest.mark.filterwarnings("ignore:.*compresses no parameter")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("name", "args"), METHODS, ids=str)
-def test_estimate_equals_a_stepped_optimizer_to_the_byte(tmp_path, name, args, dtype):
-    if name.endswith("8bit"):
-        pytest.importorskip("bitsandbytes")
-    config = save_config(tmp_path)
-    predicted = estimate(config, name, args, dtype)
-    model, optimizer = train_one_step(config, name, args, dtype)
-    measured = tensor_bytes(model, optimizer)
-
-    assert predicted.optimizer_by_key == measured["optimizer"]
-    assert predicted.by_category["weights"] == measured["weights"]
-    assert predicted.by_category["gradients"] == measured["gradients"]
-    assert predicted.total_bytes == sum(predicted.by_category.values())
-
-    # Independently of the counting function; tables that parameters share are told apart by their address.
-    tensors = {
-        value.data_ptr(): value.nbytes
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    }
-    assert predicted.by_category["optimizer"] == sum(tensors.values())
-    assert predicted.by_category["weights"] == sum(p.nbytes for p in model.parameters())
-    assert predicted.parameters == sum(p.numel() for p in model.parameters())
+def test_more_memory_is_never_slower(capsys, monkeypatch):
+    monkeypatch.setattr(planning, "simulate", lambda _: _Fits)
+    costs = [run_json(capsys, "--gpu", size)["plan"]["cost"] for size in ("0.8GB", "1GB", "24GB")]
+    assert costs == sorted(costs, reverse=True)
 
 
-def test_speed_options_do_not_change_the_estimate(tmp_path):
-    config = save_config(tmp_path)
-    plain = estimate(config, "AdamW", {}, torch.float32)
-    for option in ("foreach", "fused", "capturable"):
-        assert estimate(config, "AdamW", {option: True}, torch.float32).by_category == plain.by_category
+class _Fits:
+    peak_bytes = 0
+
+    @staticmethod
+    def as_dict():
+        return {}
 
 
-def test_tied_weights_count_once(tmp_path):
-    untied = estimate(save_config(tmp_path), "AdamW", {}, torch.float32)
-    config = save_config(tmp_path, tie_word_embeddings=True)
-    tied = estimate(config, "AdamW", {}, torch.float32)
-    head = SMALL["vocab_size"] * SMALL["hidden_size"]
-    assert untied.by_category["weights"] - tied.by_category["weights"] == 4 * head
-    assert untied.by_category["gradients"] - tied.by_category["gradients"] == 4 * head
-    assert untied.optimizer_by_key["exp_avg"] - tied.optimizer_by_key["exp_avg"] == 4 * head
-    measured = tensor_bytes(*train_one_step(config, "AdamW", {}, torch.float32))
-    assert measured["weights"] == tied.by_category["weights"]
+def test_nothing_fits(capsys):
+    assert run_json(capsys, "--gpu", "0.62GB")["plan"] is None
+    assert main([*LINE.split(), "--gpu", "0.62GB"]) == 0
+    assert "No plan fits" in capsys.readouterr().out
 
 
-def test_a_view_counts_for_the_storage_that_it_pins():
-    layer = nn.Linear(8, 4, bias=False)
-    optimizer = torch.optim.SGD(layer.parameters())
-    optimizer.state[layer.weight]["basis"] = torch.zeros(8, 8)[:, :2]
-    assert tensor_bytes(layer, optimizer) == {"weights": 128, "gradients": 0, "optimizer": {"basis": 256}}
-
-
-def test_buffers_of_the_state_dict_are_weights():
-    norm = nn.BatchNorm1d(4)
-    # weight, bias, mean and variance in fp32, one int64 counter
-    assert tensor_bytes(norm, torch.optim.SGD(norm.parameters()))["weights"] == 4 * 4 * 4 + 8
-
-
-def test_meta_initialisation_allocates_nothing_real():
-    model = build_model(build_config("llama_9m"), device="meta")
-    optimizer = build_optimizer("GaLoreAdamW", model, args={"rank": 16})
-    init_state_(optimizer)
-    tensors = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
-    assert tensors
-    assert all(tensor.is_meta for tensor in tensors)
-
-
-def count_7b():
-    """Parameters, embeddings with head and norms, and the (rows, columns) of the targeted matrices."""
-    shape = PRESETS["llama_7b"]
-    square, wide = (shape.hidden, shape.hidden), (shape.intermediate, shape.hidden)
-    matrices = [square, square, square, square, wide, wide, wide] * shape.layers
-    rest = 2 * shape.vocab * shape.hidden + (2 * shape.layers + 1) * shape.hidden
-    return rest + sum(m * n for m, n in matrices), rest, matrices
-
-
-@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)], ids=["fp32", "bf16"])
-def test_adamw_closed_form_7b(dtype, size):
-    total, _, matrices = count_7b()
-    assert total == 6_738_415_616
-    result = estimate("llama_7b", "AdamW", {}, dtype)
-    # torch keeps moments in the dtype of the parameter, and one fp32 step a tensor: matrices, norms, two tables
-    tensors = len(matrices) + 2 * 32 + 1 + 2
-    assert result.parameters == total
-    assert result.by_category == {
-        "weights": size * total,
-        "gradients": size * total,
-        "optimizer": 2 * size * total + 4 * tensors,
-        "activations": 0,
-        "other": 0,
-    }
-    assert result.not_included == ("activations", "other")
-    assert result.low_rank_parameters == 0
-
-
-@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)], ids=["fp32", "bf16"])
-def test_galore_closed_form_7b(dtype, size):
-    _, rest, matrices = count_7b()
-    rank = 1024
-    result = estimate("llama_7b", "GaLoreAdamW", {"rank": rank}, dtype)
-    low = sum(max(matrix) * rank for matrix in matrices)
-    basis = sum(min(matrix) * rank for matrix in matrices)
-    # Moments are fp32 whatever the weights are; bases are as the weights.
-    assert result.optimizer_by_key == {
-        "basis": size * basis,
-        "exp_avg": 4 * (low + rest),
-        "exp_avg_sq": 4 * (low + rest),
-    }
-    assert result.low_rank_parameters == sum(math.prod(matrix) for matrix in matrices)
-    # Counts of elements for this model at this rank, in millions: published recomputations of the memory tables.
-    assert [round(n / 1e6, 3) for n in (rest, result.low_rank_parameters, basis + 2 * low)] == [
-        262.410,
-        6476.005,
-        4177.527,
-    ]
-
-
-def test_a_configuration_is_taken_as_it_is():
-    config = build_config("llama_tiny", vocab_size=500)
-    smaller = estimate(config, "SGD", {}, torch.float32)
-    larger = estimate("llama_tiny", "SGD", {}, torch.float32)
-    assert larger.parameters - smaller.parameters == 2 * (8192 - 500) * 256
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [("--gpu 24", "expected a size such as 24GB"), ("--gpu 24GB --tokens 100", "at least one sequence of 256")],
+)
+def test_bad_input_is_one_line(more, message, capsys):
+    assert main([*LINE.split(), *more.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

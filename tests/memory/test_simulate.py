@@ -9,10 +9,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from lowrank_optim.memory.cli import main
-from lowrank_optim.memory.job import Job, train_update
+from lowrank_optim.memory.estimate import estimate
+from lowrank_optim.memory.job import Job
+from lowrank_optim.memory.measure import prepare, train_on_noise
 from lowrank_optim.memory.simulate import UPDATES, simulate
 from lowrank_optim.memory.tracker import Tracker
 from lowrank_optim.ops.dct import add_dct2_
+from lowrank_optim.pretrain.build import build
 from lowrank_optim.pretrain.optimizers import low_rank_names
 
 SMALL = {
@@ -99,10 +102,10 @@ def test_layers_of_forward_and_backward():
 @pytest.mark.parametrize("name", [*low_rank_names(), "AdamW", "SGD"])
 def test_what_stays_is_the_estimate(name, small):
     args = {"rank": 16} if name in low_rank_names() and name != "APOLLOMini" else {}
-    job = Job(small, name, args, dtype="bf16", seq_len=16)
-    peak, expected = simulate(job), job.estimate()
+    job = Job(model=small, optimizer=name, optimizer_args=args, seq_len=16)
+    peak, expected = simulate(job), estimate(job)
     # transformers keeps the frequencies of the positions out of the state dict.
-    buffers = sum(buffer.nbytes for buffer in job.build_model("meta").buffers())
+    buffers = sum(buffer.nbytes for buffer in build(job, "meta")[2].buffers())
     assert peak.by_category["weights"] == expected.by_category["weights"] + buffers
     assert peak.by_category["gradients"] <= expected.by_category["gradients"]
     # Tables that all parameters share are in no state; within the first update not every state is made yet.
@@ -112,14 +115,12 @@ def test_what_stays_is_the_estimate(name, small):
 
 def allocated(job):
     """Peak of what torch's CPU allocator hands out, by its own profile."""
-    model = job.materialize("cpu")
-    optimizer = job.build_optimizer(model)
-    batches = job.batches(model.config.vocab_size, "cpu")
+    update = prepare(job, "cpu")
+    model = update.model
     held = sum(t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()])
-    held += sum(t.nbytes for batch in batches[:1] for t in [batch.ids])
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         for _ in range(3):
-            train_update(job, model, optimizer, None, batches)
+            train_on_noise(update)
     events = sorted(
         (event.start_ns(), event.nbytes())
         for event in recorded.profiler.kineto_results.events()
@@ -136,18 +137,18 @@ def allocated(job):
 @pytest.mark.parametrize("name", ["GaLoreAdamW", "GaLoreAdamW8bit", "DCTAdamW", "APOLLOAdamW", "AdamW"])
 def test_the_peak_is_what_the_allocator_hands_out(name, dtype, small):
     args = {} if name == "AdamW" else {"rank": 16, "update_proj_gap": 2}
-    job = Job(small, name, args, dtype=dtype, batch_size=2, seq_len=32)
+    job = Job(model=small, optimizer=name, optimizer_args=args, dtype=dtype, batch_size=2, seq_len=32)
     assert simulate(job).peak_bytes == pytest.approx(allocated(job), rel=0.05)
 
 
 def test_checkpointing_leaves_the_inputs_of_the_layers(small):
     shape = {"batch_size": 8, "seq_len": 64}
-    plain, less = (simulate(Job(small, "SGD", checkpointing=flag, **shape)) for flag in (False, True))
+    plain, less = (simulate(Job(model=small, optimizer="SGD", checkpointing=flag, **shape)) for flag in (False, True))
     assert less.by_category["activations"] < 0.7 * plain.by_category["activations"]
 
 
 def test_no_tensor_without_data_stays_in_a_cache(small):
-    simulate(Job(small, "DCTAdamW", {"rank": 16}, seq_len=16))
+    simulate(Job(model=small, optimizer="DCTAdamW", optimizer_args={"rank": 16}, seq_len=16))
     transformed = torch.zeros(2, 64)
     add_dct2_(transformed, torch.ones(2, 64))
     assert torch.isfinite(transformed).all()

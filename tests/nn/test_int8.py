@@ -16,10 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from lowrank_optim import GaLoreAdamW, QGaLoreAdamW8bit
-from lowrank_optim.memory.plan import tensor_bytes
 from lowrank_optim.nn import Int8Linear, merge, merged_state_dict, quantize_weights
 from lowrank_optim.nn.int8 import _compiled_input_gradient
 from lowrank_optim.optim.engine import LowRankOptimizer
+from lowrank_optim.pretrain.sizes import tensor_bytes
 from tests.nn.parameterizations import TARGETS, Block, block, train
 from tests.optimizers import OPTIMIZERS, VARIANTS, build
 

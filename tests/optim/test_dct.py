@@ -119,7 +119,7 @@ def test_every_size_has_its_basis_and_none_is_in_the_state() -> None:
     optimizer.step()
     for p, (m, n) in zip(params, shapes):
         state = optimizer.state[p]
-        assert set(state) == {"step", "seed", "left", "indices", "exp_avg", "exp_avg_sq"}
+        assert set(state) == {"step", "seed", "waiting", "left", "rank", "indices", "exp_avg", "exp_avg_sq"}
         assert state["left"] is (m < n)
         assert state["exp_avg"].shape == (max(m, n), 4)
         indices = state["indices"].tolist()
@@ -201,7 +201,8 @@ def test_error_feedback_conserves_the_gradient(
     rounding = 1e-12
     p = nn.Parameter(torch.randn(shape, dtype=torch.float64))
     optimizer = DCTAdamW([p], rank=3, error_feedback=feedback, similarity=similarity, update_proj_gap=gap)
-    optimizer.rule = recorder = Recorder()
+    recorder = Recorder()
+    optimizer.triple = optimizer.triple._replace(rule=recorder)
     rows = basis_rows("dct2", 9, torch.float64, CPU)
     came, used = torch.zeros(14, 9, dtype=torch.float64), torch.zeros(14, 9, dtype=torch.float64)
     for _ in range(9):

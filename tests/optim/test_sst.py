@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim import SSTAdamW, spectral_groups
-from lowrank_optim.memory.plan import init_state_
+from lowrank_optim.memory.estimate import init_state_
 from lowrank_optim.nn import SST, SSTLinear, convert
 from lowrank_optim.ops.rounding import join_24_bits
 from lowrank_optim.ops.triplets import Triplets, compose

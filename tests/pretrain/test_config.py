@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_optim.pretrain.config import Options, UserError, parse_options, write_options
+from lowrank_optim.pretrain.command_line import parse_options, write_options
+from lowrank_optim.pretrain.config import Options, UserError
 from lowrank_optim.pretrain.recipes import resolve
 
 
@@ -53,8 +54,8 @@ def test_bad_lines(line: list[str], message: str) -> None:
         ("pack: 1", "Invalid pack"),
         ("dtype: fp8", "Invalid dtype"),
         ("config: other.yaml", "Invalid key"),
-        ("- a", "no mapping"),
-        ("a: [", "no YAML"),
+        ("- a", "not a mapping"),
+        ("a: [", "not valid YAML"),
     ],
 )
 def test_bad_yaml(tmp_path: Path, text: str, message: str) -> None:

@@ -12,15 +12,15 @@ import torch
 
 import train_llama
 from lowrank_optim.nn import MergeAndRestart, MomentumReset, WeightRefactorization
-from lowrank_optim.pretrain.config import parse_options
+from lowrank_optim.pretrain.command_line import parse_options
 from lowrank_optim.pretrain.llama import PRESETS
 from lowrank_optim.pretrain.metrics import read_metrics
 from lowrank_optim.pretrain.parameterizations import (
     PARAMETERIZATIONS,
     PUBLISHED,
     build_restarts,
+    layer_spec,
     parameterize_,
-    plan_parameterization,
 )
 from lowrank_optim.pretrain.recipes import resolve
 from tests.nn.parameterizations import block
@@ -94,7 +94,7 @@ def test_the_export_computes_what_was_trained(arguments: list[str], tmp_path: Pa
     end = tmp_path / "checkpoint-6"
     exported = LlamaForCausalLM.from_pretrained(end)
     trained = LlamaForCausalLM(exported.config)
-    parameterize_(trained, plan_parameterization("sltrain", {"rank": 4}), seed=5)
+    parameterize_(trained, layer_spec("sltrain", {"rank": 4}), seed=5)
     load_model(trained, end / "factored.safetensors")
     ids = torch.arange(20)[None]
     torch.testing.assert_close(exported(ids).logits, trained(ids).logits, rtol=0, atol=1e-4)
@@ -205,13 +205,13 @@ def test_every_published_setting_builds() -> None:
     for name, sizes in PUBLISHED.items():
         for size, recipe in sizes.items():
             assert size in PRESETS
-            plan = plan_parameterization(name, recipe.args)
-            assert plan.options.rank < PRESETS[size].hidden  # type: ignore[attr-defined]
+            spec = layer_spec(name, recipe.args)
+            assert spec.options.rank < PRESETS[size].hidden  # type: ignore[attr-defined]
 
 
 def test_kinds_of_restarts() -> None:
     model = block()
-    parameterize_(model, plan_parameterization("relora", {"rank": 4}))
+    parameterize_(model, layer_spec("relora", {"rank": 4}))
     optimizer = torch.optim.AdamW(model.parameters())
     kinds = {
         kind: [type(r) for r in build_restarts(kind, {}, model, optimizer, first=30, seed=0)]

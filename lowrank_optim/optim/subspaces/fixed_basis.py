@@ -16,6 +16,7 @@ from lowrank_optim.optim.options import flag, one_of
 from lowrank_optim.optim.parts import Accumulation, Group, Option, Refresh, Scalar, Slot, Slots, State, View, Which
 from lowrank_optim.optim.subspaces.oriented import Oriented, keep_where
 from lowrank_optim.optim.subspaces.random import add_to_columns_, pick_columns, predecessors, sketch_matrix
+from lowrank_optim.optim.validation import check_choice
 
 TRANSFORMS = {"dct2": add_dct2_, "dct3": add_dct3_}
 BASES = (*TRANSFORMS, "identity", "random")
@@ -136,10 +137,8 @@ class Columns(Oriented):
     }
 
     def check(self, group: Group) -> None:
-        if group["similarity"] == "fft" and group["basis"] not in TRANSFORMS:
-            raise ValueError(
-                f"Invalid basis: {group['basis']!r}, similarity='fft' works with {' and '.join(map(repr, TRANSFORMS))}"
-            )
+        if group["similarity"] == "fft":
+            check_choice("basis", group["basis"], TRANSFORMS)
 
     def slots(self, view: View, group: Group) -> Slots:
         indices = Slot((*view.batch, self.rank(view.shape, group)), torch.int64)

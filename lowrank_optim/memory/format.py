@@ -1,14 +1,14 @@
-"""What estimate, simulate and measure print."""
+"""What estimate, simulate, measure and plan print."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 
+from lowrank_optim.memory.estimate import Estimate
 from lowrank_optim.memory.job import Job
 from lowrank_optim.memory.measure import Measured
-from lowrank_optim.memory.plan import Estimate
-from lowrank_optim.memory.search import (
+from lowrank_optim.memory.plan import (
     CONTEXT,
     COST_MODEL,
     FRAGMENTATION,

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from lowrank_optim.memory.cli import main
-from lowrank_optim.memory.papers import RANKS, SIZES, counts, tables
-from lowrank_optim.memory.plan import estimate
+from lowrank_optim.memory.estimate import estimate
+from lowrank_optim.memory.job import Job
+from lowrank_optim.memory.published import RANKS, SIZES, counts, tables
 
 MATCHES = {
     "GaLore (2403.03507), Table 2, exact": (1, 20),
@@ -34,10 +35,10 @@ def test_matches():
 @pytest.mark.parametrize("size", [*SIZES, "llama_7b"])
 def test_counts_are_those_of_the_models(size):
     c = counts(size, RANKS[size])
-    dense = estimate(size, "GaLoreAdamW8bit", {"rank": RANKS[size]})
+    dense = estimate(Job(model=size, optimizer="GaLoreAdamW8bit", optimizer_args={"rank": RANKS[size]}))
     assert (dense.parameters, dense.low_rank_parameters) == (c.P, c.P - c.E)
     assert dense.optimizer_by_key["basis"] == 2 * c.B
-    assert estimate(size, "AdamW", parameterization="lowrank").parameters == c.L
+    assert estimate(Job(model=size, parameterization="lowrank")).parameters == c.L
 
 
 def test_the_sheet_shows_both_numbers_where_they_differ(capsys):

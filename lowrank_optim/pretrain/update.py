@@ -1,0 +1,151 @@
+"""One update of the parameters: the one that trains, and that lowrank-memory simulates and measures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lowrank_optim.nn.restarts import Restart
+from lowrank_optim.pretrain import steps
+from lowrank_optim.pretrain.build import start_in_backward
+from lowrank_optim.pretrain.config import Resolved
+from lowrank_optim.pretrain.data import Batch
+from lowrank_optim.pretrain.schedule import build_schedule
+from lowrank_optim.pretrain.steps import LossSum
+
+
+class _Alone:
+    """What an update asks of an ``Accelerator``, for a single process without one."""
+
+    num_processes = 1
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def reduce(self, tensor: Tensor, reduction: str) -> Tensor:
+        return tensor
+
+    def no_sync(self, model: Any) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+
+ALONE = _Alone()
+
+
+class Update(NamedTuple):
+    """What became of one update; ``made`` is False where it was left out because something was not finite."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    made: bool
+
+
+class Updater:
+    """Makes updates: forward and backward per micro-batch, clipping, step, schedule.
+
+    Args:
+        run: says how.
+        model: what is trained; ``network``, which computes the sum of a micro-batch's losses, may be wrapped.
+        optimizer: of its parameters; where ``run.per_layer`` is set, they are updated in the backward pass from now on.
+        restarts: what raises the learning rate again after a restart.
+        processes: an ``Accelerator`` where several processes train together.
+        phase: surrounds "forward", "backward" and "update", for those who want to know where memory goes.
+
+    Raises:
+        ValueError: an optimizer that cannot update one parameter at a time, with ``run.per_layer``.
+    """
+
+    def __init__(
+        self,
+        run: Resolved,
+        model: Any,
+        optimizer: Optimizer,
+        *,
+        restarts: Sequence[Restart] = (),
+        processes: Any = ALONE,
+        phase: Callable[[str], AbstractContextManager[Any]] = lambda _: nullcontext(),
+    ) -> None:
+        self.run, self.model, self.optimizer, self.restarts = run, model, optimizer, restarts
+        self.processes, self.phase = processes, phase
+        self.network: Any = LossSum(model, chunked=run.chunked_loss)
+        self.schedule = build_schedule(optimizer, warmup=run.warmup_steps, total=run.max_steps)
+        self.in_backward = start_in_backward(run, optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the weights, to continue from."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "restarts": [restart.state_dict() for restart in self.restarts],
+            "in_backward": self.in_backward.state_dict() if self.in_backward else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        for restart, saved in zip(self.restarts, state["restarts"], strict=True):
+            restart.load_state_dict(saved)
+        if self.in_backward:
+            self.in_backward.load_state_dict(state["in_backward"])
+
+    def __call__(self, batches: Sequence[Batch], tokens: int, *, stepped: Callable[[], None] = lambda: None) -> Update:
+        """One update.
+
+        Args:
+            batches: the micro-batches of this process.
+            tokens: how many count in the loss, over all micro-batches and processes.
+            stepped: called after the step, while the gradients are still there.
+        """
+        loss_value = self._accumulate(batches, tokens)
+        with self.phase("update"):
+            norm = self._clip()
+            lr = float(self.optimizer.param_groups[0]["lr"]) * math.prod(r.lr_factor for r in self.restarts)
+            made = math.isfinite(loss_value) and math.isfinite(norm)
+            if made:
+                # Updates that the backward pass has made are not made again.
+                self.optimizer.step()
+                stepped()
+            self.optimizer.zero_grad()
+            self.schedule.step()
+        return Update(loss_value, norm, lr, made)
+
+    def _accumulate(self, batches: Sequence[Batch], tokens: int) -> float:
+        """Gradients of all micro-batches, and the mean loss over their tokens."""
+        loss: Any = 0.0
+        for number, batch in enumerate(batches, 1):
+            with self._around(last=number == len(batches)):
+                loss = loss + self._backward(batch, tokens)
+        return float(self.processes.reduce(loss, reduction="sum").item())
+
+    def _backward(self, batch: Batch, tokens: int) -> Tensor:
+        with self.phase("forward"):
+            part: Tensor = self.network(batch.to(self.model.device)) / tokens
+        with self.phase("backward"):
+            # Gradients are averaged over the processes, the loss is a sum over them.
+            self.processes.backward(part * self.processes.num_processes)
+        return part.detach()
+
+    def _around(self, *, last: bool) -> AbstractContextManager[Any]:
+        """What surrounds forward and backward pass of one micro-batch."""
+        if self.in_backward is None:
+            return nullcontext() if last else self.processes.no_sync(self.network)
+        stack = ExitStack()
+        for restart in self.restarts:
+            stack.enter_context(restart.ramped())
+        stack.enter_context(self.in_backward.micro_batch(last))
+        return stack
+
+    def _clip(self) -> float:
+        norm: Any
+        if self.in_backward is not None:
+            norm = self.in_backward.grad_norm
+        else:
+            norm = steps.clip_gradients_(self.model.parameters(), self.run.grad_clip)
+        return float(norm.item())
