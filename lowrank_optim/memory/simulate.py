@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lowrank_optim.memory.materialize import allocate_, random_batches
 from lowrank_optim.memory.tracker import Peak, Tracker
 from lowrank_optim.ops import dct
+from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.optim.subspaces import fixed_basis
 from lowrank_optim.pretrain.build import build_network, optimizer_for, settle
 from lowrank_optim.pretrain.config import Options, Resolved
@@ -90,14 +91,14 @@ def _watched_updater(run: Resolved, model: nn.Module, optimizer: Optimizer, trac
 
     for p in trained:
         p.register_post_accumulate_grad_hook(leaves)  # type: ignore[no-untyped-call]
-    step_param = getattr(optimizer, "step_param", None)
-    if step_param is not None and not run.per_layer:
+    if isinstance(optimizer, LowRankOptimizer) and not run.per_layer:
+        update_param = optimizer.update_param
 
-        def tracked(param: Tensor, group: dict[str, Any]) -> None:
+        def tracked(param: Tensor, *rest: Any) -> None:
             with tracker.during("update", names[param]):
-                step_param(param, group)
+                update_param(param, *rest)
 
-        optimizer.step_param = tracked  # type: ignore[attr-defined]
+        optimizer.update_param = tracked  # type: ignore[method-assign]
     return update
 
 

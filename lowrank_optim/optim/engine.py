@@ -362,7 +362,7 @@ class LowRankOptimizer(Optimizer):
                 key = None if torch.compiler.is_compiling() else self._key(group)
                 for p in group["params"]:
                     if p.grad is not None:
-                        self._step_param(p, p.grad, group, key)
+                        self.update_param(p, p.grad, group, key)
 
     def _works_on_the_host(self) -> bool:
         """Whether the coming step allocates a state or renews a basis, of which a compiler makes little.
@@ -386,7 +386,7 @@ class LowRankOptimizer(Optimizer):
         """
         if param.grad is not None:
             with without_autocast():
-                self._step_param(param, param.grad, group, self._key(group))
+                self.update_param(param, param.grad, group, self._key(group))
 
     @torch.no_grad()
     def step_low(self, param: Tensor, low: Tensor, group: Group) -> None:
@@ -394,7 +394,8 @@ class LowRankOptimizer(Optimizer):
         with without_autocast():
             self._step_low(self.plan_of(param, group), param, low, None, group)
 
-    def _step_param(self, param: Tensor, grad: Tensor, group: Group, key: tuple[Any, ...] | None) -> None:
+    def update_param(self, param: Tensor, grad: Tensor, group: Group, key: tuple[Any, ...] | None) -> None:
+        """The step of one parameter; ``key`` is what :meth:`step` has computed once for the group."""
         if grad.numel() == 0:
             return
         if grad.layout is not torch.strided:

@@ -158,7 +158,7 @@ def test_up_returns_the_gradient_on_average() -> None:
     subspace, group = Gaussian(), {"rank": 64, "backend": None}
     grad, total = torch.randn(3, 10), torch.zeros(3, 10)
     for draw in range(200):
-        state = {"seed": 0, "refreshes": draw, "left": False}
+        state = {"seed": 0, "refreshes": draw, "left": False, "rank": 64}
         low = subspace.project(grad, state, group)
         subspace.project_back_(total, low, state, group, alpha=1 / 200)
     assert float((total - grad).norm() / grad.norm()) < 0.05
