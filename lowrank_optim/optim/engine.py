@@ -127,12 +127,13 @@ class LowRankOptimizer(Optimizer):
             # Groups in the manner of the published packages: the key "rank" switches the method on.
             filled["rank"] = None
         self._plans: dict[Tensor, Plan] = {}
+        self._checked: dict[int, tuple[Any, ...]] = {}
         super().__init__(groups, filled)
         self._warn_if_nothing_is_compressed()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans = {}
+        self._plans, self._checked = {}, {}
         self._entries = None
         # Options that came after the optimizer was pickled.
         for name, option in self.known_options().items():
@@ -309,7 +310,9 @@ class LowRankOptimizer(Optimizer):
                     f"The state of {self._name(param)} was made for the shape {tuple(plan.shape)}, and the parameter "
                     f"now has {tuple(param.shape)}: make a new optimizer, or delete optimizer.state[param]"
                 )
-        self.check_group(group)
+        if self._checked.get(id(group)) != key:
+            self.check_group(group)
+            self._checked[id(group)] = key
         view, parts = self._view_and_parts(param, group)
         slots = self._slots(param, group, view, parts)
         if "step" not in state:
@@ -573,6 +576,7 @@ class LowRankOptimizer(Optimizer):
 
         def put_state(_: Optimizer) -> None:
             self._plans.clear()
+            self._checked.clear()
             self._entries = None
             self.state.update(loaded)
             for group in self.param_groups:

@@ -155,7 +155,10 @@ def write_(
     if state["left"]:
         # (X Pᴴ)ᵀ = P̄ Xᵀ: the weight stays in its own layout.
         left, right = (None if side is None else side.conj() for side in (right, left))
-        slope, row_scale, column_scale = (None if t is None else t.mT for t in (slope, column_scale, row_scale))
+        slope = None if slope is None else slope.mT
+        # One number a matrix is a row scale in either layout.
+        if row_scale is None or row_scale.shape[-2] > 1 or column_scale is not None:
+            row_scale, column_scale = (None if t is None else t.mT for t in (column_scale, row_scale))
     options: dict[str, Any] = {
         "alpha": size * update.scale, "decay": decay, "grad": slope, "row_scale": row_scale,
         "column_scale": column_scale,
