@@ -88,8 +88,7 @@ def test_ours_split_the_model(model, name):
     assert type(optimizer) is getattr(lowrank_optim, name)
     assert names_by_group(optimizer)[0] == {"block.attn.weight", "block.mlp.weight"}
     assert [group["rank"] for group in optimizer.param_groups] == [4, None]
-    # Trion's AdamW has a learning rate of its own.
-    assert [group["lr"] for group in optimizer.param_groups] == [0.01, optimizer.defaults.get("adamw_lr", 0.01)]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.01]
     assert all(group["weight_decay"] == 0.1 for group in optimizer.param_groups)
 
 
