@@ -26,7 +26,7 @@ from benchmarks import common
 from benchmarks.contestants import LR, Contestant, contestants, every_svd_once
 from benchmarks.targets import targets
 from lowrank_optim import GaLoreAdamW
-from lowrank_optim.optim.engine import refresh_due
+from lowrank_optim.optim.schedule import refresh_due
 from lowrank_optim.pretrain.llama import PRESETS
 
 # The published ranks.
