@@ -158,7 +158,7 @@ class LowRankOptimizer(PlannedOptimizer):
             if subspace.factored:
                 basis = subspace.basis(weight, state, group)
             else:
-                update = expand(update, step, state, group)
+                update = update._replace(low=None, full=expand(update.low, update, step, state, group))
         sign = 1.0 if group["maximize"] else -1.0
         write_(
             param, plan.view, update, step.grad, basis, state, group,
@@ -322,13 +322,13 @@ class LowRankOptimizer(PlannedOptimizer):
         return groups
 
 
-def expand(update: Update, step: Step, state: State, group: Group) -> Update:
-    """An update of a subspace without a basis, as a full-size matrix."""
+def expand(low: Tensor, update: Update, step: Step, state: State, group: Group) -> Tensor:
+    """An update of a subspace without a basis as a full-size matrix."""
     full = torch.zeros(step.grad.shape, dtype=step.low.dtype, device=step.grad.device)
-    step.subspace.project_back_(full, update.low, state, group, alpha=update.scale)
+    step.subspace.project_back_(full, low, state, group, alpha=update.scale)
     if update.row_scale is not None:
         full.addcmul_(step.grad.to(full.dtype), update.row_scale)
-    return update._replace(low=None, full=full)
+    return full
 
 
 @contextmanager
