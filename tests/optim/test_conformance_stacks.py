@@ -53,8 +53,7 @@ def stack_and_singles(
                     grad[expert] = 0
         for p, grad in zip(stacks, grads):
             p.grad = grad
-        matrices = [matrix for grad in grads for matrix in grad]
-        for p, matrix in zip(singles, matrices):
+        for p, matrix in zip(singles, [matrix for grad in grads for matrix in grad]):
             p.grad = matrix.clone()
         together.step()
         alone.step()
