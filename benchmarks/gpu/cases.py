@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.kernel_cases import MAKERS, MOST_USED, SIZES, TINY, Case, Size
 from lowrank_optim.ops import pick
 from lowrank_optim.ops.blockwise import quantize_
-from lowrank_optim.ops.rounding import join_24_bits
+from lowrank_optim.ops.rounding import join_24_bits, split_24_bits
 
 Maker = Callable[[Size, torch.device], Case]
 Change = Callable[[Case], Case]
@@ -121,11 +121,10 @@ def stochastic(case: Case) -> Case:
 
 
 def compensated(case: Case) -> Case:
-    weight = case.tensors["weight"]
-    correction = torch.randint(-128, 128, weight.shape, dtype=torch.int8, device=weight.device)
-    return stochastic(
-        case._replace(tensors={**case.tensors, "correction": correction}, mutated=(*case.mutated, "correction"))
-    )
+    # Not any two: a correction below a zero would be no number.
+    weight, correction = split_24_bits(torch.randn_like(case.tensors["weight"], dtype=torch.float32), 7)
+    tensors = {**case.tensors, "weight": weight, "correction": correction}
+    return stochastic(case._replace(tensors=tensors, mutated=(*case.mutated, "correction")))
 
 
 def decayed(case: Case) -> Case:

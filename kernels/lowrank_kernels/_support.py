@@ -68,7 +68,13 @@ def check_scalar(name: str, value: object, device: torch.device, dtypes: Sequenc
     Raises:
         ValueError: a tensor of more elements, of another dtype or on another device.
     """
-    if isinstance(value, Tensor) and not (value.numel() == 1 and value.device == device and value.dtype in dtypes):
+    # A device without an index is the current one.
+    if isinstance(value, Tensor) and not (
+        value.numel() == 1
+        and value.device.type == device.type
+        and device.index in (None, value.device.index)
+        and value.dtype in dtypes
+    ):
         found = f"{tuple(value.shape)} {value.dtype} on {value.device}"
         raise ValueError(
             f"Invalid {name}: {found}, expected a number or one element {' or '.join(map(str, dtypes))} on {device}"

@@ -62,8 +62,10 @@ def lowrank_update_(
     sides = _matrices(left=left, right=right)
     left, right = (None if side is None else side.to(weight.dtype) for side in sides)
     grad, row_scale, column_scale = _matrices(grad=grad, row_scale=row_scale, column_scale=column_scale)
-    # Few CPUs multiply 16 bits: elsewhere torch takes 10 times as long as by way of fp32.
-    if not rounds and (weight.dtype not in NARROW or (grad is None and weight.device.type != "cpu")):
+    # Few CPUs multiply 16 bits: elsewhere torch takes 10 times as long as by way of fp32. A factor on the device would
+    # have to be rounded into a side.
+    product_only = grad is None and not isinstance(alpha, Tensor) and not isinstance(decay, Tensor)
+    if not rounds and (weight.dtype not in NARROW or (product_only and weight.device.type != "cpu")):
         move_(batch, left, right, alpha, decay, grad, row_scale, column_scale)
         return
     left, right = (None if side is None else side.to(torch.float32) for side in (left, right))
