@@ -80,12 +80,14 @@ def add_coefficients_(out: Tensor, tall: Tensor, basis: str, similarity: str) ->
         for part, some in chunks(out, tall):
             add_transform_(part, some)
     else:
-        rows = basis_rows(basis, size, tall.dtype, tall.device)
+        # In float16 the coefficients of a finite gradient may overflow.
+        dtype = out.dtype if tall.dtype == torch.float16 else tall.dtype
+        rows = basis_rows(basis, size, dtype, tall.device)
         if out.dtype == tall.dtype:
             out.addmm_(tall, rows.mT)
         else:
             for part, some in chunks(out, tall):
-                part.add_(some @ rows.mT)
+                part.add_(some.to(dtype) @ rows.mT)
 
 
 def coefficients(tall: Tensor, basis: str, similarity: str) -> Tensor:
