@@ -145,6 +145,28 @@ def test_finite_float16_gradients_are_never_dropped(name: str, kwargs: dict[str,
         assert not torch.equal(p, parameters([p.shape], torch.float16)[0])
 
 
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [("GaLoreAdamW", {}), ("GaLoreAdamW", {"refresh": "randomized"}), ("DCTAdamW", {"update_proj_gap": 3})],
+    ids=str,
+)
+def test_sums_of_finite_float16_gradients_renew_the_basis(name: str, kwargs: dict[str, Any]) -> None:
+    p = nn.Parameter(torch.zeros(64, 16, dtype=torch.float16))
+    optimizer = quiet(name, [p], **kwargs)
+    handle = step_in_backward(optimizer, accumulate=2)
+    bases = []
+    for update in range(6):
+        for micro in range(2):
+            with handle.micro_batch():
+                draw = noise([p.shape], 10 * update + micro)[0]
+                (p * (30000 * (1 + 0.1 * draw)).to(torch.float16)).sum().backward()
+        # Columns of the DCT are a basis by their numbers.
+        bases.append(optimizer.state[p].get("basis", optimizer.state[p].get("indices")).clone())
+    assert int(optimizer.state[p]["step"]) == 6
+    assert not torch.equal(bases[0], bases[-1])
+    handle.remove()
+
+
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
