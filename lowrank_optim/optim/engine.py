@@ -321,9 +321,11 @@ class LowRankOptimizer(PlannedOptimizer):
                 raise ValueError(f"Invalid state_dict: group {i} belongs to another optimizer: {error}") from error
             if options.get("rank", group["rank"]) != group["rank"]:
                 self._warn_once(f"took rank={options['rank']} from the loaded state in place of {group['rank']}")
-            merged = {**group, **options}
-            self.check_group(merged)
-            groups.append(merged)
+            groups.append({**group, **options})
+            try:
+                self.check_group(groups[-1])
+            except ValueError as error:
+                raise ValueError(f"Invalid state_dict: group {i} has an option out of range: {error}") from error
         return groups
 
 

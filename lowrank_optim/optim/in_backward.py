@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowrank_optim.optim.accumulation import SUM_DTYPES, Accumulator
-from lowrank_optim.optim.engine import LowRankOptimizer
+from lowrank_optim.optim.engine import LowRankOptimizer, without_autocast
 from lowrank_optim.optim.parts import Group
 from lowrank_optim.optim.validation import check_choice, check_positive_int, check_range
 
@@ -128,6 +128,11 @@ class StepInBackward:
         for group in optimizer.param_groups:
             self._attach(group)
         optimizer.on_new_group = self._attach
+        if max_norm is not None and clip_by == "previous":
+            # There from the start: a distributed checkpoint loads only what a new optimizer has.
+            optimizer.param_groups[0].setdefault(
+                "clip_norm", torch.tensor(torch.nan, dtype=torch.float32, device="cpu")
+            )
         for register, action in (
             (optimizer.register_step_pre_hook, "step"),
             (optimizer.register_state_dict_pre_hook, "save"),
@@ -229,6 +234,7 @@ class StepInBackward:
             )
 
     @torch.no_grad()
+    @without_autocast()
     def _on_gradient(self, param: Tensor) -> None:
         if not self._inside:
             self._begin_implicit(param)
@@ -285,6 +291,7 @@ class StepInBackward:
         self.abandon()
 
     @torch.no_grad()
+    @without_autocast()
     def _step(self, param: Tensor, group: Group) -> None:
         """Make the update of one parameter and free its gradient, or its sums."""
         sums = self._sums.pop(param, None)

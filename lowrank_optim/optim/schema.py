@@ -13,7 +13,20 @@ from lowrank_optim.optim.parts import Group, Number, Slot, Slots, State
 # What some method of the package keeps, up to the first dot. Everything else in a state belongs to somebody else.
 OWN = frozenset(
     {
-        *("step", "seed", "left", "rank", "waiting", "basis", "indices", "refreshes", "gap", "overlaps", "pending"),
+        *(
+            "step",
+            "seed",
+            "left",
+            "side",
+            "rank",
+            "waiting",
+            "basis",
+            "indices",
+            "refreshes",
+            "gap",
+            "overlaps",
+            "pending",
+        ),
         *("exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "error", "momentum", "update_norm"),
         *("reset_step", "updates", "weight_correction", "batch"),
     }
@@ -103,6 +116,12 @@ def checked(saved: Mapping[str, Any], slots: Slots, name: str, device: torch.dev
     # Numbers that version 1 did not write follow from the slots.
     numbers = {key: slot.initial for key, slot in slots.items() if isinstance(slot, Number) and key != "step"}
     state = {**numbers, **saved}
+    # The correction of a weight comes and goes with the weight's dtype.
+    correction = slots.get("weight_correction")
+    if correction is None:
+        state.pop("weight_correction", None)
+    elif isinstance(correction, Slot) and "weight_correction" not in state:
+        state["weight_correction"] = torch.zeros(correction.shape, dtype=correction.dtype, device=device)
     for key, slot in slots.items():
         wrong = complaint(state, key, slot)
         if wrong is not None:

@@ -72,7 +72,7 @@ def test_a_gradient_that_is_not_finite_counts_as_missing(name: str, kwargs: dict
             for key, value in optimizer.state[p].items():
                 # The queue of Q-GaLore is full of NaN until it is full of overlaps.
                 assert key == "overlaps" or not isinstance(value, Tensor) or bool(value.isfinite().all()), key
-            tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+            tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-3 if kwargs.get("state_dtype") == "bfloat16" else 1e-5
             torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
             assert int(optimizer.state[p]["step"]) == int(reference.state[q]["step"])
     assert len(params) == len(SHAPES)

@@ -12,6 +12,7 @@ from lowrank_optim.ops.chunks import chunks
 from lowrank_optim.ops.dct import add_dct2_, add_dct3_, dct_matrix
 from lowrank_optim.ops.dct_select import dct_select
 from lowrank_optim.ops.orthonormal import orthonormalize
+from lowrank_optim.ops.project import project
 from lowrank_optim.optim.options import flag, one_of
 from lowrank_optim.optim.parts import Accumulation, Group, Option, Refresh, Scalar, Slot, Slots, State, View, Which
 from lowrank_optim.optim.subspaces.oriented import Oriented, keep_where
@@ -80,12 +81,14 @@ def add_coefficients_(out: Tensor, tall: Tensor, basis: str, similarity: str) ->
         for part, some in chunks(out, tall):
             add_transform_(part, some)
     else:
-        rows = basis_rows(basis, size, tall.dtype, tall.device)
+        # In float16 the coefficients of a finite gradient may overflow.
+        dtype = out.dtype if tall.dtype == torch.float16 else tall.dtype
+        rows = basis_rows(basis, size, dtype, tall.device)
         if out.dtype == tall.dtype:
             out.addmm_(tall, rows.mT)
         else:
             for part, some in chunks(out, tall):
-                part.add_(some @ rows.mT)
+                part.add_(some.to(dtype) @ rows.mT)
 
 
 def coefficients(tall: Tensor, basis: str, similarity: str) -> Tensor:
@@ -114,7 +117,7 @@ class ColumnSketch(Accumulation):
         return bool(group["ell_norm"] == 2)
 
     def sketch(self, subspace: Columns, grad: Tensor, state: State, group: Group) -> Tensor:
-        return sketch_matrix((*grad.shape[:-2], state["rank"], grad.shape[-2]), grad, state, group) @ grad
+        return project(sketch_matrix((*grad.shape[:-2], state["rank"], grad.shape[-2]), grad, state, group), grad)
 
     def refresh(
         self, subspace: Columns, low: Tensor, sketch: Tensor | None, state: State, group: Group, which: Which,

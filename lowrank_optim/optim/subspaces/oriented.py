@@ -20,7 +20,8 @@ def on_left(shape: tuple[int, ...], proj_type: str) -> bool:
 class Oriented(Subspace):
     """A subspace on one side of every matrix (..., m, n), with a basis (..., d, rank) of that side.
 
-    The parts of the state that it declares are ``left``, whether the rows are the compressed side, and ``rank``.
+    The parts of the state that it declares are ``left``, whether the rows are the compressed side, its length ``side``,
+    and ``rank``.
     """
 
     def left(self, shape: tuple[int, ...], group: Group) -> bool:
@@ -39,8 +40,13 @@ class Oriented(Subspace):
         return rows, columns, "rows", "columns"
 
     def slots(self, view: View, group: Group) -> Slots:
-        left, rank = self.left(view.shape, group), self.rank(view.shape, group)
-        return {"left": Number(left, fixed=True), "rank": Number(rank, fixed=True)}
+        # A basis that is not stored, or only as numbers of columns, would not tell for which side it was made.
+        numbers = {
+            "left": self.left(view.shape, group),
+            "side": self.sides(view, group)[1],
+            "rank": self.rank(view.shape, group),
+        }
+        return {key: Number(value, fixed=True) for key, value in numbers.items()}
 
     def low_shape(self, view: View, group: Group) -> tuple[int, ...]:
         """(..., rows, rank)."""

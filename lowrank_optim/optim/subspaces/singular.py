@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops.orthonormal import orthonormalize, range_finder, subspace_iteration
+from lowrank_optim.ops.project import project
 from lowrank_optim.optim.options import one_of
 from lowrank_optim.optim.parts import Accumulation, Group, Option, Refresh, Slot, Slots, State, View, Which
 from lowrank_optim.optim.subspaces.oriented import SIDES, Oriented, keep_where, on_left, overlap_where
@@ -107,10 +108,10 @@ class HalfIterations(Accumulation):
 
     def sketch(self, subspace: Oriented, grad: Tensor, state: State, group: Group) -> Tensor | None:
         if "pending" in state:
-            return grad.mH @ state["pending"].to(grad.dtype)
+            return project(grad.mH, state["pending"].to(grad.dtype))
         if group["refresh"] == "power":
             return None
-        return grad @ sketch_matrix((*grad.shape[:-2], grad.shape[-1], state["rank"]), grad, state, group)
+        return project(grad, sketch_matrix((*grad.shape[:-2], grad.shape[-1], state["rank"]), grad, state, group))
 
     def refresh(
         self, subspace: Oriented, low: Tensor, sketch: Tensor | None, state: State, group: Group, which: Which,
