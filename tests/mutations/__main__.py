@@ -97,7 +97,9 @@ def run(chosen: list[Site], args: argparse.Namespace, scratch: Path) -> int:
             with report.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
             done[result["name"]] = result
-            print(f"{i}/{len(todo)} {result['outcome']:8} {result['seconds']:5.0f} s  {result['name'][:150]}", flush=True)
+            print(
+                f"{i}/{len(todo)} {result['outcome']:8} {result['seconds']:5.0f} s  {result['name'][:150]}", flush=True
+            )
     return summarize([done[site.name] for site in chosen])
 
 
@@ -105,7 +107,9 @@ def read(report: Path) -> dict[str, dict[str, Any]]:
     """What was tried before, the last outcome of each."""
     if not report.exists():
         return {}
-    return {entry["name"]: entry for line in report.read_text(encoding="utf-8").splitlines() for entry in [json.loads(line)]}
+    return {
+        entry["name"]: entry for line in report.read_text(encoding="utf-8").splitlines() for entry in [json.loads(line)]
+    }
 
 
 def summarize(results: list[dict[str, Any]]) -> int:

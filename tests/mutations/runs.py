@@ -159,7 +159,10 @@ class Map:
         if tests is None:
             print(f"{file}: no map within {seconds:.0f} s")
             return
-        starts = {path: _starts((project / path).read_text()) for path in {p for t in tests.values() for p, _ in t.get("lines", ())}}
+        starts = {
+            path: _starts((project / path).read_text())
+            for path in {p for t in tests.values() for p, _ in t.get("lines", ())}
+        }
         places: dict[str, int] = {}
         kept = {}
         for test, found in tests.items():
@@ -205,7 +208,11 @@ def in_order(tests: set[str], seconds: dict[str, float], first: list[str], stem:
     cases: dict[str, list[str]] = defaultdict(list)
     for test in sorted(tests, key=lambda t: (seconds.get(t, 0.0), t)):
         cases[test.partition("[")[0]].append(test)
-    rounds = [(n, f"test_{stem}.py" not in name, seconds.get(test, 0.0), test) for name, of in cases.items() for n, test in enumerate(of)]
+    rounds = [
+        (n, f"test_{stem}.py" not in name, seconds.get(test, 0.0), test)
+        for name, of in cases.items()
+        for n, test in enumerate(of)
+    ]
     chosen, total = [], 0.0
     for test in [t for t in first if t in tests] + [test for *_, test in sorted(rounds)]:
         if test not in chosen and total + seconds.get(test, 0.0) <= budget:
