@@ -131,17 +131,19 @@ class Map:
     leave the map as it is."""
 
     def __init__(self, folder: Path) -> None:
-        self.file = folder / "map.json"
-        self.data: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.folder = folder / "map"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.texts: dict[str, str] = {}
         self.lock = threading.Lock()
         self.seconds: dict[str, float] = {}
         self.of_line: dict[str, set[str]] = defaultdict(set)
         self.of_function: dict[str, set[str]] = defaultdict(set)
         self.of_file: dict[str, set[str]] = defaultdict(set)
-        for entry in self.data.values():
-            self._index(entry)
+        for file in self.folder.glob("*.json"):
+            self._index(json.loads(file.read_text(encoding="utf-8")))
 
     def _index(self, entry: dict[str, Any]) -> None:
+        self.texts[entry["file"]] = entry["text"]
         for test, found in entry["tests"].items():
             self.seconds[test] = found["seconds"]
             for place in found["places"]:
@@ -153,16 +155,14 @@ class Map:
     def add(self, project: Path, file: str, seconds: float) -> None:
         """Trace one file of tests, unless it is in the map as it stands."""
         stamp = (project / file).read_text()
-        if self.data.get(file, {}).get("text") == stamp:
+        if self.texts.get(file) == stamp:
             return
         tests = in_child(_trace, seconds, project, file)
         if tests is None:
             print(f"{file}: no map within {seconds:.0f} s")
             return
-        starts = {
-            path: _starts((project / path).read_text())
-            for path in {p for t in tests.values() for p, _ in t.get("lines", ())}
-        }
+        paths = {path for found in tests.values() for path, _ in found.get("lines", ())}
+        starts = {path: _starts((project / path).read_text()) for path in paths}
         places: dict[str, int] = {}
         kept = {}
         for test, found in tests.items():
@@ -171,10 +171,10 @@ class Map:
                 kept[test] = {
                     "seconds": found["seconds"], "places": sorted(places.setdefault(key, len(places)) for key in keys),
                 }  # fmt: skip
+        entry = {"file": file, "text": stamp, "places": list(places), "tests": kept}
+        (self.folder / f"{file.replace('/', '.')}.json").write_text(json.dumps(entry), encoding="utf-8")
         with self.lock:
-            self.data[file] = {"text": stamp, "places": list(places), "tests": kept}
-            self._index(self.data[file])
-            self.file.write_text(json.dumps(self.data))
+            self._index(entry)
         print(f"{file}: {len(kept)} tests, {sum(t['seconds'] for t in kept.values()):.0f} s", flush=True)
 
     def tests_of(self, site: Site, root: Path) -> set[str]:
@@ -184,12 +184,12 @@ class Map:
         found = {test for line in lines for test in self.of_line.get(f"{site.path}:{starts.get(line, '')}", ())}
         if found:
             return found
-        inside = {
-            test for key, tests in self.of_function.items() for test in tests
-            if site.function and (key == f"{site.path}:{site.function}" or key.startswith(f"{site.path}:{site.function}."))
-        }  # fmt: skip
-        is_code = bool(site.function) and site.function.rpartition(".")[2][:1].islower()
-        return inside if is_code or inside else self.of_file.get(site.path, set())
+        place = f"{site.path}:{site.function}"
+        inside = set().union(
+            *(of for key, of in self.of_function.items() if key == place or key.startswith(f"{place}."))
+        )
+        is_function = site.function.rpartition(".")[2][:1].islower()
+        return inside if site.function and (inside or is_function) else self.of_file.get(site.path, set())
 
 
 def _starts(text: str) -> dict[int, str]:
@@ -201,9 +201,9 @@ def _starts(text: str) -> dict[int, str]:
 
 
 def in_order(tests: set[str], seconds: dict[str, float], first: list[str], stem: str, budget: float) -> list[str]:
-    """At most ``budget`` seconds of tests: those of ``first``, then one case of every test, short ones first, and so on.
+    """At most ``budget`` seconds of tests: those of ``first``, then one case of every test, then a second one of each.
 
-    Tests in the file that is named after ``stem`` come before others.
+    Short ones come first, and of these the tests in the file that is named after ``stem``.
     """
     cases: dict[str, list[str]] = defaultdict(list)
     for test in sorted(tests, key=lambda t: (seconds.get(t, 0.0), t)):

@@ -1,4 +1,4 @@
-"""Where a fault can be put: conditions on a device, a dtype, an option, a shape or a resume, and what such code does."""
+"""Where a fault can be put: conditions on a device, a dtype, an option, a shape or a resume, and what guards them."""
 
 from __future__ import annotations
 
@@ -38,8 +38,10 @@ STANDS_FOR = {"zero_unless": (1, "device"), "keep_where": (1, "shape"), "torch.p
 # What an argument is without the special case that it is there for.
 NEUTRAL = {"per_matrix": ("False", "shape"), "start": ("0", "shape"), "where": ("None", "device")}
 # Functions in which every statement counts.
-CAREFUL = re.compile(r"__setstate__|load_state_dict|put_state|take_state|^fit_$|^checked$|drop_unused|abandon|remove"
-                     r"|add_param_group|_attach|load_$|set_random_state|^random_state$|^refresh$|transport")  # fmt: skip
+CAREFUL = re.compile(
+    r"__setstate__|load_state_dict|put_state|take_state|^fit_$|^checked$|drop_unused|abandon|remove|add_param_group"
+    r"|_attach|load_$|set_random_state|^random_state$|^refresh$|transport"
+)
 
 
 class Site(NamedTuple):
@@ -127,7 +129,7 @@ class _Finder(ast.NodeVisitor):
     def kind_of(self, text: str) -> str | None:
         return next((kind for kind, words in KINDS.items() if re.search(words, text)), None)
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:  # noqa: N802
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         self.around.append(node.name)
         returns = node.returns is not None and self.source(node.returns) == "bool"
         for child in ast.walk(node) if returns else ():
@@ -137,12 +139,12 @@ class _Finder(ast.NodeVisitor):
         self.generic_visit(node)
         self.around.pop()
 
-    def visit_If(self, node: ast.If) -> None:  # noqa: N802
+    def visit_If(self, node: ast.If) -> None:
         refuses = all(isinstance(child, ast.Raise) for child in node.body)
         self.condition(node.test, ("False",) if refuses else ("True", "False"))
         self.generic_visit(node)
 
-    def visit_IfExp(self, node: ast.IfExp) -> None:  # noqa: N802
+    def visit_IfExp(self, node: ast.IfExp) -> None:
         # Without what it guards against, None, it would only crash.
         if not re.fullmatch(r"\w+ is (not )?None", self.source(node.test)):
             self.condition(node.test)
@@ -153,12 +155,12 @@ class _Finder(ast.NodeVisitor):
             self.condition(test)
         self.generic_visit(node)
 
-    def visit_BoolOp(self, node: ast.BoolOp) -> None:  # noqa: N802
+    def visit_BoolOp(self, node: ast.BoolOp) -> None:
         if id(node) not in self.seen:
             self.operands(node)
         self.generic_visit(node)
 
-    def visit_Call(self, node: ast.Call) -> None:  # noqa: N802
+    def visit_Call(self, node: ast.Call) -> None:
         name = self.source(node.func)
         if name in STANDS_FOR and len(node.args) >= 2:
             place, kind = STANDS_FOR[name]
@@ -180,12 +182,12 @@ class _Finder(ast.NodeVisitor):
         elif keyword.arg in ("fixed", "late") and self.source(keyword.value) == "True":
             self.add(keyword.value, "False", "resume")
 
-    def visit_Attribute(self, node: ast.Attribute) -> None:  # noqa: N802
+    def visit_Attribute(self, node: ast.Attribute) -> None:
         if node.attr == "mH":
             self.add(node, f"{self.source(node.value)}.mT", "dtype")
         self.generic_visit(node)
 
-    def visit_ClassDef(self, node: ast.ClassDef) -> None:  # noqa: N802
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
         for child in node.body:
             if isinstance(child, (ast.Assign, ast.AnnAssign)) and isinstance(child.value, ast.Constant):
                 value = child.value.value
@@ -197,22 +199,22 @@ class _Finder(ast.NodeVisitor):
         self.generic_visit(node)
         self.around.pop()
 
-    def visit_Assign(self, node: ast.Assign) -> None:  # noqa: N802
+    def visit_Assign(self, node: ast.Assign) -> None:
         target = node.targets[0]
         if isinstance(target, ast.Name) and target.id in TABLES and not self.around:
             self.table(node.value)
         self.statement(node, isinstance(target, (ast.Attribute, ast.Subscript)))
         self.generic_visit(node)
 
-    def visit_AugAssign(self, node: ast.AugAssign) -> None:  # noqa: N802
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
         self.statement(node, True)
         self.generic_visit(node)
 
-    def visit_Expr(self, node: ast.Expr) -> None:  # noqa: N802
+    def visit_Expr(self, node: ast.Expr) -> None:
         self.statement(node, isinstance(node.value, ast.Call))
         self.generic_visit(node)
 
-    def visit_Delete(self, node: ast.Delete) -> None:  # noqa: N802
+    def visit_Delete(self, node: ast.Delete) -> None:
         self.statement(node, True)
 
     def statement(self, node: ast.stmt, acts: bool) -> None:

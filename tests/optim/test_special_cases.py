@@ -78,7 +78,7 @@ def test_no_autocast_reaches_the_step(device: str) -> None:
 
 def test_a_number_on_a_gpu_is_not_read() -> None:
     check_range("lr", on_gpu(torch.tensor(-1.0)), low=0.0)
-    with pytest.raises(ValueError, match="Invalid lr: -1.0"):
+    with pytest.raises(ValueError, match=r"Invalid lr: -1\.0"):
         check_range("lr", torch.tensor(-1.0), low=0.0)
 
 
@@ -147,7 +147,7 @@ def test_a_gpu_sums_a_projection_in_fp32_itself(
     for of in ("mm", "bmm"):
         monkeypatch.setattr(torch, of, product(of))
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, device, **kwargs: empty(*args, **kwargs))
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **{**kwargs, "device": "cpu"}))
     monkeypatch.setattr("lowrank_optim.ops.project._WIDE_PRODUCT", wide)
     grad, basis = torch.randn(shape).bfloat16(), torch.randn(*shape[:-2], 5, 2).bfloat16()
     torch.testing.assert_close(
