@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import importlib
 import json
 import multiprocessing
@@ -24,8 +25,16 @@ import pytest
 from tests.mutations.sites import Site, apply, functions, sources
 
 # Imported once, before the forks, because they take longer than most tests.
-PRELOADED = ("torch", "numpy", "torch._dynamo", "transformers", "safetensors.torch", "accelerate")
-ARGUMENTS = ("--import-mode=importlib", "-m", "not slow", "-n", "0", "-p", "no:cacheprovider", "-q", "-o", "addopts=")
+PRELOADED = (
+    *("torch", "numpy", "torch._dynamo", "transformers", "safetensors.torch", "accelerate", "hypothesis.stateful"),
+    *("torch._inductor.compile_fx", "triton", "torch.distributed.checkpoint", "torch.distributed.tensor"),
+)
+# Rewritten assertions would say more to a reader, and there is none.
+ARGUMENTS = (
+    *("--import-mode=importlib", "--assert=plain", "-m", "not slow", "-q", "-o", "addopts="),
+    *("-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:hypothesispytest", "-p", "no:anyio"),
+    *("-p", "no:unraisableexception", "-p", "no:threadexception"),
+)
 
 
 def preload() -> None:
@@ -36,6 +45,9 @@ def preload() -> None:
             importlib.import_module(name)
         except ImportError:
             continue
+    # Or every child would search all of it for garbage.
+    gc.collect()
+    gc.freeze()
 
 
 def copy_project(root: Path, into: Path) -> Path:
