@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import common, training
-from lowrank_optim import GaLoreAdamW
-from lowrank_optim.optim.parts import Group, State
+from lowrank_optim.optim.engine import LowRankOptimizer
+from lowrank_optim.optim.parts import Group, State, Subspace, Which
 from lowrank_optim.pretrain.config import Options, UserError
 
 REFRESHES = ("svd", "randomized", "power")
@@ -27,23 +27,23 @@ KINDS = (*REFRESHES, "stale")
 
 
 class Recorded(NamedTuple):
-    """A gradient (m, n) in training, and the subspace's state as it stood before the refresh."""
+    """An oriented gradient in training, and the subspace's state as it stood before the refresh."""
 
     step: int
-    grad: Tensor
+    tall: Tensor
+    subspace: Subspace
     state: State
 
     def refreshed(self, kind: str, group: Group) -> Tensor:
         """The basis (d, rank) that a refresh of this kind makes of it; the state stays as it is."""
         state = {**self.state, "basis": self.state["basis"].clone()}
-        subspace = GaLoreAdamW.subspace
-        subspace.refresh(subspace.orient(self.grad, state), state, {**group, "refresh": kind})
+        self.subspace.refresh(self.tall, state, {**group, "refresh": kind}, Which())
         basis: Tensor = state["basis"]
         return basis
 
     def captured(self, basis: Tensor) -> float:
         """|G P|² / |G|²."""
-        tall = GaLoreAdamW.subspace.orient(self.grad, self.state).double()
+        tall = self.tall.double()
         return float((tall @ basis.double()).square().sum() / tall.square().sum())
 
 
@@ -63,15 +63,18 @@ def record(options: argparse.Namespace) -> tuple[dict[str, Any], Group, list[Rec
         )
     )
     group = next(group for group in one.optimizer.param_groups if group["rank"] is not None)
+    assert isinstance(one.optimizer, LowRankOptimizer)
     recorded: list[Recorded] = []
     losses = []
     for step, loss in one.updates():
         losses.append(loss)
         if step > 1 and (step - 1) % options.gap == 0:
             for p in group["params"]:
-                state = one.optimizer.state[p]
-                kept = {**{k: state[k] for k in ("step", "seed", "left")}, "basis": state["basis"].clone()}
-                recorded.append(Recorded(step, p.grad.clone(), kept))
+                plan = one.optimizer.plan_of(p, group)
+                subspace = plan.parts.subspace
+                assert subspace is not None
+                kept = {**plan.state, "basis": plan.state["basis"].clone()}
+                recorded.append(Recorded(step, subspace.orient(p.grad.clone(), kept), subspace, kept))
     loss_of = {"first": losses[0], "last": statistics.fmean(losses[-5:])}
     return {**training.about(one), "loss": loss_of}, group, recorded
 
@@ -104,7 +107,7 @@ def times(recorded: Sequence[Recorded], group: Group, budget: float) -> dict[str
         return run
 
     last = [one for one in recorded if one.step == recorded[-1].step]
-    device = last[0].grad.device
+    device = last[0].tall.device
     seconds = common.interleave({kind: refresh_all(kind) for kind in REFRESHES}, device, budget=budget, least=2, most=9)
     return {
         kind: {"seconds": common.spread(seconds[kind]), "svd_to_this": common.ratio(seconds["svd"], seconds[kind])}

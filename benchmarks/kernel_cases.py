@@ -20,7 +20,6 @@ from lowrank_optim.ops.int8_weight import quantize_int8_weight_, scale_shape
 from lowrank_optim.ops.lowrank_update import lowrank_update_
 from lowrank_optim.ops.lowrank_update_int8 import lowrank_update_int8_
 from lowrank_optim.ops.move_columns import move_columns_
-from lowrank_optim.ops.project import project
 from lowrank_optim.ops.sddmm import sddmm
 from lowrank_optim.ops.sltrain import sltrain_weight
 from lowrank_optim.ops.support import draw_positions, empty_support, pack_
@@ -67,8 +66,8 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        beside = next((f", {name}" for name in ("addend", "row_scale") if name in self.tensors), "")
-        return f"{self.operation.__name__}{beside}"
+        beside = [name for name in ("addend", "row_scale", "column_scale") if name in self.tensors]
+        return ", ".join([self.operation.__name__, *beside])
 
     def bound(self, backend: str) -> Callable[[], Any]:
         """The call, on these very tensors."""
@@ -128,12 +127,6 @@ def _adam8bit_direction(size: Size, device: torch.device) -> Case:
     return Case(adam8bit_direction, tensors, options, moved, mutated=tuple(tensors)[1:])
 
 
-def _project(size: Size, device: torch.device) -> Case:
-    m, n, r = size.rows, size.columns, size.rank
-    tensors = {"grad": _random(m, n, device=device), "basis": _random(n, r, device=device)}
-    return Case(project, tensors, {}, 2 * (m * n + n * r) + 4 * m * (r + 1), flops=2 * m * n * r)
-
-
 def _product(size: Size, device: torch.device) -> dict[str, Tensor]:
     left = _random(size.rows, size.rank, device=device)
     return {"left": left, "right": _random(size.columns, size.rank, device=device)}
@@ -146,14 +139,28 @@ def _lowrank_update(size: Size, device: torch.device) -> Case:
     return Case(lowrank_update_, tensors, {"alpha": -0.03}, moved, flops=2 * m * n * r, mutated=("weight",))
 
 
-def _rescaled_update(size: Size, device: torch.device) -> Case:
+def _rescaled(size: Size, device: torch.device, *scales: Tensor) -> Case:
+    """An update with a gradient, whose rows, columns or both are scaled."""
     case = _lowrank_update(size, device)
-    more = {
-        "grad": _random(size.rows, size.columns, device=device),
-        "row_scale": torch.rand(size.rows, 1, device=device),
-    }
-    moved = case.moved + 2 * size.rows * size.columns + 4 * size.rows
-    return case._replace(tensors={**case.tensors, **more}, moved=moved)
+    grad = _random(size.rows, size.columns, device=device)
+    named = {"row_scale" if scale.shape[1] == 1 else "column_scale": scale for scale in scales}
+    moved = case.moved + grad.nbytes + sum(scale.nbytes for scale in scales)
+    return case._replace(tensors={**case.tensors, "grad": grad, **named}, moved=moved)
+
+
+def _rescaled_update(size: Size, device: torch.device) -> Case:
+    """Of a tall weight."""
+    return _rescaled(size, device, torch.rand(size.rows, 1, device=device))
+
+
+def _rescaled_columns(size: Size, device: torch.device) -> Case:
+    """Of a wide weight, in its own layout."""
+    return _rescaled(size, device, torch.rand(1, size.columns, device=device))
+
+
+def _two_sided_update(size: Size, device: torch.device) -> Case:
+    scales = torch.rand(size.rows, 1, device=device), torch.rand(1, size.columns, device=device)
+    return _rescaled(size, device, *scales)
 
 
 def _lowrank_update_int8(size: Size, device: torch.device) -> Case:
@@ -235,7 +242,9 @@ def _sddmm(size: Size, device: torch.device) -> Case:
     return Case(sddmm, tensors, {"count": count}, moved, flops=2 * size.tokens * size.rows * size.columns)
 
 
-MAKERS = (
-    _adam_direction, _adam8bit_direction, _project, _lowrank_update, _rescaled_update, _lowrank_update_int8, _gaussian,
-    _dct_select, _move_columns, _gram, _square, _sltrain_weight, _sddmm,
+# Those that most methods launch in every step, and the others.
+MOST_USED = (
+    _adam_direction, _adam8bit_direction, _lowrank_update, _rescaled_update, _rescaled_columns, _two_sided_update,
+    _lowrank_update_int8, _gaussian,
 )  # fmt: skip
+MAKERS = (*MOST_USED, _dct_select, _move_columns, _gram, _square, _sltrain_weight, _sddmm)

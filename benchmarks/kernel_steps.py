@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -43,7 +44,7 @@ def layer_shapes(model: str) -> list[tuple[int, int]]:
     return [(hidden, hidden)] * 4 + [(ffn, hidden)] * 2 + [(hidden, ffn)]
 
 
-def parameters(shapes: list[tuple[int, int]], device: torch.device, dtype: torch.dtype) -> list[nn.Parameter]:
+def parameters(shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> list[nn.Parameter]:
     """Random weights with gradients."""
     found = [nn.Parameter((0.02 * torch.randn(shape, device=device)).to(dtype)) for shape in shapes]
     for p in found:
@@ -52,9 +53,11 @@ def parameters(shapes: list[tuple[int, int]], device: torch.device, dtype: torch
 
 
 def build(method: str, params: list[nn.Parameter], rank: int, **options: Any) -> LowRankOptimizer:
-    """An optimizer that refreshes once, at its first step."""
-    options = {"update_proj_gap": NEVER, "lr": LR, **options}
-    optimizer: LowRankOptimizer = getattr(lowrank_optim, method)(params, rank=rank, **options)
+    """An optimizer that refreshes once, at its first step; a method that has no rank chooses for itself."""
+    cls = getattr(lowrank_optim, method)
+    accepted = inspect.signature(cls).parameters
+    usual = {"rank": rank, "update_proj_gap": NEVER, "lr": LR, **options}
+    optimizer: LowRankOptimizer = cls(params, **{name: value for name, value in usual.items() if name in accepted})
     return optimizer
 
 
@@ -76,22 +79,26 @@ def must_move_and_do(method: str, shapes: list[tuple[int, int]], rank: int) -> t
     return moved, flops
 
 
-def distance(method: str, device: torch.device) -> float:
-    """How far a run with ``backend="triton"`` ends from one with "eager", relative to how far that went."""
+def distance(
+    method: str, device: torch.device, *, dtype: torch.dtype = torch.float32, backend: str | None = "triton",
+    **options: Any,
+) -> float:  # fmt: skip
+    """How far a run with this backend ends from one with "eager", relative to how far that went."""
     torch.manual_seed(0)
-    shapes = [(33, 20), (20, 33), (24, 24)]
-    start = parameters(shapes, device, torch.float32)
+    # A tall matrix, whose moments are enough for 8 bits, a wide one, a square one, a stack, and what is not compressed.
+    shapes = [(530, 20), (20, 33), (24, 24), (3, 17, 30), (40,)]
+    start = parameters(shapes, device, dtype)
     ends = []
-    for backend in ("eager", "triton"):
+    for chosen in ("eager", backend):
         params = copy.deepcopy(start)
-        optimizer = build(method, params, 8, lr=1e-2, backend=backend, update_proj_gap=2)
+        optimizer = build(method, params, 8, lr=1e-2, backend=chosen, update_proj_gap=2, **options)
         for step in range(STEPS):
             for p, first in zip(params, start, strict=True):
                 assert first.grad is not None
                 p.grad = first.grad.roll(step)
             optimizer.step()
-        ends.append(torch.cat([p.detach().flatten() for p in params]))
-    went = ends[0] - torch.cat([p.detach().flatten() for p in start])
+        ends.append(torch.cat([p.detach().flatten().double() for p in params]))
+    went = ends[0] - torch.cat([p.detach().flatten().double() for p in start])
     return float((ends[1] - ends[0]).norm() / went.norm())
 
 

@@ -26,7 +26,8 @@ from benchmarks import common
 from benchmarks.contestants import LR, Contestant, contestants, every_svd_once
 from benchmarks.targets import targets
 from lowrank_optim import GaLoreAdamW
-from lowrank_optim.optim.engine import refresh_due
+from lowrank_optim.optim.engine import scheduled
+from lowrank_optim.optim.parts import Which
 from lowrank_optim.pretrain.llama import PRESETS
 
 # The published ranks.
@@ -167,10 +168,6 @@ def measure_refreshes(work: Problem, budget: float) -> dict[str, Any]:
     turns = {}
     for kind in REFRESHES:
         optimizer = GaLoreAdamW(params, lr=LR, rank=work.rank, refresh=kind)
-        group = optimizer.param_groups[0]
-        for p in params:
-            # As if it had been trained: "power" starts from its previous basis.
-            optimizer.init_state(p, group)["step"] = 1
         turns[kind] = _refresh_of(optimizer, grads)
     with torch.no_grad():
         # No warm-up: the exact SVDs are most of the benchmark's time.
@@ -186,15 +183,19 @@ def measure_refreshes(work: Problem, budget: float) -> dict[str, Any]:
 
 def _refresh_of(optimizer: GaLoreAdamW, grads: Sequence[Tensor]) -> Callable[[], None]:
     group = optimizer.param_groups[0]
-    # A first basis to start from.
-    for p in group["params"]:
-        basis = optimizer.state[p]["basis"]
-        basis.copy_(torch.linalg.qr(torch.randn(basis.shape)).Q)
+    work = []
+    for p, grad in zip(group["params"], grads, strict=True):
+        plan = optimizer.plan_of(p, group)
+        subspace, state = plan.parts.subspace, plan.state
+        assert subspace is not None
+        # As if it had been trained: "power" starts from its previous basis.
+        state["step"] = 1
+        state["basis"].copy_(torch.linalg.qr(torch.randn(state["basis"].shape)).Q)
+        work.append((subspace, subspace.orient(grad, state), state))
 
     def run() -> None:
-        for p, grad in zip(group["params"], grads, strict=True):
-            state = optimizer.state[p]
-            optimizer.subspace.refresh(optimizer.subspace.orient(grad, state), state, group)
+        for subspace, tall, state in work:
+            subspace.refresh(tall, state, group, Which())
 
     return run
 
@@ -215,7 +216,7 @@ def measure_stagger(work: Problem, budget: float) -> dict[str, Any]:
 
     def refreshed(step: int) -> int:
         go_to(step)
-        return sum(p.numel() for p in work.params if refresh_due(optimizer.state[p], group))
+        return sum(p.numel() for p in work.params if scheduled(optimizer.state[p], group, optimizer.entry(p).place))
 
     by_work = sorted(range(1, STAGGER_GAP + 1), key=refreshed)
     chosen = {"median": by_work[len(by_work) // 2], "slowest": by_work[-1]}

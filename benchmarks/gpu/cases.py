@@ -1,7 +1,6 @@
 """Calls of the kernels beyond those of ``benchmarks.kernel_cases``: roundings, layouts, scalars on the device, NaNs.
 
-All but the batches and the two-sided scales are made from cases of that module, so that what the arguments of an
-operation are called stands there.
+All are made from cases of that module, so that what the arguments of an operation are called stands there.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_cases import MAKERS, SIZES, TINY, Case, Size
+from benchmarks.kernel_cases import MAKERS, MOST_USED, SIZES, TINY, Case, Size
 from lowrank_optim.ops import pick
 from lowrank_optim.ops.blockwise import quantize_
 from lowrank_optim.ops.rounding import join_24_bits
@@ -23,6 +22,7 @@ Maker = Callable[[Size, torch.device], Case]
 Change = Callable[[Case], Case]
 
 MAKER: dict[str, Maker] = {maker.__name__.strip("_"): maker for maker in MAKERS}
+UPDATES = ("lowrank_update", "rescaled_update", "rescaled_columns", "two_sided_update")
 # What the hardware of NVIDIA's GPUs makes of 0 * inf; a CPU's NaN has another bit pattern.
 HARDWARE_NAN = 0x7FFFFFFF
 # Of the preset's weights as they lie in memory: a down_proj is (hidden, intermediate), its rows are of odd length.
@@ -38,15 +38,19 @@ BATCH = 3
 
 
 class Check(NamedTuple):
-    """One case, and how it is judged: figures, ``right`` among them."""
+    """One case of a kernel, and how it is judged: figures, ``right`` among them."""
 
     name: str
     make: Callable[[], Case]
     judge: Callable[[Case], dict[str, Any]]
 
+    @property
+    def most_used(self) -> bool:
+        return MAKER[self.name.partition(",")[0]] in MOST_USED
+
 
 def checks(device: torch.device) -> list[Check]:
-    """All of them; on the CPU the smallest shapes alone."""
+    """All of them, those of the most used kernels first; on the CPU the smallest shapes alone."""
     _never_elsewhere()
     cuda = device.type == "cuda"
     sizes = SIZES if cuda else {"tall": TALL}
@@ -57,7 +61,7 @@ def checks(device: torch.device) -> list[Check]:
     plain += [
         (f"{name}, {at}", MAKER[name], size, _same)
         for at, size in odd.items()
-        for name in ("project", "lowrank_update", "rescaled_update", "lowrank_update_int8")
+        for name in (*UPDATES, "lowrank_update_int8")
     ]
     plain += [
         (f"{name}, {label}, {at}", MAKER[name], size, change)
@@ -67,13 +71,12 @@ def checks(device: torch.device) -> list[Check]:
     size = EXPERTS if cuda else WIDE
     found = [Check(label, partial(_made, maker, at, device, change), judge) for label, maker, at, change in plain]
     found += [Check(f"{n}, {BATCH} experts", partial(experts, MAKER[n], size, device), judge) for n in BATCHED]
-    found.append(Check("lowrank_update, two-sided scale", partial(two_sided, size, device), judge))
     found += [
         Check(f"{name}, {label}, one NaN", partial(_made, MAKER[name], size, device, change), judge_nan)
         for name, label, change in CHANGED
         if label in ("stochastic", "compensated", "bf16 moments")
     ]
-    return found
+    return sorted(found, key=lambda check: not check.most_used)
 
 
 def smallest(device: torch.device) -> list[Check]:
@@ -101,7 +104,7 @@ def _same(case: Case) -> Case:
 
 
 def transposed(case: Case) -> Case:
-    """Large operands with the strides of a transposed matrix, as the wide matrices of a model come."""
+    """Large operands with the strides of a transposed matrix."""
     large = ("weight", "grad", "codes", "x", "scored")
     tensors = {k: t.mT.contiguous().mT if k in large and t.ndim == 2 else t for k, t in case.tensors.items()}
     return case._replace(tensors=tensors)
@@ -167,14 +170,28 @@ def with_norms(case: Case) -> Case:
     return case._replace(tensors={**case.tensors, "norms": norms}, mutated=(*case.mutated, "norms"))
 
 
+def without_product(case: Case) -> Case:
+    tensors = {name: tensor for name, tensor in case.tensors.items() if name not in ("left", "right")}
+    moved = case.moved - sum(case.tensors[name].nbytes for name in ("left", "right"))
+    return case._replace(tensors=tensors, options={**case.options, "left": None, "right": None}, moved=moved, flops=0)
+
+
+def one_scale(case: Case) -> Case:
+    """The same number for all rows."""
+    return without_product(case._replace(tensors={**case.tensors, "row_scale": case.tensors["row_scale"][:1]}))
+
+
+DIRECTIONS = ("adam_direction", "adam8bit_direction")
 # Operation, how the case is called, and what makes it of the plain one.
 CHANGED: list[tuple[str, str, Change]] = [
-    ("project", "transposed", transposed),
-    ("dct_select", "transposed", transposed),
-    *((name, "fp32", in_fp32) for name in ("project", "lowrank_update", "rescaled_update", "adam_direction")),
-    *((name, "transposed", transposed) for name in ("lowrank_update", "rescaled_update")),
-    *((name, "stochastic", stochastic) for name in ("lowrank_update", "rescaled_update")),
-    *((name, "compensated", compensated) for name in ("lowrank_update", "rescaled_update")),
+    # A low-rank gradient is in fp32, one of a parameter that is not compressed is as it comes.
+    *((name, "fp32, norms", lambda case: with_norms(in_fp32(case))) for name in DIRECTIONS),
+    *((name, "fp32", in_fp32) for name in (*DIRECTIONS, *UPDATES)),
+    *((name, "stochastic", stochastic) for name in UPDATES),
+    *((name, "compensated", compensated) for name in UPDATES),
+    *((name, "transposed", transposed) for name in (*UPDATES, "dct_select")),
+    *((name, "no product", lambda case: without_product(stochastic(case))) for name in UPDATES[1:]),
+    ("rescaled_update", "one scale, no product", lambda case: one_scale(stochastic(case))),
     ("rescaled_update", "stochastic, transposed", lambda case: transposed(stochastic(case))),
     ("rescaled_update", "compensated, scalars on the device", lambda case: on_device(decayed(compensated(case)))),
     ("lowrank_update", "scalars on the device", lambda case: on_device(decayed(case))),
@@ -187,7 +204,7 @@ CHANGED: list[tuple[str, str, Change]] = [
     ("adam8bit_direction", "random moments", with_moments),
     ("adam8bit_direction", "norms", with_norms),
 ]
-BATCHED = ("project", "lowrank_update", "rescaled_update", "dct_select", "move_columns", "gram", "adam_direction")
+BATCHED = (*UPDATES, "dct_select", "move_columns", "gram", "adam_direction")
 
 
 def _key(case: Case) -> Tensor:
@@ -199,16 +216,6 @@ def experts(maker: Maker, size: Size, device: torch.device) -> Case:
     made = [maker(size, device) for _ in range(BATCH)]
     tensors = {name: torch.stack([one.tensors[name] for one in made]) for name in made[0].tensors}
     return made[0]._replace(tensors=tensors, moved=BATCH * made[0].moved, flops=BATCH * made[0].flops)
-
-
-def two_sided(size: Size, device: torch.device) -> Case:
-    case = MAKER["lowrank_update"](size, device)
-    more = {
-        "grad": torch.randn(size.rows, size.columns, device=device).bfloat16(),
-        "row_scale": torch.rand(size.rows, 1, device=device),
-        "column_scale": torch.rand(1, size.columns, device=device),
-    }
-    return case._replace(tensors={**case.tensors, **more})
 
 
 def judge(case: Case) -> dict[str, Any]:

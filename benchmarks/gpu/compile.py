@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from benchmarks.gpu import kernels, steps
+from benchmarks.gpu import check, kernels, steps
 from benchmarks.gpu.cases import Check, checks
 from benchmarks.gpu.record import Task
 from benchmarks.gpu.setting import Setting
@@ -15,7 +15,8 @@ def tasks(setting: Setting) -> list[Task]:
     """``took`` of a line is the time to compile it, unless another process did it before."""
     if not setting.cuda:
         return [Task("all kernels", lambda: {"reason": "an interpreter compiles nothing"})]
-    found = [Task(check.name, partial(launched, check)) for check in checks(setting.device)]
+    found = [Task(one.name, partial(launched, one)) for one in checks(setting.device)]
+    found += [Task(one.name, partial(check.apart, setting, one)) for one in check.wholes()]
     # A layer of each model has the shapes of all of it.
     rows = {row.name: row for row in (row._replace(whole=False) for row in steps.rows(setting).values())}
     found += [Task(name, partial(steps.twice, setting, row)) for name, row in rows.items()]
@@ -28,6 +29,6 @@ def tile(setting: Setting, variant: kernels.Variant) -> dict[str, Any]:
     return {"launched": True}
 
 
-def launched(check: Check) -> dict[str, Any]:
-    check.make().bound("triton")()
+def launched(one: Check) -> dict[str, Any]:
+    one.make().bound("triton")()
     return {"launched": True}

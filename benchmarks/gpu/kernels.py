@@ -1,4 +1,8 @@
-"""Kernels against cuBLAS, torch's fused AdamW and the time of their bytes and FLOPs; the tiles that they could have."""
+"""Kernels against cuBLAS, torch's fused AdamW and the time of their bytes and FLOPs; the tiles that they could have.
+
+The down-projection has no kernel: what cuBLAS takes for it in bf16, into fp32, and with the norms of the rows stands
+among the figures, as the reason.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.contestants import LR
-from benchmarks.gpu.cases import MAKER, Change, Maker, bf16_moments, stochastic, transposed, with_moments
+from benchmarks.gpu.cases import (
+    MAKER,
+    Change,
+    Maker,
+    bf16_moments,
+    in_fp32,
+    stochastic,
+    with_moments,
+    with_norms,
+    without_product,
+)
 from benchmarks.gpu.limits import limit_of
 from benchmarks.gpu.record import Task
 from benchmarks.gpu.setting import Setting, kernel_module
 from benchmarks.kernel_cases import SIZES, Case, Size
+from lowrank_optim.ops.project import project
+from lowrank_optim.ops.row_norms import row_norms
 
 TINY = Size(rows=40, columns=24, rank=8, tokens=16)
 # (rows, columns, rank) of the matrices of LLaMA-7B and 1B.
@@ -65,13 +81,14 @@ def _same(case: Case) -> Case:
 CHANGES: dict[str, Change] = {"adam_direction": with_moments, "adam8bit_direction": with_moments}
 # What the tables of kernels against libraries are made of, beside the plain cases.
 MEASURED: list[tuple[str, str, Change]] = [
-    ("project", "project", _same),
-    ("project, transposed", "project", transposed),
     ("lowrank_update", "lowrank_update", _same),
     ("lowrank_update, stochastic", "lowrank_update", stochastic),
     ("rescaled_update, stochastic", "rescaled_update", stochastic),
+    ("rescaled_columns, stochastic", "rescaled_columns", stochastic),
+    ("rescaled_update, no product", "rescaled_update", lambda case: without_product(stochastic(case))),
     ("lowrank_update_int8", "lowrank_update_int8", _same),
     ("adam_direction", "adam_direction", with_moments),
+    ("adam_direction, fp32, norms", "adam_direction", lambda case: with_norms(in_fp32(case))),
     ("adam_direction, bf16 moments", "adam_direction", bf16_moments),
     ("adam8bit_direction", "adam8bit_direction", with_moments),
 ]
@@ -100,20 +117,20 @@ def library(setting: Setting, call: Callable[[Tensor, Tensor, Tensor], Any], siz
     return {"ms": ms, "tflop_s": 2 * size.rows * size.columns * size.rank / ms / 1e9}
 
 
-def _norms(large: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(large, dim=-1, keepdim=True, dtype=torch.float32)
+def turned(large: Tensor) -> Tensor:
+    """The same numbers with the strides of a transposed matrix, as a wide gradient is oriented."""
+    return large.view(large.shape[::-1]).mT
 
 
-def _fp32(large: Tensor, basis: Tensor) -> Tensor:
-    return torch.mm(large, basis, out_dtype=torch.float32)
-
-
+# On CUDA, `project` is torch.mm(out_dtype=torch.float32).
 LIBRARY: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
     "cuBLAS down": lambda large, low, basis: large @ basis,
-    "cuBLAS down, transposed": lambda large, low, basis: large.view(large.shape[::-1]).mT @ basis,
-    "cuBLAS down to fp32": lambda large, low, basis: _fp32(large, basis),
-    "cuBLAS down to fp32, and norms": lambda large, low, basis: (_fp32(large, basis), _norms(large)),
-    "norms": lambda large, low, basis: _norms(large),
+    "cuBLAS down, transposed": lambda large, low, basis: turned(large) @ basis,
+    "cuBLAS down to fp32": lambda large, low, basis: project(large, basis),
+    "cuBLAS down to fp32, transposed": lambda large, low, basis: project(turned(large), basis),
+    "cuBLAS down to fp32, and norms": lambda large, low, basis: (project(large, basis), row_norms(large)),
+    "norms": lambda large, low, basis: row_norms(large),
+    "norms, transposed": lambda large, low, basis: row_norms(turned(large)),
     "cuBLAS up into the weight": lambda large, low, basis: large.addmm_(low, basis.mT, beta=0.999, alpha=-1e-3),
 }
 
@@ -139,10 +156,10 @@ class Variant(NamedTuple):
 def variants(setting: Setting) -> list[Variant]:
     found = []
     for at, size in (MATRICES if setting.cuda else {"tiny": TINY}).items():
-        for kernel in ("project", "lowrank_update"):
-            for tile in TILES if setting.cuda else [(16, 16, 16, 4, 2)]:
-                options = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), tile, strict=True))
-                found.append(Variant(f"{kernel}, {at}, tile {tile}", kernel, size, options))
+        kernel = "lowrank_update"
+        for tile in TILES if setting.cuda else [(16, 16, 16, 4, 2)]:
+            options = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), tile, strict=True))
+            found.append(Variant(f"{kernel}, {at}, tile {tile}", kernel, size, options))
         for height in HEIGHTS if setting.cuda else HEIGHTS[:1]:
             kernel = "lowrank_update_int8"
             found.append(Variant(f"{kernel}, {at}, {height} rows", kernel, size, {"BLOCK_M": height}))

@@ -139,7 +139,7 @@ def markdown(rows: Sequence[Usage]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m lowrank_kernels.compile", description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_LIMIT, help="default: all that triton knows")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file, beside those of other tritons")
     options = parser.parse_args(argv)
     # A kernel that is decorated for the interpreter cannot be compiled.
     os.environ.pop("TRITON_INTERPRET", None)
@@ -152,12 +152,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [usage(case, arch, aligned=aligned) for case in cases() for aligned in (True, False) for arch in archs]
     print(markdown(rows))
     if options.json:
-        result = {
-            "command": f"python -m lowrank_kernels.compile {' '.join(sys.argv[1:])}",
-            "versions": {"triton": triton.__version__},
-            "kernels": [row._asdict() for row in rows],
-        }
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        found = json.loads(options.json.read_text(encoding="utf-8")) if options.json.exists() else {"kernels": {}}
+        found["command"] = f"python -m lowrank_kernels.compile {' '.join(sys.argv[1:])}"
+        found["kernels"][triton.__version__] = [row._asdict() for row in rows]
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     complaints = [complaint for row in rows if (complaint := row.complaint())]
     if complaints:
         raise SystemExit("\n".join(complaints))

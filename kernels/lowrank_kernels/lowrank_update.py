@@ -236,36 +236,52 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
     """What GaLore, Fira and APOLLO launch on LLaMA's matrices: label, kernel, signature, constants, options."""
     types = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
     cases = []
-    for dtype, product, scaled, rounding in [
-        (torch.bfloat16, True, False, "nearest"),
-        (torch.bfloat16, True, False, "stochastic"),
-        (torch.bfloat16, True, True, "stochastic"),
-        (torch.bfloat16, True, True, "compensated"),
-        (torch.bfloat16, False, True, "stochastic"),
-        (torch.float32, True, False, "nearest"),
-        (torch.float32, True, True, "nearest"),
-        (torch.float32, False, True, "nearest"),
+    for dtype, product, scales, rounding in [
+        (torch.bfloat16, True, (), "nearest"),
+        (torch.bfloat16, True, (), "stochastic"),
+        (torch.bfloat16, True, ROWS, "stochastic"),
+        (torch.bfloat16, True, COLUMNS, "stochastic"),
+        (torch.bfloat16, True, ROWS, "compensated"),
+        (torch.bfloat16, True, ROWS + COLUMNS, "compensated"),
+        (torch.bfloat16, False, ROWS, "stochastic"),
+        (torch.bfloat16, False, COLUMNS, "stochastic"),
+        (torch.float32, True, (), "nearest"),
+        (torch.float32, True, ROWS, "nearest"),
+        (torch.float32, True, ROWS + COLUMNS, "nearest"),
+        (torch.float32, False, ROWS, "nearest"),
     ]:
         options: dict[str, Any] = launch_options(dtype, 256 if product else 0)
         launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
         flags = ("ONE_ROW_SCALE", "KEY_ON_DEVICE", "ALPHA_ON_DEVICE", "DECAY_ON_DEVICE", "WIDE")
         strides = ("weight_stride_n", "left_stride_k", "right_stride_k", "grad_stride_n")
         constants: dict[str, object] = {**options, "ROUNDING": rounding}
-        constants |= {**dict.fromkeys(flags, False), **dict.fromkeys(strides, 1)}
-        if not product:
-            constants |= {"left_ptr": None, "right_ptr": None}
-        if not scaled:
-            constants |= {"grad_ptr": None, "row_scale_ptr": None}
-        # As in all but two-sided scalings.
-        constants["column_scale_ptr"] = None
+        constants |= {**dict.fromkeys(flags, False), **dict.fromkeys(strides, 1), **absent(product, scales)}
         if rounding != "compensated":
             constants["correction_ptr"] = None
         pointers = dict.fromkeys(("weight_ptr", "left_ptr", "right_ptr", "grad_ptr"), types[dtype])
-        pointers |= {"row_scale_ptr": "*fp32", "correction_ptr": "*i8", "alpha": "fp32", "decay": "fp32"}
+        pointers |= dict.fromkeys(ROWS + COLUMNS, "*fp32")
+        pointers |= {"correction_ptr": "*i8", "alpha": "fp32", "decay": "fp32"}
         signature = {
             name: "constexpr" if name in constants else pointers.get(name, "i32")
             for name in lowrank_update_kernel.arg_names
         }
-        label = f"lowrank_update {dtype} {rounding}{' product' if product else ''}{' gradient' if scaled else ''}"
+        label = f"lowrank_update {dtype} {rounding}{' product' if product else ''}{gradient(scales)}"
         cases.append((label.replace("torch.", ""), lowrank_update_kernel, signature, constants, launch))
     return cases
+
+
+# Of a tall weight rows are scaled, of a wide one columns.
+ROWS, COLUMNS = ("row_scale_ptr",), ("column_scale_ptr",)
+
+
+def absent(product: bool, scales: tuple[str, ...]) -> dict[str, object]:
+    """The pointers that a call without a product, or with only these scales of a gradient, does not have."""
+    names = [] if product else ["left_ptr", "right_ptr"]
+    names += [name for name in ROWS + COLUMNS if name not in scales]
+    return dict.fromkeys([*names, *([] if scales else ["grad_ptr"])])
+
+
+def gradient(scales: tuple[str, ...]) -> str:
+    """What a label says of the gradient's scales."""
+    words = " and ".join(name.removesuffix("_scale_ptr") for name in scales)
+    return f" gradient by {words}" if scales else ""

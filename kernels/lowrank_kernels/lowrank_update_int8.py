@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels.lowrank_update import halves, on_device, strides
+from lowrank_kernels.lowrank_update import COLUMNS, ROWS, absent, gradient, halves, on_device, strides
 from lowrank_kernels.rounding import random_bits
 from lowrank_kernels.tiles import add_product, check, check_scales, grouped_tile, rescaled
 from lowrank_optim.ops.int8_weight import GROUP, scale_shape
@@ -218,11 +218,13 @@ def launch_options(dtype: torch.dtype | None, rank: int) -> dict[str, Any]:
 def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
     """What Q-GaLore, Fira and APOLLO launch on LLaMA's matrices: label, kernel, signature, constants, options."""
     cases = []
-    for dtype, pointer, scaled in [
-        (torch.bfloat16, "*bf16", False),
-        (torch.bfloat16, "*bf16", True),
-        (None, "*bf16", True),
-        (torch.float32, "*fp32", True),
+    for dtype, pointer, scales in [
+        (torch.bfloat16, "*bf16", ()),
+        (torch.bfloat16, "*bf16", ROWS),
+        (torch.bfloat16, "*bf16", ROWS + COLUMNS),
+        (None, "*bf16", ROWS),
+        (None, "*bf16", COLUMNS),
+        (torch.float32, "*fp32", ROWS),
     ]:
         options = launch_options(dtype, 256)
         launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
@@ -230,20 +232,16 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
             **options,
             **dict.fromkeys(("ONE_ROW_SCALE", "KEY_ON_DEVICE", "ALPHA_ON_DEVICE", "DECAY_ON_DEVICE"), False),
             **dict.fromkeys(("left_stride_k", "right_stride_k", "grad_stride_n"), 1),
+            **absent(dtype is not None, scales),
         }
-        if dtype is None:
-            constants |= {"left_ptr": None, "right_ptr": None}
-        if not scaled:
-            constants |= {"grad_ptr": None, "row_scale_ptr": None}
-        # As in all but two-sided scalings.
-        constants["column_scale_ptr"] = None
-        types = {"codes_ptr": "*i8", "scale_ptr": "*fp32", "row_scale_ptr": "*fp32", "alpha": "fp32", "decay": "fp32"}
+        types = {"codes_ptr": "*i8", "scale_ptr": "*fp32", "alpha": "fp32", "decay": "fp32"}
+        types |= dict.fromkeys(ROWS + COLUMNS, "*fp32")
         types |= dict.fromkeys(("left_ptr", "right_ptr", "grad_ptr"), pointer)
         signature = {
             name: "constexpr" if name in constants else types.get(name, "i32")
             for name in lowrank_update_int8_kernel.arg_names
         }
         operands = "" if dtype is None else f" {dtype} product".replace("torch.", "")
-        label = f"lowrank_update_int8{operands}{' gradient' if scaled else ''}"
+        label = f"lowrank_update_int8{operands}{gradient(scales)}"
         cases.append((label, lowrank_update_int8_kernel, signature, constants, launch))
     return cases

@@ -98,7 +98,7 @@ def _watched_updater(run: Resolved, model: nn.Module, optimizer: Optimizer, trac
             with tracker.during("update", names[param]):
                 update_param(param, *rest)
 
-        optimizer.update_param = tracked  # type: ignore[method-assign]
+        optimizer.update_param = tracked  # type: ignore[assignment, method-assign]
     return update
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops.rounding import mix_key, round_to_bfloat16
-from lowrank_optim.optim.engine import LowRankOptimizer, largest, refresh_due, select_matrices
+from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.optim.parts import Group
+from lowrank_optim.optim.schedule import largest, refresh_due, select_matrices
 from lowrank_optim.optim.state_storage import SALTS
 from lowrank_optim.optim.views import as_matrices
 
@@ -79,7 +80,7 @@ class Accumulator:
         sizes = largest(low if sketch is None else sketch, self.plan.view.batch)
         which = None
         if all(size < float("inf") for size in sizes):
-            which, _ = select_matrices(self.subspace, sizes, self.plan, low.device, is_scheduled=True)
+            which, _ = select_matrices(self.subspace, sizes, self.plan.view, self.state, low.device, is_scheduled=True)
         if which is None:
             self.state.pop("pending", None)
             self.optimizer._warn_once("kept an old basis because no new one could be computed")

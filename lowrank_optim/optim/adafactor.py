@@ -8,11 +8,11 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lowrank_optim.ops.adafactor_direction import root_mean_square
-from lowrank_optim.optim.engine import Plan
 from lowrank_optim.optim.galore import GaLore
 from lowrank_optim.optim.lifts.plain import Plain
 from lowrank_optim.optim.options import Common, arguments, flag, number, one_of, optional
 from lowrank_optim.optim.parts import Group, Option, Parts, Rule, Scalar, State, add_
+from lowrank_optim.optim.plans import Plan
 from lowrank_optim.optim.rules.adafactor import Adafactor
 from lowrank_optim.optim.state_storage import load_moment, store_moment_
 from lowrank_optim.optim.subspaces.singular import TopSingular

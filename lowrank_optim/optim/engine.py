@@ -1,14 +1,12 @@
-"""The one step that every low-rank optimizer shares: groups, state, the schedule of refreshes, the update."""
+"""The one step that every low-rank optimizer shares, and how its state is saved."""
 
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
-from operator import itemgetter
-from typing import Any, ClassVar, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -17,68 +15,20 @@ from torch.optim import Optimizer
 from lowrank_optim.ops.row_norms import row_norms
 from lowrank_optim.optim.finite import verdict, zero_unless
 from lowrank_optim.optim.full_rank import step_full_rank_
-from lowrank_optim.optim.groups import as_groups
-from lowrank_optim.optim.options import ENGINE, VOLATILE, check_names, complete, expand_signature
-from lowrank_optim.optim.parts import (
-    Group,
-    Norms,
-    Number,
-    Option,
-    Part,
-    Parts,
-    Refresh,
-    Rule,
-    Scalar,
-    Slot,
-    Slots,
-    State,
-    Step,
-    View,
-    Which,
-)  # fmt: skip
-from lowrank_optim.optim.roles import HIDDEN, Role, describe
-from lowrank_optim.optim.rules.adam import Adam
-from lowrank_optim.optim.schema import absent, allocate_, checked, fit_, match_names
-from lowrank_optim.optim.views import as_matrices, seed_of, view_of
-from lowrank_optim.optim.weight_storage import check_storable, weight_slots, write_
+from lowrank_optim.optim.options import check_names
+from lowrank_optim.optim.parts import Group, Norms, Refresh, Rule, Scalar, State, Step, Update
+from lowrank_optim.optim.plans import Plan, PlannedOptimizer
+from lowrank_optim.optim.schedule import largest, refresh_due, scheduled, select_matrices
+from lowrank_optim.optim.schema import absent, checked, match_names
+from lowrank_optim.optim.views import as_matrices
+from lowrank_optim.optim.weight_storage import write_
 
 FORMAT_VERSION = 2
 # Keys of a group that say something of each of its parameters.
 OF_PARAMS = ("params", "param_names", "param_roles")
 
 
-class Explanation(NamedTuple):
-    """What an optimizer does with one parameter, and why."""
-
-    name: str
-    shape: tuple[int, ...]
-    method: str
-    reason: str
-
-
-class Entry(NamedTuple):
-    """Where a parameter stands: its group, its number in there and over all groups, its name if it has one."""
-
-    group: Group
-    number: int
-    place: int
-    name: str | None
-
-
-class Plan(NamedTuple):
-    """What was decided for a parameter: it holds until the parameter or an option of its group changes."""
-
-    key: tuple[Any, ...]
-    shape: torch.Size
-    dtype: torch.dtype
-    view: View
-    parts: Parts
-    slots: Slots
-    state: State
-    place: int
-
-
-class LowRankOptimizer(Optimizer):
+class LowRankOptimizer(PlannedOptimizer):
     """Base of all optimizers here.
 
     A subclass names its parts and, in its constructor, its options::
@@ -99,244 +49,8 @@ class LowRankOptimizer(Optimizer):
         ValueError: a value out of range, no parameters, a parameter in two groups, an unknown key in a group.
     """
 
-    # What a parameter gets that is compressed, and the parts that `parts` may choose in their place.
-    triple: ClassVar[Parts]
-    others: ClassVar[tuple[Part, ...]] = ()
-    # The rule of parameters that are not compressed.
-    full_rank: ClassVar[Rule] = Adam()
-    # Options that the method itself reads, or narrows.
-    options: ClassVar[Mapping[str, Option]] = {}
-    # Where each authors' code has it: (1 - lr wd) W - update, or (1 - lr wd) (W - update).
-    decay_first: ClassVar[bool] = False
-    # Wall time spent in refreshes. Class attributes, because Optimizer.__getstate__ keeps none of these.
+    # Wall time spent in refreshes.
     refresh_seconds: float = 0.0
-    _warned: frozenset[str] = frozenset()
-    _entries: dict[Tensor, Entry] | None = None
-    # Called after a group was added.
-    on_new_group: Callable[[Group], None] | None = None
-    _read_key: Callable[[Group], tuple[Any, ...]] | None = None
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        expand_signature(cls)
-
-    def __init__(self, params: Any, defaults: Mapping[str, Any]) -> None:
-        groups, switched = as_groups(params)
-        filled = complete(defaults, self.known_options(), type(self).__name__)
-        if switched:
-            # Groups in the manner of the published packages: the key "rank" switches the method on.
-            filled["rank"] = None
-        self._plans: dict[Tensor, Plan] = {}
-        self._checked: dict[int, tuple[Any, ...]] = {}
-        super().__init__(groups, filled)
-        self._warn_if_nothing_is_compressed()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._plans, self._checked = {}, {}
-        self._entries = None
-        # Options that came after the optimizer was pickled.
-        for name, option in self.known_options().items():
-            self.defaults.setdefault(name, option.default)
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
-
-    # ---- options and groups ----
-
-    @classmethod
-    def known_options(cls) -> dict[str, Option]:
-        """Every option that a group may have."""
-        parts = (cls.full_rank, *(part for part in cls.triple if part is not None), *cls.others)
-        known = dict(ENGINE)
-        for part in parts:
-            known.update(part.options)
-        return {**known, **cls.options}
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; options that it does not name take the constructor's values."""
-        check_names(param_group, self.known_options(), type(self).__name__)
-        super().add_param_group(param_group)
-        try:
-            self.check_group(self.param_groups[-1])
-        except ValueError:
-            del self.param_groups[-1]
-            raise
-        self._entries = None
-        if self.on_new_group is not None:
-            self.on_new_group(self.param_groups[-1])
-
-    def check_group(self, group: Group) -> None:
-        """Raise ValueError on a value that an option does not allow."""
-        for name, option in self.known_options().items():
-            option.check(name, group[name])
-        for part in (*(part for part in self.triple if part is not None), *self.others):
-            part.check(group)
-        for p in group["params"]:
-            check_storable(p, group["weight_rounding"])
-
-    def _warn_if_nothing_is_compressed(self) -> None:
-        asked = [group for group in self.param_groups if group["rank"] is not None]
-        rows = [(p, group) for group in asked for p in group["params"]]
-        if rows and all(self.parts_of(p, group).subspace is None for p, group in rows):
-            ranks = ", ".join(str(rank) for rank in sorted({group["rank"] for group in asked}))
-            warnings.warn(
-                f"{type(self).__name__}: rank={ranks} compresses no parameter, all get the full-rank rule; "
-                "a matrix is compressed where its smaller side exceeds the rank",
-                stacklevel=4,
-            )
-
-    def entry(self, param: Tensor) -> Entry:
-        """Where a parameter stands.
-
-        Raises:
-            KeyError: it is in no group.
-        """
-        if self._entries is None:
-            self._entries = {}
-            for group in self.param_groups:
-                names = group.get("param_names")
-                for number, p in enumerate(group["params"]):
-                    name = None if names is None else names[number]
-                    self._entries[p] = Entry(group, number, len(self._entries), name)
-        return self._entries[param]
-
-    # ---- what happens to one parameter ----
-
-    def parts(self, view: View, group: Group) -> Parts:
-        """The parts that a compressed parameter gets; a method with more than one triple chooses here."""
-        return self.triple
-
-    def _role(self, param: Tensor, group: Group) -> Role | None:
-        roles = group.get("param_roles")
-        return None if roles is None else roles[self.entry(param).number]
-
-    def _view_and_parts(self, param: Tensor, group: Group) -> tuple[View, Parts]:
-        view = view_of(param, self._role(param, group), group["rank"])
-        if group["rank"] is not None:
-            parts = self.parts(view, group)
-            subspace = parts.subspace
-            if subspace is not None:
-                seen = view.as_matrix() if subspace.flattens else view
-                if subspace.compresses(seen.shape, group):
-                    return seen, parts
-        return view, Parts(None, self.full_rank, self.triple.lift)
-
-    def parts_of(self, param: Tensor, group: Group) -> Parts:
-        """The parts of one parameter; its subspace is None where it gets the full-rank rule."""
-        return self._view_and_parts(param, group)[1]
-
-    def accumulates(self, param: Tensor, group: Group) -> bool:
-        """Whether micro-batches of one parameter can be summed at low rank; see :func:`step_in_backward`."""
-        return can_accumulate(self.parts_of(param, group), group)
-
-    def slots_of(self, param: Tensor, group: Group) -> Slots:
-        """Every tensor and number that the state of a parameter may hold: its schema."""
-        return self._slots(param, group, *self._view_and_parts(param, group))
-
-    def _slots(self, param: Tensor, group: Group, view: View, parts: Parts) -> Slots:
-        step = Slot((), torch.float32) if group["capturable"] else Number(0)
-        entry = self.entry(param)
-        slots: Slots = {"step": step, "seed": Number(seed_of(entry.name, entry.place))}
-        subspace = parts.subspace
-        if subspace is None:
-            shape = (*param.shape, 2) if param.is_complex() else tuple(param.shape)
-            slots.update(parts.rule.slots(shape, view, group, "elements"))
-        else:
-            slots["waiting"] = Number(0)
-            slots.update(subspace.slots(view, group))
-            along = subspace.kept_axis(view, group)
-            slots.update(parts.rule.slots(subspace.low_shape(view, group), view, group, along))
-            slots.update(parts.lift.slots(view, subspace.oriented_shape(view, group), group))
-            if group["two_phase"] and can_accumulate(parts, group):
-                assert subspace.accumulation is not None
-                slots.update(subspace.accumulation.slots(subspace, view, group))
-        slots.update(weight_slots(param, group["weight_rounding"]))
-        return slots
-
-    def explain(self) -> list[Explanation]:
-        """Which parameter gets which method and why, in the order of the groups.
-
-        A state that was made for another rank and is rebuilt in the next step is reported as it is.
-        """
-        rows: list[Explanation] = []
-        for group in self.param_groups:
-            for p in group["params"]:
-                name = self.entry(p).name or f"param.{len(rows)}"
-                rows.append(Explanation(name, tuple(p.shape), *self._explain(p, group)))
-        return rows
-
-    def _explain(self, param: Tensor, group: Group) -> tuple[str, str]:
-        view, parts = self._view_and_parts(param, group)
-        if group["rank"] is None:
-            role = self._role(param, group)
-            return "full-rank", "its group has no rank" if role is None or role in HIDDEN else describe(role)
-        if parts.subspace is None:
-            if param.ndim < 2:
-                return "full-rank", "fewer than two dimensions"
-            return "full-rank", f"its smaller side does not exceed {group['rank']}"
-        subspace = parts.subspace
-        rank = subspace.rank(view.shape, group)
-        present = self.state.get(param, {}).get("rank", rank)
-        if present != rank:
-            return f"rank {present}", f"its state has rank {present}; the next step rebuilds it with rank {rank}"
-        if view.kind == "matrix":
-            return f"rank {rank}", f"its smaller side exceeds {rank}"
-        if view.kind == "stack":
-            return f"rank {rank}", f"a stack of {view.matrices} matrices whose smaller side exceeds {rank}"
-        how = f"as a matrix {view.shape[0]} x {view.shape[1]}" if parts.subspace.flattens else "along its long axes"
-        return f"rank {rank}", f"a convolution, compressed {how}"
-
-    # ---- state ----
-
-    def init_state(self, param: Tensor, group: Group) -> State:
-        """Create the state of one parameter; this only allocates, so it works on the meta device."""
-        state: State = self.state[param]
-        allocate_(state, self.slots_of(param, group), param.device)
-        return state
-
-    def _plan(self, param: Tensor, group: Group, key: tuple[Any, ...] | None = None) -> Plan:
-        """The plan of a parameter, renewed with its state where anything that it depends on has changed."""
-        plan = self._plans.get(param)
-        if torch.compiler.is_compiling() and plan is not None:
-            return plan
-        key = self._key(group) if key is None else key
-        state = self.state[param]
-        if plan is not None and plan.key == key and plan.state is state:
-            if plan.shape == param.shape and plan.dtype is param.dtype and "step" in state:
-                return plan
-            if plan.shape != param.shape:
-                raise RuntimeError(
-                    f"The state of {self._name(param)} was made for the shape {tuple(plan.shape)}, and the parameter "
-                    f"now has {tuple(param.shape)}: make a new optimizer, or delete optimizer.state[param]"
-                )
-        if self._checked.get(id(group)) != key:
-            self.check_group(group)
-            self._checked[id(group)] = key
-        view, parts = self._view_and_parts(param, group)
-        slots = self._slots(param, group, view, parts)
-        if "step" not in state:
-            # A wrapper may keep something of its own in there.
-            allocate_(state, slots, param.device)
-        elif fit_(state, slots, param.device, None if plan is None else plan.slots):
-            self._warn_once("rebuilt the state of parameters because an option of their group has changed")
-        plan = Plan(key, param.shape, param.dtype, view, parts, slots, state, self.entry(param).place)
-        self._plans[param] = plan
-        return plan
-
-    def plan_of(self, param: Tensor, group: Group) -> Plan:
-        """What was decided for a parameter, whose state exists from then on."""
-        return self._plan(param, group, self._key(group))
-
-    def _key(self, group: Group) -> tuple[Any, ...]:
-        """What the plan of a group's parameters depends on."""
-        if self._read_key is None:
-            self._read_key = itemgetter(*(name for name in self.known_options() if name not in VOLATILE))
-        return self._read_key(group)
-
-    def _name(self, param: Tensor) -> str:
-        entry = self.entry(param)
-        return entry.name or f"parameter {entry.place}"
 
     # ---- the step ----
 
@@ -444,7 +158,7 @@ class LowRankOptimizer(Optimizer):
             if subspace.factored:
                 basis = subspace.basis(weight, state, group)
             else:
-                update = expand(update, step, state, group)
+                update = update._replace(low=None, full=expand(update.low, update, step, state, group))
         sign = 1.0 if group["maximize"] else -1.0
         write_(
             param, plan.view, update, step.grad, basis, state, group,
@@ -507,7 +221,7 @@ class LowRankOptimizer(Optimizer):
             self._warn_once("skipped an update because of a non-finite gradient")
             return False
         started = int(state["step"]) > 0
-        which, waiting = select_matrices(subspace, sizes, plan, grad.device, is_scheduled)
+        which, waiting = select_matrices(subspace, sizes, plan.view, state, grad.device, is_scheduled)
         state["waiting"] = waiting
         if which is None:
             return True
@@ -522,11 +236,6 @@ class LowRankOptimizer(Optimizer):
         """Move the moments into a new basis."""
         if result.overlap is not None and int(plan.state["step"]) > 0:
             plan.parts.rule.transport(plan.state, result.overlap, group)
-
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned |= {message}
-            warnings.warn(f"{type(self).__name__} {message} (warned once)", RuntimeWarning, stacklevel=4)
 
     # ---- saving and loading ----
 
@@ -613,79 +322,13 @@ class LowRankOptimizer(Optimizer):
         return groups
 
 
-def refresh_due(state: State, group: Group, place: int) -> bool:
-    """Whether the coming step refreshes the basis: it is scheduled, or matrices wait for one.
-
-    While a CUDA graph is being captured the answer is no.
-    """
-    step = state["step"]
-    if isinstance(step, Tensor) and step.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
-    return bool(state["waiting"]) or scheduled(state, group, place)
-
-
-def scheduled(state: State, group: Group, place: int) -> bool:
-    """Whether the coming step is one of 1, 1 + gap, 1 + 2 gap, ... of the parameter.
-
-    With ``stagger`` the first is the same, the later ones are moved by a share of the gap that the golden ratio spreads
-    evenly over the places of the parameters.
-    """
-    # A tensor is read from the device: a capturable step should run inside of a CUDA graph, where nothing is due.
-    step = int(state["step"])
-    # A lazy subspace keeps a gap of its own.
-    gap: int = state["gap"] if "gap" in state else group["update_proj_gap"]
-    offset = int(gap * (place * 0.6180339887498949 % 1.0)) if group["stagger"] else 0
-    return bool(step == 0 or (step + offset) % gap == 0)
-
-
-def largest(grad: Tensor, batch: tuple[int, ...]) -> list[float]:
-    """The largest magnitude in every matrix of a batch, NaN where one is; reads them from the device at once."""
-    values = torch.view_as_real(grad) if grad.is_complex() else grad
-    values = values.reshape(*batch, -1) if batch else values
-    if batch:
-        extremes = torch.stack((values.amax(-1), values.amin(-1)))
-    else:
-        # Unlike abs(), aminmax makes no copy of the gradient.
-        extremes = torch.stack(torch.aminmax(values))
-    sizes: list[float] = extremes.abs().amax(0).view(-1).tolist()
-    return sizes
-
-
-def select_matrices(
-    subspace: Any, sizes: list[float], plan: Plan, device: torch.device, is_scheduled: bool
-) -> tuple[Which | None, int]:
-    """The matrices that a refresh is about, None for none, and those that wait after it, as the bits of an int."""
-    waiting = plan.state["waiting"]
-    if is_scheduled and int(plan.state["step"]) == 0:
-        waiting = (1 << len(sizes)) - 1
-    if not subspace.follows_gradient:
-        return Which(warm=int(plan.state["step"]) > 0), 0
-    wanted = [size > 0 and (is_scheduled or waiting >> i & 1 == 1) for i, size in enumerate(sizes)]
-    cold = [waiting >> i & 1 == 1 for i in range(len(sizes))]
-    left = sum(1 << i for i, (is_cold, gets) in enumerate(zip(cold, wanted)) if is_cold and not gets)
-    if not any(wanted):
-        return None, left
-
-    def mask(flags: list[bool]) -> Tensor:
-        return torch.tensor(flags, device=device).view(*plan.view.batch, 1, 1)
-
-    warm = not cold[0] if all(c == cold[0] for c in cold) else ~mask(cold)
-    return Which(None if all(wanted) else mask(wanted), warm), left
-
-
-def expand(update: Any, step: Step, state: State, group: Group) -> Any:
-    """An update of a subspace without a basis, as a full-size matrix."""
+def expand(low: Tensor, update: Update, step: Step, state: State, group: Group) -> Tensor:
+    """An update of a subspace without a basis as a full-size matrix."""
     full = torch.zeros(step.grad.shape, dtype=step.low.dtype, device=step.grad.device)
-    step.subspace.project_back_(full, update.low, state, group, alpha=update.scale)
+    step.subspace.project_back_(full, low, state, group, alpha=update.scale)
     if update.row_scale is not None:
         full.addcmul_(step.grad.to(full.dtype), update.row_scale)
-    return update._replace(low=None, full=full)
-
-
-def can_accumulate(parts: Parts, group: Group) -> bool:
-    """Whether an update and a refresh can do with sums of projections instead of the whole gradient."""
-    accumulation = None if parts.subspace is None else parts.subspace.accumulation
-    return accumulation is not None and accumulation.works(group) and not parts.lift.reads_gradient(group)
+    return full
 
 
 @contextmanager

@@ -51,10 +51,15 @@ class Restarting(Oriented):
         return max(1, round(group["density"] * (rows if on_left(shape, group["proj_type"]) else columns)))
 
     def refresh(self, grad: Tensor, state: State, group: Group, which: Which) -> Refresh:
-        """Renew the projection; with ``reset_moments`` no coordinate of it had a predecessor."""
+        """Renew the projection; with ``reset_moments`` no coordinate of it had a predecessor.
+
+        A stack begins anew as a whole, and not when only some of its matrices see their first gradient.
+        """
         result = super().refresh(grad, state, group, which)
         if not (result.renewed and group["reset_moments"]):
             return result
+        if isinstance(which.warm, Tensor) and which.usable is not None and not bool((which.usable & which.warm).any()):
+            return Refresh(renewed=True)
         shape = (*grad.shape[:-2], state["rank"])
         return Refresh(renewed=True, overlap=torch.full(shape, -1, dtype=torch.int64, device=grad.device))
 

@@ -15,7 +15,7 @@ OWN = frozenset(
     {
         *("step", "seed", "left", "rank", "waiting", "basis", "indices", "refreshes", "gap", "overlaps", "pending"),
         *("exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "error", "momentum", "update_norm"),
-        *("reset_step", "updates", "weight_correction"),
+        *("reset_step", "updates", "weight_correction", "batch"),
     }
 )
 

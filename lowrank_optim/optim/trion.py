@@ -7,10 +7,11 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from lowrank_optim.optim.engine import LowRankOptimizer, Plan
+from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.optim.lifts.momentum import Momentum
 from lowrank_optim.optim.options import Common, arguments, number
 from lowrank_optim.optim.parts import Group, Option, Parts, Scalar
+from lowrank_optim.optim.plans import Plan
 from lowrank_optim.optim.rules.adam import CorrectedAdam
 from lowrank_optim.optim.rules.newton_schulz import NewtonSchulz
 from lowrank_optim.optim.subspaces.fixed_basis import Coefficients, Settings

@@ -133,8 +133,8 @@ def write_(
         size: the step size, negative for descent.
         decay: what the weight is multiplied with, before the update if ``decay_first``, else after it.
     """
-    if isinstance(size, Tensor) and size.ndim == 3:
-        # A step size for every matrix of a stack; the operation takes one.
+    if any(isinstance(number, Tensor) and number.ndim == 3 for number in (size, decay)):
+        # A step size, or a decay, for every matrix of a stack; the operation takes one.
         _write_each_(param, view, update, grad, basis, state, group, size, decay, decay_first)
         return
     if not decay_first:
@@ -182,7 +182,7 @@ def write_(
 
 def _write_each_(
     param: Tensor, view: View, update: Update, grad: Tensor, basis: Tensor | None, state: State, group: Group,
-    size: Tensor, decay: Scalar, decay_first: bool,
+    size: Scalar, decay: Scalar, decay_first: bool,
 ) -> None:  # fmt: skip
     for i in range(view.shape[0]):
         one = view._replace(shape=view.shape[1:], kind="matrix")
@@ -191,10 +191,10 @@ def _write_each_(
         own = {**state, "seed": state["seed"] + 0x9E3779B9 * (i + 1)}
         if "weight_correction" in state:
             own["weight_correction"] = state["weight_correction"][i]
-        kept = decay[i].view(()) if isinstance(decay, Tensor) and decay.ndim == 3 else decay
+        step, kept = (x[i].view(()) if isinstance(x, Tensor) and x.ndim == 3 else x for x in (size, decay))
         write_(
             param[i], one, update._replace(**{key: value[i] for key, value in some.items()}), grad[i],
-            None if basis is None else basis[i], own, group, size=size[i].view(()), decay=kept,
+            None if basis is None else basis[i], own, group, size=step, decay=kept,
             decay_first=decay_first,
         )  # fmt: skip
 

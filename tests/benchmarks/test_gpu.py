@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 pytest.importorskip("transformers")
 
 from benchmarks import table as readme
+from benchmarks.contestants import own_names
 from benchmarks.gpu import cases, check, limits, record, runner, sanitizer, table, throughput, train, worker
 from benchmarks.gpu.record import Task
 from benchmarks.gpu.setting import Setting
@@ -159,9 +160,20 @@ def test_every_kernel_and_change_has_a_check() -> None:
         assert any(one.startswith(f"{name}, ") for one in names)
     for word in ("stochastic", "compensated", "transposed", "on the device", "bf16 moments", "norms", "NaN", "experts"):
         assert any(word in one for one in names), word
+    # What most steps launch is checked before the rest.
+    assert [one.most_used for one in found] == sorted((one.most_used for one in found), reverse=True)
+    assert found[0].most_used and not found[-1].most_used
 
 
-@pytest.mark.parametrize("name", ["project, tall", "rescaled_update, stochastic, tall", "adam_direction, norms, tall"])
+def test_every_method_is_held_against_eager() -> None:
+    assert {one.method for one in check.wholes()} == set(own_names())
+    names = [one.name for one in check.wholes()]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    "name", ["two_sided_update, tall", "rescaled_update, stochastic, tall", "adam_direction, norms, tall"]
+)
 def test_a_check_finds_a_wrong_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (found,) = (one for one in cases.checks(CPU) if one.name == name)
     choose = cases.pick
@@ -186,10 +198,10 @@ def test_a_check_finds_a_wrong_kernel(name: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_errors_of_the_sanitizer_are_told_by_kernel() -> None:
-    said = "========= COMPUTE-SANITIZER\n---- project\n---- gram\n========= Invalid __global__ read of size 2 bytes\n"
-    found = sanitizer.read(said + "---- end\n========= ERROR SUMMARY: 1 error\n", ["project", "gram", "square"])
+    said = "========= COMPUTE-SANITIZER\n---- gaussian\n---- gram\n========= Invalid __global__ read of size 2 bytes\n"
+    found = sanitizer.read(said + "---- end\n========= ERROR SUMMARY: 1 error\n", ["gaussian", "gram", "square"])
     assert found["errors"] == {"gram": 1} and found["not_reached"] == ["square"] and not found["right"]
-    assert sanitizer.read("---- project\n---- end\n========= ERROR SUMMARY: 0 errors\n", ["project"])["right"]
+    assert sanitizer.read("---- gram\n---- end\n========= ERROR SUMMARY: 0 errors\n", ["gram"])["right"]
 
 
 def test_flops_of_a_token() -> None:
@@ -212,7 +224,7 @@ MADE_UP: list[dict[str, Any]] = [
     {"piece": "limits", "name": "versions", "versions": {"torch": "2.x", "triton": "3.y"}},
     {"piece": "limits", "name": "copy 1024 MiB", "tb_s": 3.004},
     {"piece": "limits", "name": "product bf16", "tflop_s": 700.4},
-    {"piece": "check", "name": "project", "right": True},
+    {"piece": "check", "name": "gaussian", "right": True},
     {"piece": "check", "name": "gram", "right": False},
     {"piece": "memory", "name": "m", "method": "M(rank=1)", "weights": "int8", "card_gb": 16, "simulated_bytes": 12.5e9,
      "allocated_bytes": 12.75e9, "reserved_bytes": 13e9, "process_bytes": 13.5e9, "tokens_s": 2048.4},
@@ -221,7 +233,7 @@ MADE_UP: list[dict[str, Any]] = [
     {"piece": "steps", "name": "GaLore", "model": "7b", "whole": False, "rank": 256, "dtype": "torch.bfloat16",
      "ms": 1.0, "host_ms": 0.5, "replayed_ms": 0.75, "refresh_share": 0.03},
     {"piece": "throughput", "name": "60m", "tokens_s": 123456.7, "mfu": 0.375, "share_of_measured_product": 0.5},
-    {"piece": "kernels", "name": "project, 7B", "ms": 0.5, "eager_ms": 0.75, "share": 0.875},
+    {"piece": "kernels", "name": "gram, 7B", "ms": 0.5, "eager_ms": 0.75, "share": 0.875},
     {"piece": "converge", "name": "c", "optimizer": "AdamW", "lr": 1e-3, "updates": 400, "loss": 5.25, "tokens_s": 5e5},
     {"piece": "peers", "name": "fira FiraAdamW", "reason": "ModuleNotFoundError: No module named 'fira'"},
 ]  # fmt: skip
@@ -237,7 +249,7 @@ def test_the_tables_are_drawn_from_the_lines(tmp_path: Path, monkeypatch: pytest
         "| AdamW | 2 | – | 0.25 | – | 1.00 |",
         "| GaLore | 1 | 0.75 | 0.5 | 3.0% | 0.50 |",
         "| 60m | 123,457 | 37.5% | 50.0% |",
-        "| project, 7B | 500 | 750 | 88% |",
+        "| gram, 7B | 500 | 750 | 88% |",
         "| `AdamW` | 0.001 | 400 | 5.250 | 500,000 |",
         "Some GPU, torch 2.x, triton 3.y; a copy moves 3.00 TB/s, a bf16 product does 700 TFLOP/s.",
         "Without a figure: peers, fira FiraAdamW.",

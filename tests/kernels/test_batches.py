@@ -91,11 +91,10 @@ WRONG = {
     "grad": lambda x: x[:2],
     "row_scale": lambda x: x[:, :5],
     "column_scale": lambda x: x.mT,
-    "basis": lambda x: x[:, 1:],
     "source": lambda x: x[:, 1:],
     "addend": lambda x: x[..., 1:],
 }
-CALLS = {"basis": "project", "source": "move_columns", "addend": "gram and addend"}
+CALLS = {"source": "move_columns", "addend": "gram and addend"}
 
 
 @pytest.mark.parametrize("kind", ["shape", "dtype", "device"])

@@ -18,6 +18,7 @@ from lowrank_optim.ops.move_columns import move_columns_
 from lowrank_optim.ops.newton_schulz import newton_schulz
 from lowrank_optim.ops.orthonormal import orthonormalize, range_finder, subspace_iteration
 from lowrank_optim.ops.project import project
+from lowrank_optim.ops.row_norms import row_norms
 
 ROWS, COLUMNS, RANK = 37, 61, 5
 GROUP_SIZE = 7
@@ -67,7 +68,6 @@ def with_kernels(batch: tuple[int, ...], device: torch.device, dtype: torch.dtyp
         "one number": Call(lowrank_update_, {**weight, **grad, "row_scale": positive(1, 1)}, **alone),
         "columns": Call(lowrank_update_, {**weight, **grad, "column_scale": positive(1, COLUMNS)}, **alone),
         "rows and columns": Call(lowrank_update_, {**weight, **product, **grad, **both}, **moved),
-        "project": Call(project, {"grad": random(ROWS, COLUMNS), "basis": random(COLUMNS, RANK)}),
         "dct_select": Call(dct_select, {"scored": random(ROWS, COLUMNS).sign().float() * norms},
                            {"rank": RANK, "ell_norm": 2}),
         "move_columns": Call(move_columns_, {"matrix": random(ROWS, RANK), "source": source}, mutated=("matrix",)),
@@ -99,6 +99,8 @@ def eager_only(batch: tuple[int, ...]) -> dict[str, Call]:
 
     storage = {"codes": packed, "scale": random(groups), "zero": torch.zeros(*batch, groups, dtype=torch.uint8)}
     return {
+        "project": Call(project, {"grad": tall, "basis": random(ROWS, RANK)}),
+        "row_norms": Call(row_norms, {"matrix": tall}),
         "orthonormalize": Call(orthonormalize, {"matrix": random(COLUMNS, RANK)}),
         "subspace_iteration": Call(subspace_iteration, {"tall": tall, "start": random(ROWS, RANK)}, {"iterations": 2}),
         # A spectrum with a gap, so that rounding does not turn the subspace.

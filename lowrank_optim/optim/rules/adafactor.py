@@ -11,7 +11,7 @@ from lowrank_optim.ops import pick
 from lowrank_optim.ops.adafactor_direction import adafactor_direction, clip_rms_, square_of
 from lowrank_optim.ops.move_columns import move_columns_
 from lowrank_optim.optim.options import number, optional
-from lowrank_optim.optim.parts import Group, Option, Rule, Slot, Slots, State, View
+from lowrank_optim.optim.parts import Group, Number, Option, Rule, Slot, Slots, State, View
 from lowrank_optim.optim.state_storage import load_moment, moment_slots, store_moment_
 from lowrank_optim.optim.validation import check_range
 
@@ -43,7 +43,10 @@ class Adafactor(Rule):
     }
 
     def slots(self, shape: tuple[int, ...], view: View, group: Group, along: str | None) -> Slots:
-        """Factors of the second moment; the mean update only where ``beta1`` asks for it."""
+        """Factors of the second moment; the mean update only where ``beta1`` asks for it.
+
+        ``batch`` counts the leading axes of a stack: every matrix of it is clipped for itself.
+        """
         dtype = view.wide.to_real() if len(shape) > len(view.shape) else view.wide
         real = dtype.to_real()
         if len(shape) >= 2:
@@ -51,6 +54,7 @@ class Adafactor(Rule):
             slots: Slots = {
                 "exp_avg_sq_row": Slot(shape[:-1], real, along),
                 "exp_avg_sq_col": Slot((*shape[:-2], shape[-1]), real),
+                "batch": Number(len(view.batch), fixed=True),
             }
         else:
             slots = moment_slots("exp_avg_sq", shape, real, group["state_dtype"], along)
@@ -71,7 +75,8 @@ class Adafactor(Rule):
             return clip_rms_(low * second.rsqrt(), threshold)
         row, col = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
         operation = pick(adafactor_direction, group["backend"], low.device)
-        return operation(low, row, col, weight=weight, eps=eps, clip_threshold=threshold)
+        options = {"weight": weight, "eps": eps, "clip_threshold": threshold}
+        return operation(low, row, col, per_matrix=state["batch"] > 0, **options)
 
     def transport(self, state: State, overlap: Tensor, group: Group) -> None:
         """col <- col |O|² and A <- A O with the overlap O, or both gathered by column; row means stay.

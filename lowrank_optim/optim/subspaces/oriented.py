@@ -71,6 +71,14 @@ class Oriented(Subspace):
         product_(target, low.to(target.dtype), basis.mH, alpha=alpha)
 
 
+def overlap_where(which: Tensor | None, overlap: Tensor) -> Tensor:
+    """An overlap (..., rank, rank), but the identity for those matrices that ``which`` leaves out: they keep a basis."""
+    if which is None:
+        return overlap
+    stays = torch.eye(overlap.shape[-1], dtype=overlap.dtype, device=overlap.device).expand(overlap.shape)
+    return torch.where(which, overlap, stays)
+
+
 def keep_where(which: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
     """``new``, but ``old`` for those matrices of a batch that ``which`` (..., 1, 1) leaves out."""
     if which is None:

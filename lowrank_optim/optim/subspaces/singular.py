@@ -10,7 +10,7 @@ from torch import Tensor
 from lowrank_optim.ops.orthonormal import orthonormalize, range_finder, subspace_iteration
 from lowrank_optim.optim.options import one_of
 from lowrank_optim.optim.parts import Accumulation, Group, Option, Refresh, Slot, Slots, State, View, Which
-from lowrank_optim.optim.subspaces.oriented import SIDES, Oriented, keep_where, on_left
+from lowrank_optim.optim.subspaces.oriented import SIDES, Oriented, keep_where, on_left, overlap_where
 from lowrank_optim.optim.subspaces.random import sketch_matrix
 
 REFRESHES = ("power", "randomized", "svd")
@@ -170,7 +170,7 @@ class TopSingular(Oriented):
         basis = keep_where(which.usable, basis, old)
         overlap = None
         if group["moments"] != "keep" and which.warm is not False:
-            overlap = old.mH @ basis
+            overlap = overlap_where(which.usable, old.mH @ basis)
             if group["moments"] == "align":
                 # A new column that is orthogonal to its predecessor keeps the sign that it came with.
                 turn = overlap.diagonal(dim1=-2, dim2=-1).conj().sgn()

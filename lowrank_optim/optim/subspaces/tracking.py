@@ -9,7 +9,7 @@ from lowrank_optim.ops.orthonormal import orthonormalize
 from lowrank_optim.optim.options import number, one_of
 from lowrank_optim.optim.parts import Group, Option, Refresh, Slot, Slots, State, View, Which
 from lowrank_optim.optim.state_storage import load_moment
-from lowrank_optim.optim.subspaces.oriented import SIDES, Oriented, keep_where, on_left
+from lowrank_optim.optim.subspaces.oriented import SIDES, Oriented, keep_where, on_left, overlap_where
 from lowrank_optim.optim.subspaces.singular import top_basis, usable
 
 
@@ -55,7 +55,7 @@ class Tracking(Oriented):
         if basis is None or not usable(basis, which):
             return Refresh(renewed=False)
         basis = keep_where(which.usable, basis, old)
-        overlap = None if which.warm is False else old.mH @ basis
+        overlap = None if which.warm is False else overlap_where(which.usable, old.mH @ basis)
         state["basis"].copy_(basis)
         return Refresh(renewed=True, overlap=overlap)
 
