@@ -139,8 +139,11 @@ def _trace(project: Path, file: str) -> dict[str, Any]:
 
 
 class Map:
-    """Which test executes which line. Lines are counted from the start of their function, so that edits elsewhere
-    leave the map as it is."""
+    """Which test executes which line.
+
+    A line is known by its text and the name of its function, so that the map outlives edits elsewhere and moves between
+    files.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "map"
@@ -159,10 +162,13 @@ class Map:
         for test, found in entry["tests"].items():
             self.seconds[test] = found["seconds"]
             for place in found["places"]:
-                key = entry["places"][place]
-                self.of_line[key].add(test)
-                self.of_function[key.rpartition("+")[0]].add(test)
-                self.of_file[key.partition(":")[0]].add(test)
+                path, _, rest = entry["places"][place].partition("|")
+                function = rest.partition("|")[0]
+                name = function.rpartition(".")[2]
+                self.of_line[_key(rest)].add(test)
+                self.of_function[function].add(test)
+                self.of_function[name].add(test)
+                self.of_file[path].add(test)
 
     def add(self, project: Path, file: str, seconds: float) -> None:
         """Trace one file of tests, unless it is in the map as it stands."""
@@ -174,12 +180,12 @@ class Map:
             print(f"{file}: no map within {seconds:.0f} s")
             return
         paths = {path for found in tests.values() for path, _ in found.get("lines", ())}
-        starts = {path: _starts((project / path).read_text()) for path in paths}
+        around = {path: _places((project / path).read_text()) for path in paths}
         places: dict[str, int] = {}
         kept = {}
         for test, found in tests.items():
             if found["passed"]:
-                keys = {f"{path}:{starts[path].get(line, '+' + str(line))}" for path, line in found["lines"]}
+                keys = {f"{path}|{around[path][line]}" for path, line in found["lines"]}
                 kept[test] = {
                     "seconds": found["seconds"], "places": sorted(places.setdefault(key, len(places)) for key in keys),
                 }  # fmt: skip
@@ -191,25 +197,29 @@ class Map:
 
     def tests_of(self, site: Site, root: Path) -> set[str]:
         """The tests that execute a fault's lines, or else its function, or where there is none its file."""
-        starts = _starts((root / site.path).read_text())
-        lines = range(site.line, site.end_line + 1)
-        found = {test for line in lines for test in self.of_line.get(f"{site.path}:{starts.get(line, '')}", ())}
+        around = _places((root / site.path).read_text())
+        keys = {_key(around[line]) for line in range(site.line, site.end_line + 1)}
+        found = set().union(*(self.of_line.get(key, set()) for key in keys))
         if found:
             return found
-        place = f"{site.path}:{site.function}"
-        inside = set().union(
-            *(of for key, of in self.of_function.items() if key == place or key.startswith(f"{place}."))
+        name = site.function.rpartition(".")[2]
+        inside = self.of_function.get(site.function) or set().union(
+            *(of for key, of in self.of_function.items() if key.startswith(f"{site.function}."))
         )
-        is_function = site.function.rpartition(".")[2][:1].islower()
-        return inside if site.function and (inside or is_function) else self.of_file.get(site.path, set())
+        if site.function and (inside or name[:1].islower()):
+            return inside or self.of_function.get(name, set())
+        return self.of_file.get(site.path, set())
 
 
-def _starts(text: str) -> dict[int, str]:
+def _places(text: str) -> dict[int, str]:
+    """For every line its function and its text."""
     around = functions(ast.parse(text))
-    first: dict[str, int] = {}
-    for line, name in sorted(around.items()):
-        first.setdefault(name, line)
-    return {line: f"{name}+{line - first[name]}" for line, name in around.items()}
+    return {i: f"{around.get(i, '')}|{line.strip()}" for i, line in enumerate(text.splitlines(), 1)}
+
+
+def _key(place: str) -> str:
+    function, _, line = place.partition("|")
+    return f"{function.rpartition('.')[2]}|{line}"
 
 
 def in_order(tests: set[str], seconds: dict[str, float], first: list[str], stem: str, budget: float) -> list[str]:
