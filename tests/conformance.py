@@ -31,7 +31,9 @@ def quiet(name: str, params: Any, **kwargs: Any) -> LowRankOptimizer:
 def parameters(shapes: Iterable[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     """The same parameters in every call."""
     generator = torch.Generator("cpu").manual_seed(1)
-    return [nn.Parameter(torch.randn(s, generator=generator, device="cpu", dtype=torch.float32).to(dtype)) for s in shapes]
+    return [
+        nn.Parameter(torch.randn(s, generator=generator, device="cpu", dtype=torch.float32).to(dtype)) for s in shapes
+    ]
 
 
 def gradients(params: Sequence[Tensor], step: int) -> list[Tensor]:
