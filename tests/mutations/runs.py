@@ -6,6 +6,7 @@ import ast
 import gc
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import queue
@@ -63,7 +64,10 @@ def copy_project(root: Path, into: Path) -> Path:
 
 
 def in_child(task: Any, seconds: float, *args: Any) -> Any:
-    """What ``task(*args)`` returns in a process group of its own, None where it takes longer or dies."""
+    """What ``task(*args)`` returns in a process group of its own, None where it takes longer or dies.
+
+    The seconds are counted while this process runs, so that it may be suspended.
+    """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
@@ -81,7 +85,7 @@ def in_child(task: Any, seconds: float, *args: Any) -> Any:
     process.start()
     sender.close()
     try:
-        return receiver.recv() if receiver.poll(seconds) else None
+        return receiver.recv() if any(receiver.poll(1.0) for _ in range(math.ceil(seconds))) else None
     except EOFError:
         return None
     finally:

@@ -228,9 +228,11 @@ class _Finder(ast.NodeVisitor):
                     if self.source(number) != "0":
                         self.add(number, "0", "resume")
             elif isinstance(child, (ast.Tuple, ast.Set)):
+                entries = [self.source(entry) for entry in child.elts if isinstance(entry, ast.Constant)]
                 for entry in child.elts:
                     if isinstance(entry, ast.Constant):
-                        self.add(entry, '"_"', "resume")
+                        # As if it were not there.
+                        self.add(entry, next((e for e in entries if e != self.source(entry)), '"_"'), "resume")
 
 
 def _in_file(text: str, path: Path, root: Path) -> Iterator[Site]:
