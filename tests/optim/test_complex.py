@@ -33,6 +33,28 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in kwargs.items())]) for name, kwargs in ROWS]
 # Exact in floating point, and no two alike in the rows that matter.
 PHASES = torch.tensor([1, 1j, -1, -1j, 1j, -1], dtype=torch.complex128)
+ONCE = {"refresh": "svd", "update_proj_gap": 100}
+# Those whose subspace does not depend on phases of the other side.
+OTHER_SIDE: list[tuple[str, dict[str, Any]]] = [
+    ("GaLoreAdamW", ONCE),
+    ("GaLoreAdafactor", {**ONCE, "beta1": 0.9}),
+    ("FiraAdamW", ONCE),
+    ("FiraAdamW", {**ONCE, "residual": "paper"}),
+    *(("APOLLOAdamW", {"moments": moments}) for moments in ("keep", "align", "rotate")),
+    ("APOLLOMini", {}),
+    ("FRUGALAdamW", {"moments": "align", "reset_moments": False}),
+    ("FRUGALAdamW", {"projection": "random", "moments": "rotate", "reset_moments": False}),
+    ("FRUGALAdamW", {"projection": "dct", "moments": "rotate", "reset_moments": False}),
+    ("DCTAdamW", {}),
+    ("DCTAdamW", {"basis": "dct3", "similarity": "matmul", "error_feedback": "full"}),
+    ("DCTAdamW", {"basis": "random", "error_feedback": "int8", "ell_norm": 1}),
+    ("DCTAdamW", {"basis": "identity"}),
+    ("LDAdamW", {"update_proj_gap": 1}),
+    ("LDAdamW", {"update_proj_gap": 1, "proj_method": "svd"}),
+    ("Trion", {"similarity": "fft"}),
+    ("Trion", {"basis": "dct3", "similarity": "fft", "update_proj_gap": 1}),
+]
+OTHER_IDS = ["-".join([name, *(f"{k}={v}" for k, v in kwargs.items())]) for name, kwargs in OTHER_SIDE]
 
 
 def phases(shape: tuple[int, ...]) -> Tensor:
@@ -65,6 +87,19 @@ def test_phases_of_the_compressed_side_turn_the_update_along(
     plain = trained(name, shape, torch.ones_like(turn), **kwargs)
     assert torch.isfinite(torch.view_as_real(plain)).all()
     torch.testing.assert_close(trained(name, shape, turn, **kwargs), plain * turn, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:.*compresses no parameter")
+@pytest.mark.parametrize("shape", [(8, 6), (6, 8), (2, 8, 6), (2, 6, 8), (5,)], ids=str)
+@pytest.mark.parametrize(("name", "kwargs"), OTHER_SIDE, ids=OTHER_IDS)
+def test_phases_of_the_other_side_turn_the_update_along(
+    name: str, kwargs: dict[str, Any], shape: tuple[int, ...]
+) -> None:
+    long = torch.cat((PHASES, PHASES[1:3]))
+    turn = PHASES[:5] if len(shape) == 1 else long if shape[-2] < shape[-1] else long.unsqueeze(-1)
+    plain = trained(name, shape, torch.ones_like(turn), **kwargs)
+    assert torch.isfinite(torch.view_as_real(plain)).all()
+    torch.testing.assert_close(trained(name, shape, turn, **kwargs), plain * turn, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("refresh", ["power", "randomized"])

@@ -54,13 +54,13 @@ def test_positive_ints(value: Any) -> None:
     for valid in (1, 7):
         check_positive_int("x", valid)
         check_positive_int("x", valid, optional=True)
-    with pytest.raises(ValueError, match="expected a positive int$"):
+    with pytest.raises(ValueError, match=r"expected a positive int$"):
         check_positive_int("x", value)
     if value is None:
         check_positive_int("x", value, optional=True)
         options.optional_positive_int("x", value)
     else:
-        with pytest.raises(ValueError, match="expected a positive int or None$"):
+        with pytest.raises(ValueError, match=r"expected a positive int or None$"):
             check_positive_int("x", value, optional=True)
 
 
@@ -68,7 +68,7 @@ def test_positive_ints(value: Any) -> None:
 def test_natural_numbers(value: Any) -> None:
     options.natural("x", 0)
     options.natural("x", 3)
-    with pytest.raises(ValueError, match="Invalid x: .*expected a non-negative int"):
+    with pytest.raises(ValueError, match=r"Invalid x: .*expected a non-negative int"):
         options.natural("x", value)
 
 

@@ -8,16 +8,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim import GaLoreAdamW
+from lowrank_optim import GaLoreAdamW, QGaLoreAdamW8bit
 from lowrank_optim.ops import lowrank_update
 from lowrank_optim.ops.chunks import chunks, row_blocks
 from lowrank_optim.ops.fused_adam import fused_adam_fits
 from lowrank_optim.ops.newton_schulz import newton_schulz
 from lowrank_optim.ops.project import project
-from lowrank_optim.optim import engine, weight_storage
-from lowrank_optim.optim.engine import refresh_due, without_autocast
+from lowrank_optim.optim import plans, weight_storage
+from lowrank_optim.optim.engine import without_autocast
 from lowrank_optim.optim.finite import host_looks, verdict, zero_unless
+from lowrank_optim.optim.parts import Which
+from lowrank_optim.optim.schedule import refresh_due
+from lowrank_optim.optim.subspaces import singular
 from lowrank_optim.optim.subspaces.fixed_basis import uses_fft
+from lowrank_optim.optim.subspaces.random import overlap_of
+from lowrank_optim.optim.subspaces.singular import TopSingular
 from lowrank_optim.optim.validation import check_range
 
 GPU = torch.device("cuda")
@@ -239,8 +244,8 @@ def test_a_plan_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     params = [nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(5))]
     optimizer = GaLoreAdamW(params, rank=2)
     made: list[Tensor] = []
-    view_of = engine.view_of
-    monkeypatch.setattr(engine, "view_of", lambda p, *args: (made.append(p), view_of(p, *args))[1])
+    view_of = plans.view_of
+    monkeypatch.setattr(plans, "view_of", lambda p, *args: (made.append(p), view_of(p, *args))[1])
     for _ in range(3):
         for p in params:
             p.grad = torch.randn_like(p)
@@ -250,3 +255,54 @@ def test_a_plan_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer.param_groups[0]["scale"] = 0.5
     optimizer.step()
     assert len(made) == 4
+
+
+# ---- rare states ----
+
+
+def test_an_option_that_changes_between_loading_and_the_next_step_counts() -> None:
+    def made(gap: int) -> tuple[nn.Parameter, QGaLoreAdamW8bit]:
+        p = nn.Parameter(torch.randn(8, 6))
+        return p, QGaLoreAdamW8bit([p], rank=2, update_proj_gap=gap, gamma_proj=2, queue_size=1, cos_threshold=0.0)
+
+    def step(p: nn.Parameter, optimizer: QGaLoreAdamW8bit) -> int:
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+        gap: int = optimizer.state[p]["gap"]
+        return gap
+
+    p, optimizer = made(2)
+    assert [step(p, optimizer) for _ in range(4)] == [2, 2, 4, 4]
+    q, other = made(2)
+    other.load_state_dict(optimizer.state_dict())
+    assert step(q, other) == 8
+    q, other = made(2)
+    other.load_state_dict(optimizer.state_dict())
+    other.param_groups[0]["update_proj_gap"] = 7
+    assert step(q, other) == 7
+
+
+def test_an_image_that_is_not_finite_ends_a_refresh_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    subspace, group = TopSingular(), {"refresh": "power", "moments": "keep", "selection": "top", "proj_type": "std"}
+    state = {"basis": torch.eye(6)[:, :2].clone(), "seed": 1, "step": 3, "rank": 2, "left": False}
+    before = state["basis"].clone()
+    low, sketch, accumulation = torch.randn(8, 2), torch.randn(6, 2), subspace.accumulation
+    assert accumulation is not None
+    assert not accumulation.refresh(subspace, low, None, state, group, Which(), torch.bfloat16).renewed
+    assert state["pending"].shape == (8, 2) and state["pending"].dtype == torch.bfloat16
+    with monkeypatch.context() as patch:
+        patch.setattr(singular, "orthonormalize", lambda tensor: torch.full_like(tensor, torch.nan))
+        assert not accumulation.refresh(subspace, low, sketch, state, group, Which(), torch.float32).renewed
+        assert "pending" not in state and torch.equal(state["basis"], before)
+    accumulation.refresh(subspace, low, None, state, group, Which(), torch.float32)
+    assert accumulation.refresh(subspace, low, sketch, state, group, Which(), torch.float32).renewed
+    assert not torch.equal(state["basis"], before)
+
+
+@pytest.mark.parametrize("moments", ["align", "rotate"])
+def test_a_column_that_turned_to_a_right_angle_keeps_its_sign(moments: str) -> None:
+    old, new = torch.eye(4)[:, :2], torch.eye(4)[:, 2:]
+    overlap = overlap_of(old, new, moments)
+    assert overlap is not None
+    assert overlap.tolist() == ([[1, 0], [0, 1]] if moments == "align" else [[0, 0], [0, 0]])
+    assert overlap_of(old, new, "keep") is None

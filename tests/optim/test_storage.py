@@ -140,7 +140,7 @@ def test_what_is_kept_beside_a_weight() -> None:
             expected = dtype == torch.bfloat16 and rounding == "compensated"
             assert ("weight_correction" in weight_slots(p, rounding)) is expected
             if dtype == torch.float16 and rounding != "nearest":
-                with pytest.raises(ValueError, match="Invalid weight_rounding: .*float16 parameter"):
+                with pytest.raises(ValueError, match=r"Invalid weight_rounding: .*float16 parameter"):
                     check_storable(p, rounding)
             else:
                 check_storable(p, rounding)

@@ -58,12 +58,12 @@ def test_an_option_that_shapes_the_run_stays(name: str, tmp_path: Path) -> None:
         progress, fingerprint = checkpoint.read_state(tmp_path, now, processes=2)
         assert progress == checkpoint.Progress(7, 70, 2.5) and fingerprint == "f"
     else:
-        with pytest.raises(UserError, match=f"Cannot resume .*: {name} was .* and is now "):
+        with pytest.raises(UserError, match=rf"Cannot resume .*: {name} was .* and is now "):
             checkpoint.read_state(tmp_path, now, processes=2)
 
 
 def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="processes was 2 and is now 3$"):
+    with pytest.raises(UserError, match=r"processes was 2 and is now 3$"):
         checkpoint.read_state(write(tmp_path), options(), processes=3)
 
 
@@ -74,10 +74,10 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("missing", ["format", "progress", "fingerprint", "processes", "options"])
 def test_a_broken_state_is_a_broken_checkpoint(missing: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="Broken checkpoint: .*state.json"):
+    with pytest.raises(UserError, match=r"Broken checkpoint: .*state\.json"):
         checkpoint.read_state(write(tmp_path, **{missing: None}), options(), processes=2)
     (tmp_path / "state.json").write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match="Broken checkpoint: .*state.json"):
+    with pytest.raises(UserError, match=r"Broken checkpoint: .*state\.json"):
         checkpoint.read_state(tmp_path, options(), processes=2)
 
 
