@@ -1,16 +1,19 @@
-"""The README's table of kernels compiled ahead of time, from what ``lowrank_kernels.compile`` wrote."""
+"""The tables of docs/kernels.md: kernels compiled ahead of time, from what ``lowrank_kernels.compile`` wrote."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from lowrank_kernels.compile import Usage, markdown
 
 from benchmarks.common import read_result
 
+PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
 BEGIN = "<!-- table:aot -->"
 
 
-def current() -> str:
-    """The table from the figures in ``results``.
+def usages() -> dict[str, list[Usage]]:
+    """The figures in ``results`` by version of triton, the oldest first.
 
     Raises:
         ValueError: nothing was compiled.
@@ -18,6 +21,13 @@ def current() -> str:
     result = read_result("aot")
     if result is None:
         raise ValueError("Invalid results: no aot.json, run python -m lowrank_kernels.compile --json")
-    rows = [Usage(**row) for row in result["kernels"]]
-    made = f"Made by `{result['command']}`, triton {result['versions']['triton']}, and `python -m benchmarks.table`."
-    return f"{markdown(rows)}\n{made}"
+    return {version: [Usage(**row) for row in rows] for version, rows in sorted(result["kernels"].items())}
+
+
+def current() -> str:
+    """A table a version of triton.
+
+    Raises:
+        ValueError: nothing was compiled.
+    """
+    return "\n\n".join(f"### triton {version}\n\n{markdown(rows)}" for version, rows in usages().items())

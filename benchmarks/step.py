@@ -26,8 +26,8 @@ from benchmarks import common
 from benchmarks.contestants import LR, Contestant, contestants, every_svd_once
 from benchmarks.targets import targets
 from lowrank_optim import GaLoreAdamW
-from lowrank_optim.optim.engine import scheduled
 from lowrank_optim.optim.parts import Which
+from lowrank_optim.optim.schedule import scheduled
 from lowrank_optim.pretrain.llama import PRESETS
 
 # The published ranks.

@@ -1,8 +1,8 @@
-"""The README's tables from the measured figures: ``python -m benchmarks.table [--check]``.
+"""The tables of README.md and docs/kernels.md from the measured figures: ``python -m benchmarks.table [--check]``.
 
 Reads ``results/step.json`` (``benchmarks.step``) and ``results/reference.json`` (``benchmarks.reference``) and replaces
 what stands between the two markers in README.md. State bytes are computed by :mod:`lowrank_optim.memory`. The other
-tables are those of the modules that it imports.
+tables are those of the modules that it imports; the one of compiled kernels stands in docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def replaced(text: str, new: str, marker: str = BEGIN) -> str:
     before, begin, rest = text.partition(marker)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"Invalid README: expected the lines {marker} and {END}")
+        raise ValueError(f"Invalid page: expected the lines {marker} and {END}")
     return f"{before}{marker}\n{new}\n{END}{after}"
 
 
@@ -128,22 +128,25 @@ def current() -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing, fail where README.md is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing, fail where a file is out of date")
     options = parser.parse_args(argv)
-    text = README.read_text(encoding="utf-8")
+    readme = README.read_text(encoding="utf-8")
     try:
-        new = replaced(text, current())
-        for table in (memory_7b, parameterizations_table, aot_table):
+        new = replaced(readme, current())
+        for table in (memory_7b, parameterizations_table):
             new = replaced(new, table.current(), table.BEGIN)
         # Figures from a GPU stand in the README once there are some.
         if gpu_table.BEGIN in new:
             new = replaced(new, gpu_table.current(), gpu_table.BEGIN)
+        page = aot_table.PAGE.read_text(encoding="utf-8")
+        new_page = replaced(page, aot_table.current(), aot_table.BEGIN)
     except ValueError as error:
         raise SystemExit(f"benchmarks.table: error: {error}") from error
-    if not options.check:
-        README.write_text(new, encoding="utf-8")
-    elif new != text:
-        raise SystemExit("benchmarks.table: error: README.md is out of date; run python -m benchmarks.table")
+    for path, old, text in ((README, readme, new), (aot_table.PAGE, page, new_page)):
+        if not options.check:
+            path.write_text(text, encoding="utf-8")
+        elif text != old:
+            raise SystemExit(f"benchmarks.table: error: {path.name} is out of date; run python -m benchmarks.table")
 
 
 if __name__ == "__main__":

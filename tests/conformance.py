@@ -30,16 +30,18 @@ def quiet(name: str, params: Any, **kwargs: Any) -> LowRankOptimizer:
 
 def parameters(shapes: Iterable[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     """The same parameters in every call."""
-    generator = torch.Generator("cpu").manual_seed(1)
-    return [
-        nn.Parameter(torch.randn(s, generator=generator, device="cpu", dtype=torch.float32).to(dtype)) for s in shapes
-    ]
+    return [nn.Parameter(draw.to(dtype)) for draw in noise(shapes, 1)]
+
+
+def noise(shapes: Iterable[tuple[int, ...]], seed: int) -> list[Tensor]:
+    """Normal numbers on the CPU, whatever the default device and dtype."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return [torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32) for shape in shapes]
 
 
 def gradients(params: Sequence[Tensor], step: int) -> list[Tensor]:
     """Gradients that depend on the step and the shapes only."""
-    generator = torch.Generator("cpu").manual_seed(100 + step)
-    return [torch.randn(p.shape, generator=generator, device="cpu", dtype=torch.float32).to(p.dtype) for p in params]
+    return [draw.to(p.dtype) for p, draw in zip(params, noise([p.shape for p in params], 100 + step))]
 
 
 def train(optimizer: LowRankOptimizer, params: Sequence[nn.Parameter], steps: Iterable[int]) -> None:

@@ -16,23 +16,24 @@ from torch import Tensor
 from lowrank_optim.ops.support import positions
 
 INDICES = (torch.int32, torch.int64)
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_operand(
     name: str,
-    tensor: Tensor,
+    tensor: Tensor | None,
     shape: Sequence[int],
     device: torch.device,
-    dtypes: Sequence[torch.dtype],
+    dtypes: Sequence[torch.dtype] = FLOATING,
     *,
     contiguous: bool = True,
 ) -> None:
-    """A kernel takes its sizes from one operand and would read past the end of another.
+    """A kernel takes its sizes from one operand and would read past the end of another; an absent one is right.
 
     Raises:
         ValueError: a tensor of another shape, dtype, device or layout.
     """
-    if (
+    if tensor is None or (
         tensor.shape == shape
         and tensor.dtype in dtypes
         and tensor.device == device
@@ -45,6 +46,20 @@ def check_operand(
     raise ValueError(
         f"Invalid {name}: {found}, expected {'contiguous ' if layout else ''}{tuple(shape)} {wanted} on {device}"
     )
+
+
+def check_scales(
+    row_scale: Tensor | None, column_scale: Tensor | None, shape: Sequence[int], device: torch.device
+) -> None:
+    """Scales of a gradient of this shape: a number a row or one for all rows, and a number a column.
+
+    Raises:
+        ValueError: as :func:`check_operand`.
+    """
+    *batch, m, n = shape
+    rows = 1 if row_scale is not None and row_scale.shape[-2:] == (1, 1) else m
+    check_operand("row_scale", row_scale, (*batch, rows, 1), device, contiguous=False)
+    check_operand("column_scale", column_scale, (*batch, 1, n), device, contiguous=False)
 
 
 def check_scalar(name: str, value: object, device: torch.device, dtypes: Sequence[torch.dtype]) -> None:

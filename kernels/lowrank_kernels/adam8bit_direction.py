@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowrank_kernels._support import check_operand, check_scalar
-from lowrank_kernels.adam_direction import GRADIENTS, SCALARS, adam
+from lowrank_kernels.adam_direction import SCALARS, adam
 from lowrank_optim.ops.blockwise import BLOCK, GREATEST_SCALE, LEAST_SCALE, search_tables
 
 # Blocks of 256 values a program: 4 values a thread of 4 warps.
@@ -102,7 +102,7 @@ def adam8bit_direction(
     """
     shape, device, n = grad.shape, grad.device, grad.numel()
     blocks = (triton.cdiv(n, BLOCK),)
-    check_operand("grad", grad, shape, device, GRADIENTS, contiguous=False)
+    check_operand("grad", grad, shape, device, contiguous=False)
     check_operand("exp_avg_codes", exp_avg_codes, shape, device, (torch.uint8,))
     check_operand("exp_avg_scale", exp_avg_scale, blocks, device, (torch.float32,))
     check_operand("exp_avg_sq_codes", exp_avg_sq_codes, shape, device, (torch.uint8,))

@@ -15,7 +15,6 @@ from lowrank_kernels.rounding import random_bits, round_to_bfloat16
 # Elementwise and bandwidth-bound: 1024 elements a program keep 4 warps at 8 values a thread.
 BLOCK = 1024
 
-GRADIENTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SCALARS = (torch.float32, torch.float64)
 
 
@@ -94,7 +93,7 @@ def adam_direction(
     """
     shape, device = grad.shape, grad.device
     stored = (torch.float32,) if keys is None else (torch.bfloat16,)
-    check_operand("grad", grad, shape, device, GRADIENTS, contiguous=False)
+    check_operand("grad", grad, shape, device, contiguous=False)
     check_operand("exp_avg", exp_avg, shape, device, stored)
     check_operand("exp_avg_sq", exp_avg_sq, shape, device, stored)
     check_scalar("eps", eps, device, SCALARS)

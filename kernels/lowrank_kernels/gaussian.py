@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_kernels._support import check_scalar
 from lowrank_kernels.rounding import random_bits
-from lowrank_kernels.tiles import check
 
 BLOCK = 1024
 
@@ -77,8 +77,7 @@ def gaussian(
     if (first + matrices) * 2 * half >= 2**31 - BLOCK:
         shape = (*batch, rows, columns)
         raise ValueError(f"Invalid shape: {shape} from matrix {first} on, expected fewer than 2^31 - {BLOCK} elements")
-    if isinstance(key, Tensor):
-        check("key", key, (), device, torch.int32)
+    check_scalar("key", key, device, (torch.int32,))
     out = torch.empty(*batch, rows, columns, dtype=dtype, device=device)
     if out.numel():
         gaussian_kernel[(triton.cdiv(half, BLOCK), matrices)](

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels.tiles import check
+from lowrank_kernels._support import check_operand
 from lowrank_optim.ops.chunks import as_batch
 from lowrank_optim.ops.gram import gram as eager
 
@@ -77,7 +77,7 @@ def gram(x: Tensor, addend: Tensor | None = None, *, alpha: float = 1.0, beta: f
     *batch, rows, columns = x.shape
     if columns < SYMMETRIC_FROM or x.dtype not in (torch.bfloat16, torch.float16):
         return eager(x, addend, alpha=alpha, beta=beta)
-    check("addend", addend, (*batch, columns, columns), x.device, x.dtype)
+    check_operand("addend", addend, (*batch, columns, columns), x.device, (x.dtype,), contiguous=False)
     out = torch.empty(*batch, columns, columns, dtype=x.dtype, device=x.device)
     if out.numel():
         x = as_batch("x", x)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_kernels._support import check_operand, check_scales
 from lowrank_kernels.rounding import (
     join_24_bits,
     random_bits,
@@ -18,8 +19,6 @@ from lowrank_kernels.rounding import (
 )
 from lowrank_kernels.tiles import (
     add_product,
-    check,
-    check_scales,
     grouped_tile,
     rescaled,
     tile_options,
@@ -184,20 +183,18 @@ def lowrank_update_(
     """
     rounds = key is not None or correction is not None
     shape, device = weight.shape, weight.device
-    check("weight", weight, shape, device, *((torch.bfloat16,) if rounds else DTYPES))
+    check_operand("weight", weight, shape, device, (torch.bfloat16,) if rounds else DTYPES, contiguous=False)
     if left is None or right is None:
         left = right = None
     if row_scale is None and column_scale is None:
         grad = None
     *batch, m, n = shape
     rank = 0 if left is None else left.shape[-1]
-    check("left", left, (*batch, m, rank), device)
-    check("right", right, (*batch, n, rank), device)
-    check("grad", grad, shape, device)
+    check_operand("left", left, (*batch, m, rank), device, contiguous=False)
+    check_operand("right", right, (*batch, n, rank), device, contiguous=False)
+    check_operand("grad", grad, shape, device, contiguous=False)
     check_scales(row_scale, column_scale, shape, device)
-    check("correction", correction, shape, device, torch.int8)
-    if correction is not None and not correction.is_contiguous():
-        raise ValueError(f"Invalid correction: strides {correction.stride()}, expected a contiguous tensor")
+    check_operand("correction", correction, shape, device, (torch.int8,))
     if not weight.numel():
         return
     weight = as_batch("weight", weight)

@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_kernels._support import FLOATING, check_operand, check_scales
 from lowrank_kernels.lowrank_update import COLUMNS, ROWS, absent, gradient, halves, on_device, strides
 from lowrank_kernels.rounding import random_bits
-from lowrank_kernels.tiles import add_product, check, check_scales, grouped_tile, rescaled
+from lowrank_kernels.tiles import add_product, grouped_tile, rescaled
 from lowrank_optim.ops.int8_weight import GROUP, scale_shape
 
 QUARTER = tl.constexpr(64)
@@ -172,14 +173,11 @@ def lowrank_update_int8_(
     shape, device = codes.shape, codes.device
     m, n = shape
     rank = 0 if left is None else left.shape[1]
-    check("codes", codes, shape, device, torch.int8)
-    check("scale", scale, scale_shape(m, n), device, torch.float32)
-    for name, parameter in (("codes", codes), ("scale", scale)):
-        if not parameter.is_contiguous():
-            raise ValueError(f"Invalid {name}: strides {parameter.stride()}, expected a contiguous tensor")
-    check("left", left, (m, rank), device)
-    check("right", right, (n, rank), device, *(() if left is None else (left.dtype,)))
-    check("grad", grad, shape, device)
+    check_operand("codes", codes, shape, device, (torch.int8,))
+    check_operand("scale", scale, scale_shape(m, n), device, (torch.float32,))
+    check_operand("left", left, (m, rank), device, contiguous=False)
+    check_operand("right", right, (n, rank), device, FLOATING if left is None else (left.dtype,), contiguous=False)
+    check_operand("grad", grad, shape, device, contiguous=False)
     check_scales(row_scale, column_scale, shape, device)
     one = row_scale is not None and len(row_scale) == 1
     row_scale, column_scale = (None if x is None else x.contiguous() for x in (row_scale, column_scale))

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels.tiles import check
+from lowrank_kernels._support import check_operand
 from lowrank_optim.ops.move_columns import move_columns_ as eager
 
 # Values of a program; a longer row stays with torch.
@@ -44,7 +44,7 @@ def move_columns_(matrix: Tensor, source: Tensor) -> None:
         ValueError: a source of another shape, device or dtype than the matrix asks for.
     """
     *batch, rows, r = matrix.shape
-    check("source", source, (*batch, r), matrix.device, torch.int64)
+    check_operand("source", source, (*batch, r), matrix.device, (torch.int64,), contiguous=False)
     block = triton.next_power_of_2(r)
     if block > BLOCK or not matrix.is_contiguous() or matrix.is_complex():
         eager(matrix, source)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from lowrank_kernels.rounding import INTERPRETED
 
@@ -31,33 +30,6 @@ def tile_options(dtype: torch.dtype, rank: int | None = None) -> dict[str, Any]:
     if rank is not None:
         options["BLOCK_K"] = min(options["BLOCK_K"], max(16, triton.next_power_of_2(rank)))
     return options
-
-
-def check(name: str, tensor: Tensor | None, shape: tuple[int, ...], device: torch.device, *dtypes: torch.dtype) -> None:
-    """Raise ValueError where an operand is not what a kernel would take it for; an absent one is.
-
-    Args:
-        dtypes: the ones that are allowed, none for any floating dtype.
-    """
-    if tensor is None:
-        return
-    if tensor.shape != shape:
-        raise ValueError(f"Invalid {name}: shape {tuple(tensor.shape)}, expected {tuple(shape)}")
-    if tensor.device != device:
-        raise ValueError(f"Invalid {name}: on {tensor.device}, expected {device}")
-    if not (tensor.dtype in dtypes if dtypes else tensor.is_floating_point()):
-        allowed = " or ".join(map(str, dtypes)) or "a real floating dtype"
-        raise ValueError(f"Invalid {name}: {tensor.dtype}, expected {allowed}")
-
-
-def check_scales(
-    row_scale: Tensor | None, column_scale: Tensor | None, shape: tuple[int, ...], device: torch.device
-) -> None:
-    """:func:`check` of the scales of a gradient of this shape."""
-    *batch, m, n = shape
-    one = row_scale is not None and row_scale.shape[-2:] == (1, 1)
-    check("row_scale", row_scale, (*batch, 1 if one else m, 1), device)
-    check("column_scale", column_scale, (*batch, 1, n), device)
 
 
 @triton.jit

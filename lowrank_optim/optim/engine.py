@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowrank_optim.ops.row_norms import row_norms
-from lowrank_optim.optim.finite import verdict, zero_unless
+from lowrank_optim.optim.finite import verdict
 from lowrank_optim.optim.full_rank import step_full_rank_
 from lowrank_optim.optim.options import check_names
 from lowrank_optim.optim.parts import Group, Norms, Refresh, Rule, Scalar, State, Step, Update
@@ -139,14 +139,19 @@ class LowRankOptimizer(PlannedOptimizer):
         ok = self._admit(low if grad is None or subspace.sees_all(group) else grad)
         if ok is False:
             return
-        low = zero_unless(ok, low)
+        if isinstance(ok, Tensor):
+            low = torch.where(ok, low, rule.missing(low, state, group))
         state["step"] += 1
         size, decay = self.step_size(plan, param, group)
         norms = None
         if lift.needs_norms and grad is not None:
             of_low = torch.empty(2, *low.shape[:-1], dtype=low.dtype.to_real(), device=low.device)
             direction = rule.direction(low, state, group, of_low)
-            norms = Norms(of_low[0].unsqueeze(-1), of_low[1].unsqueeze(-1), row_norms(grad))
+            of_grad = row_norms(grad)
+            if isinstance(ok, Tensor):
+                # In a stack the other matrices must not move either.
+                of_grad = torch.where(ok, of_grad, torch.inf)
+            norms = Norms(of_low[0].unsqueeze(-1), of_low[1].unsqueeze(-1), of_grad)
         else:
             direction, size = self.direction(rule, low, state, group, size)
         # What is read of a weight here is its shape and dtype: that of an int8 weight has no values.

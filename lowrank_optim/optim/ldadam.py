@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.optim.options import Common, arguments, flag
-from lowrank_optim.optim.parts import Group, Lift, Option, Parts, Slots, State, Step, Update, View
+from lowrank_optim.optim.parts import Group, Lift, Option, Parts, Scalar, Slots, State, Step, Update, View
 from lowrank_optim.optim.rules.adam import MOMENT_KEYS, CorrectedAdam
 from lowrank_optim.optim.state_storage import load_moment, moment_slots, replace_moment_, store_moment_
 from lowrank_optim.optim.subspaces.tracking import Tracking, carried_momentum
@@ -25,6 +25,11 @@ class ProjectionAwareAdam(CorrectedAdam):
         if carried:
             low = low - carried * load_moment(state, "exp_avg", low.dtype)
         return super().direction(low, state, group, norms)
+
+    def missing(self, low: Tensor, state: State, group: Group) -> Scalar:
+        """The carried momentum alone, of which the direction is that of a gradient of zeros."""
+        carried = carried_momentum(group)
+        return carried * load_moment(state, "exp_avg", low.dtype) if carried else 0.0
 
     def transport(self, state: State, overlap: Tensor, group: Group) -> None:
         """M <- M O ; V <- c |(V̂ - M̂²) O² + (M̂ O)²|, with c = 1 - beta2^t and moments corrected at step t."""

@@ -251,6 +251,10 @@ class Rule(Part):
         """
         raise NotImplementedError
 
+    def missing(self, low: Tensor, state: State, group: Group) -> Scalar:
+        """What stands for the low-rank gradient where that is not finite."""
+        return 0.0
+
     def add_direction_(self, target: Tensor, grad: Tensor, state: State, group: Group, *, alpha: Scalar) -> None:
         """target += alpha * direction(grad)."""
         add_(target, self.direction(grad, state, group), alpha)

@@ -86,10 +86,17 @@ def store_moment_(state: State, key: str, moment: Tensor) -> None:
 
 def replace_moment_(state: State, key: str, values: Tensor, ok: bool | Tensor) -> None:
     """Overwrite a moment, unless the verdict ``ok`` on the gradient says that it is not finite."""
-    if isinstance(ok, Tensor):
+    if not isinstance(ok, Tensor):
+        store_moment_(state, key, values)
+    elif key in state:
         moment = load_moment(state, key, values.dtype)
-        values = torch.where(ok, values, moment, out=moment)
-    store_moment_(state, key, values)
+        store_moment_(state, key, torch.where(ok, values, moment, out=moment))
+    else:
+        # Codes of what codes stand for are not always the same codes.
+        before = {part: state[part].clone() for part in (f"{key}.codes", f"{key}.scale")}
+        store_moment_(state, key, values)
+        for part, old in before.items():
+            torch.where(ok, state[part], old, out=state[part])
 
 
 def slices(state: State, *tensors: Tensor) -> Iterator[tuple[State, tuple[Tensor, ...]]]:

@@ -1,13 +1,31 @@
+"""What is said of compiled kernels is what the compiler said of those that there are."""
+
 from __future__ import annotations
 
 import pytest
+from lowrank_kernels.compile import SHARED_LIMIT, cases
 
 from benchmarks import aot_table, common, table
 
 
-def test_the_readme_is_up_to_date() -> None:
-    text = table.README.read_text(encoding="utf-8")
+def test_the_page_is_up_to_date() -> None:
+    text = aot_table.PAGE.read_text(encoding="utf-8")
     assert table.replaced(text, aot_table.current(), aot_table.BEGIN) == text, "run python -m benchmarks.table"
+
+
+def test_every_kernel_was_compiled_in_every_way_and_nothing_spills() -> None:
+    pytest.importorskip("triton")
+    labels = {case.label for case in cases()}
+    wanted = {(label, arch, aligned) for label in labels for arch in SHARED_LIMIT for aligned in (True, False)}
+    by_version = aot_table.usages()
+    assert len(by_version) >= 2
+    readme = " ".join(table.README.read_text(encoding="utf-8").split())
+    (line,) = (part for part in readme.split(". ") if "docs/kernels.md" in part)
+    for version, rows in by_version.items():
+        assert {(row.kernel, row.arch, row.aligned) for row in rows} == wanted
+        assert not [complaint for row in rows if (complaint := row.complaint())]
+        assert version in line
+    assert all(f"sm_{arch}" in line for arch in SHARED_LIMIT)
 
 
 def test_only_its_own_table_is_replaced() -> None:

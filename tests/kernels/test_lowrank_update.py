@@ -126,5 +126,5 @@ def test_a_rounded_product_is_that_of_the_eager_operation_but_for_its_last_bit(d
 @pytest.mark.parametrize(("dtype", "key"), [(torch.float64, None), (torch.float32, 1), (torch.float16, 1)])
 def test_other_dtypes_are_refused(dtype: torch.dtype, key: int | None, device: torch.device) -> None:
     weight = torch.ones(4, 4, dtype=dtype, device=device)
-    with pytest.raises(ValueError, match="Invalid weight: torch"):
+    with pytest.raises(ValueError, match=r"Invalid weight: .*, expected"):
         pick(eager, "triton", device)(weight, None, None, key=key)

@@ -53,8 +53,8 @@ def stack_and_singles(
                     grad[expert] = 0
         for p, grad in zip(stacks, grads):
             p.grad = grad
-        for p, grad in zip(singles, [matrix for grad in grads for matrix in grad]):
-            p.grad = grad.clone()
+        for p, matrix in zip(singles, [matrix for grad in grads for matrix in grad]):
+            p.grad = matrix.clone()
         together.step()
         alone.step()
     lone = values(alone, singles)

@@ -72,7 +72,7 @@ class Oriented(Subspace):
 
 
 def overlap_where(which: Tensor | None, overlap: Tensor) -> Tensor:
-    """An overlap (..., rank, rank), but the identity for those matrices that ``which`` leaves out: they keep a basis."""
+    """An overlap (..., rank, rank), but the identity for those matrices that ``which`` leaves out."""
     if which is None:
         return overlap
     stays = torch.eye(overlap.shape[-1], dtype=overlap.dtype, device=overlap.device).expand(overlap.shape)

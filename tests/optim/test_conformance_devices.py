@@ -1,0 +1,92 @@
+"""Where the host does not look at every gradient: what only a GPU and a compiler run, on the CPU, in every row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lowrank_optim.optim.engine import LowRankOptimizer, refresh_due
+from tests.conformance import SHAPES, every_variant, gradients, parameters, quiet, train
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*non-finite gradient", "ignore:.*kept an old basis")
+
+# State that a missing gradient leaves as it was, where a gradient of zeros would change it.
+LONG_LIVED = ("error", "momentum", "update_norm")
+
+
+@pytest.fixture
+def _blind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowrank_optim.optim.finite.host_looks", lambda device: False)
+    monkeypatch.setattr("lowrank_optim.optim.state_storage.MIN_8BIT_SIZE", 16)
+
+
+def long_lived(optimizer: LowRankOptimizer, p: Tensor) -> dict[str, Tensor]:
+    state = optimizer.state[p]
+    return {key: value.clone() for key, value in state.items() if key.partition(".")[0] in LONG_LIVED}
+
+
+def step_with_bad_gradients(optimizer: LowRankOptimizer, params: list[nn.Parameter], step: int, bad: float) -> None:
+    for i, (p, grad) in enumerate(zip(params, gradients(params, step))):
+        grad.view(-1)[i] = bad
+        p.grad = grad
+    optimizer.step()
+
+
+def step_without(optimizer: LowRankOptimizer, params: list[nn.Parameter]) -> None:
+    """What the policy says of the same step: at a refresh nothing, else a low-rank gradient of zeros."""
+    plans = {p: optimizer.plan_of(p, optimizer.entry(p).group) for p in params}
+    kept = {p: long_lived(optimizer, p) for p in params}
+    for p, plan in plans.items():
+        group = optimizer.entry(p).group
+        compressed = plan.parts.subspace is not None
+        looks = compressed and refresh_due(plan.state, group, plan.place)
+        # The momentum of Trion would move the weight without a gradient, too.
+        p.grad = None if looks or (compressed and "ns_steps" in group) else torch.zeros_like(p)
+        if p.grad is None and not looks:
+            optimizer.state[p]["step"] += 1
+    optimizer.step()
+    for p in params:
+        for key, value in kept[p].items():
+            optimizer.state[p][key].copy_(value)
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("_blind")
+def test_a_gradient_that_is_not_finite_counts_as_missing(name: str, kwargs: dict[str, Any], dtype: torch.dtype) -> None:
+    params, others = parameters(dtype=dtype), parameters(dtype=dtype)
+    optimizer, reference = (quiet(name, ps, **{"weight_decay": 0.0, **kwargs}) for ps in (params, others))
+    # A first step, one between two refreshes, and one at a refresh.
+    for step, bad in enumerate([float("nan"), 0, 0, float("inf"), 0, float("-inf"), float("nan"), 0, 0]):
+        if bad == 0:
+            train(optimizer, params, [step])
+            train(reference, others, [step])
+        else:
+            step_with_bad_gradients(optimizer, params, step, bad)
+            step_without(reference, others)
+        for p, q in zip(params, others):
+            assert bool(p.isfinite().all())
+            for key, value in optimizer.state[p].items():
+                # The queue of Q-GaLore is full of NaN until it is full of overlaps.
+                assert key == "overlaps" or not isinstance(value, Tensor) or bool(value.isfinite().all()), key
+            tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+            torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
+            assert int(optimizer.state[p]["step"]) == int(reference.state[q]["step"])
+    assert len(params) == len(SHAPES)
+
+
+@every_variant
+@pytest.mark.usefixtures("_blind")
+def test_a_blind_host_changes_nothing_for_finite_gradients(
+    name: str, kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, others = parameters(), parameters()
+    train(quiet(name, params, **kwargs), params, range(5))
+    monkeypatch.undo()
+    monkeypatch.setattr("lowrank_optim.optim.state_storage.MIN_8BIT_SIZE", 16)
+    train(quiet(name, others, **kwargs), others, range(5))
+    for p, q in zip(params, others):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
