@@ -239,7 +239,7 @@ class LowRankOptimizer(PlannedOptimizer):
 
     def transport(self, plan: Plan, result: Refresh, group: Group) -> None:
         """Move the moments into a new basis."""
-        if result.overlap is not None and int(plan.state["step"]) > 0:
+        if result.overlap is not None:
             plan.parts.rule.transport(plan.state, result.overlap, group)
 
     # ---- saving and loading ----

@@ -49,7 +49,8 @@ class Adafactor(Rule):
         """
         dtype = view.wide.to_real() if len(shape) > len(view.shape) else view.wide
         real = dtype.to_real()
-        if len(shape) >= 2:
+        # A complex vector is seen as pairs of real numbers, and is no matrix.
+        if len(view.shape) >= 2:
             # Too small for fewer bits to matter.
             slots: Slots = {
                 "exp_avg_sq_row": Slot(shape[:-1], real, along),

@@ -64,9 +64,9 @@ class Tucker(Subspace):
             key = f"basis.{axis}"
             batch = state[key].ndim - 2
             unfolding = grad.movedim(axis, -1).reshape(*grad.shape[:batch], -1, grad.shape[axis])
-            left = grad.ndim - batch == 2 and axis == batch
+            # Of a matrix both bases come from one decomposition, that of the matrix as it is.
             basis = top_basis(
-                unfolding, state["rank"], group["refresh"], state, left=left, which=which, start=state[key]
+                unfolding, state["rank"], group["refresh"], state, left=axis == batch, which=which, start=state[key]
             )
             if basis is None:
                 return Refresh(renewed=False)

@@ -1,0 +1,132 @@
+"""What a resumed run may change, and what a checkpoint is refused for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lowrank_optim.pretrain import checkpoint
+from lowrank_optim.pretrain.config import Options, Resolved, UserError
+
+# How long a run is, what it reports, saves and costs in memory. All other options shape what it trains.
+MAY_CHANGE = {
+    *("checkpointing", "checkpoint_every", "chunked_loss", "compile", "warmup_steps", "max_steps"),
+    *("eval_every", "eval_batches", "legacy_eval", "save_every", "keep", "output_dir", "resume", "log_every"),
+    *("report_to", "sample_prompt", "sample_tokens", "config", "dry_run"),
+}
+NAMES = [field.name for field in dataclasses.fields(Options)]
+
+
+def options(**changes: Any) -> Resolved:
+    numbers = dict.fromkeys(("seq_len", "warmup_steps", "max_steps", "batch_size", "accumulate", "eval_every"), 1)
+    rest = {"grad_clip": 1.0, "eval_batches": 1, "save_every": 1, "restarts": "none"}
+    return Resolved(**{**dataclasses.asdict(Options()), **numbers, **rest, **changes})
+
+
+def write(path: Path, **changes: Any) -> Path:
+    """A state.json of ``options()``; a change to None leaves the entry out."""
+    state = {
+        "format": checkpoint.FORMAT,
+        "progress": {"step": 7, "tokens": 70, "untrained_loss": 2.5},
+        "fingerprint": "f",
+        "processes": 2,
+        "options": dataclasses.asdict(options()),
+        **changes,
+    }
+    kept = {key: value for key, value in state.items() if value is not None}
+    (path / "state.json").write_text(json.dumps(kept), encoding="utf-8")
+    return path
+
+
+def another(value: Any) -> Any:
+    return (not value) if isinstance(value, bool) else [*value, "x"] if isinstance(value, list) else f"{value}x"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_option_that_shapes_the_run_stays(name: str, tmp_path: Path) -> None:
+    changed = another(getattr(options(), name))
+    now = options(**{name: changed})
+    write(tmp_path)
+    if name in MAY_CHANGE:
+        progress, fingerprint = checkpoint.read_state(tmp_path, now, processes=2)
+        assert progress == checkpoint.Progress(7, 70, 2.5) and fingerprint == "f"
+    else:
+        with pytest.raises(UserError, match=rf"Cannot resume .*: {name} was .* and is now "):
+            checkpoint.read_state(tmp_path, now, processes=2)
+
+
+def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"processes was 2 and is now 3$"):
+        checkpoint.read_state(write(tmp_path), options(), processes=3)
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="its format is 99, expected"):
+        checkpoint.read_state(write(tmp_path, format=99), options(), processes=2)
+
+
+@pytest.mark.parametrize("missing", ["format", "progress", "fingerprint", "processes", "options"])
+def test_a_broken_state_is_a_broken_checkpoint(missing: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Broken checkpoint: .*state\.json"):
+        checkpoint.read_state(write(tmp_path, **{missing: None}), options(), processes=2)
+    (tmp_path / "state.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"Broken checkpoint: .*state\.json"):
+        checkpoint.read_state(tmp_path, options(), processes=2)
+
+
+def test_an_option_that_an_older_version_did_not_know_has_its_default(tmp_path: Path) -> None:
+    saved = dataclasses.asdict(options())
+    del saved["seed"]
+    write(tmp_path, options=saved)
+    checkpoint.read_state(tmp_path, options(), processes=2)
+    with pytest.raises(UserError, match="seed was 0 and is now 1"):
+        checkpoint.read_state(tmp_path, options(seed=1), processes=2)
+
+
+def folder(at: Path, *steps: int) -> Path:
+    for step in steps:
+        (at / f"checkpoint-{step}").mkdir(parents=True)
+        (at / f"checkpoint-{step}" / "state.json").touch()
+    return at
+
+
+def test_where_a_run_resumes(tmp_path: Path) -> None:
+    run, other = folder(tmp_path / "run", 9, 10), folder(tmp_path / "other", 10, 11)
+    # Not complete, and no checkpoint of ours.
+    (run / "checkpoint-99").mkdir()
+    (run / "checkpoint-last").mkdir()
+    assert [p.name for p in checkpoint.checkpoints(run)] == ["checkpoint-9", "checkpoint-10"]
+    assert checkpoint.find("auto", run) == run / "checkpoint-10"
+    for nowhere in (None, tmp_path / "new"):
+        assert checkpoint.find("auto", nowhere) is None and checkpoint.find(None, nowhere) is None
+    assert checkpoint.find(str(run), run) == run / "checkpoint-10"
+    assert checkpoint.find(str(other / "checkpoint-10"), run) == other / "checkpoint-10"
+    assert checkpoint.find(str(other), None) == other / "checkpoint-11"
+    with pytest.raises(UserError, match="holds a run already"):
+        checkpoint.find(None, run)
+    with pytest.raises(UserError, match="is no checkpoint and holds none"):
+        checkpoint.find(str(tmp_path), None)
+    with pytest.raises(UserError, match="checkpoint-10 is newer than"):
+        checkpoint.find(str(run / "checkpoint-9"), run)
+
+
+def drawn() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def test_random_states_come_back(tmp_path: Path) -> None:
+    # An odd number of Gaussians leaves one behind in Python's and in numpy's generator.
+    random.gauss(0, 1)
+    np.random.randn()
+    torch.save(checkpoint.random_state(), tmp_path / "state.pt")
+    expected = (drawn(), random.gauss(0, 1), float(np.random.randn()))
+    drawn()
+    checkpoint.set_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert (drawn(), random.gauss(0, 1), float(np.random.randn())) == expected
