@@ -182,7 +182,7 @@ def lowrank_update_int8_(
     one = row_scale is not None and len(row_scale) == 1
     row_scale, column_scale = (None if x is None else x.contiguous() for x in (row_scale, column_scale))
     alpha, decay = (on_device(codes.device, x) for x in (alpha, decay))
-    options = launch_options(None if left is None else left.dtype, rank)
+    options = launch_options(None if left is None else left.dtype, rank, gradient=grad is not None)
     tiles = triton.cdiv(m, options["BLOCK_M"]) * triton.cdiv(n, GROUP)
     lowrank_update_int8_kernel[(tiles,)](
         codes, scale, left, right, grad, row_scale, column_scale, key, alpha, decay, m, n, rank,
@@ -192,22 +192,23 @@ def lowrank_update_int8_(
     )  # fmt: skip
 
 
-def launch_options(dtype: torch.dtype | None, rank: int) -> dict[str, Any]:
+def launch_options(dtype: torch.dtype | None, rank: int, *, gradient: bool) -> dict[str, Any]:
     """Tiles, warps and stages.
 
     The values of a whole group stay in registers until its scale is known; 64 rows are the fewest of which
-    the matrix units of an H100 take a product at their full rate.
+    the matrix units of an H100 take a product at their full rate. With a gradient beside it only 32 rows fit everywhere.
 
     Args:
         dtype: of the operands, None for no product.
         rank: length of the sum.
+        gradient: whether there is a gradient term.
     """
     options: dict[str, Any] = {"BLOCK_N": GROUP, "PRECISION": "tf32", "num_warps": 8, "num_stages": 4}
     options["BLOCK_K"] = min(32, max(16, triton.next_power_of_2(rank)))
     if dtype is None:
         return {**options, "BLOCK_M": 4, "num_warps": 4}
     if dtype != torch.float32:
-        return {**options, "BLOCK_M": 64}
+        return {**options, "BLOCK_M": 32 if gradient else 64}
     # Without tensor cores, unless torch allows TF32, the operands stand in registers too.
     precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
     return {**options, "BLOCK_M": 16, "num_stages": 2, "PRECISION": precision}
@@ -224,7 +225,7 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
         (None, "*bf16", COLUMNS),
         (torch.float32, "*fp32", ROWS),
     ]:
-        options = launch_options(dtype, 256)
+        options = launch_options(dtype, 256, gradient=bool(scales))
         launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
         constants: dict[str, object] = {
             **options,
