@@ -15,6 +15,8 @@ from lowrank_optim.ops.rounding import join_24_bits
 from lowrank_optim.optim.engine import LowRankOptimizer
 from tests.optimizers import IDS, VARIANTS, accepts, build
 
+# One case of each kind and row runs by default, the others in the nightly command.
+FP32_AND_SLOW_BF16 = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
 every_variant = pytest.mark.parametrize(("name", "kwargs"), VARIANTS, ids=IDS)
 
 # Tall and wide matrices, one in a batch, a convolution, a vector: with rank 4 all but the last two are compressed.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim.optim.engine import LowRankOptimizer, refresh_due
-from tests.conformance import SHAPES, every_variant, gradients, parameters, quiet, train
+from tests.conformance import FP32_AND_SLOW_BF16, SHAPES, every_variant, gradients, parameters, quiet, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*non-finite gradient", "ignore:.*kept an old basis")
 
@@ -54,7 +54,7 @@ def step_without(optimizer: LowRankOptimizer, params: list[nn.Parameter]) -> Non
 
 
 @every_variant
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", FP32_AND_SLOW_BF16, ids=str)
 @pytest.mark.usefixtures("_blind")
 def test_a_gradient_that_is_not_finite_counts_as_missing(name: str, kwargs: dict[str, Any], dtype: torch.dtype) -> None:
     params, others = parameters(dtype=dtype), parameters(dtype=dtype)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lowrank_optim.optim.parts import Number, Slot
 from tests.conformance import (
+    FP32_AND_SLOW_BF16,
     SHAPES,
     every_variant,
     gradients,
@@ -60,7 +61,7 @@ def test_the_state_of_every_other_row_loads_or_is_refused(name: str, kwargs: dic
         loaded += 1
         for p in params:
             assert optimizer.state[p]["step"] == 2, IDS[row]
-        train(optimizer, params, range(2, 4))
+        train(optimizer, params, [2])
         assert all(bool(p.isfinite().all()) for p in params), IDS[row]
     assert loaded >= 1
     assert refused + loaded == len(VARIANTS)
@@ -98,7 +99,13 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_is_touched(name: str, 
 
 @every_variant
 @pytest.mark.parametrize(
-    "shapes", [[(12, 8), *SHAPES[1:]], [(7, 12), (12, 7), *SHAPES[2:]], [*SHAPES[:-1], (10**5,)]], ids=str
+    "shapes",
+    [
+        [(12, 8), *SHAPES[1:]],
+        pytest.param([(7, 12), (12, 7), *SHAPES[2:]], marks=pytest.mark.slow),
+        pytest.param([*SHAPES[:-1], (10**5,)], marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_parameters_of_another_shape_are_refused(
     name: str, kwargs: dict[str, Any], shapes: list[tuple[int, ...]]
@@ -153,7 +160,11 @@ def test_states_are_found_by_name_whatever_the_order(name: str, kwargs: dict[str
         renamed.load_state_dict(optimizer.state_dict())
 
 
-DTYPES = [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float16)]
+DTYPES = [
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    pytest.param(torch.float32, torch.float16, marks=pytest.mark.slow),
+]
 
 
 @every_variant
@@ -215,15 +226,17 @@ def changes_of(name: str, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @every_variant
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", FP32_AND_SLOW_BF16, ids=str)
 @pytest.mark.usefixtures("_small_moments_in_8_bits")
 def test_a_group_that_changes_in_mid_run(name: str, kwargs: dict[str, Any], dtype: torch.dtype) -> None:
     for change in changes_of(name, kwargs):
+        if "weight_rounding" in change and dtype == torch.float32:
+            continue
         params = parameters(FEW, dtype)
         optimizer = quiet(name, params, **kwargs)
         train(optimizer, params, range(2))
         optimizer.param_groups[0].update(change)
-        train(optimizer, params, range(2, 6))
+        train(optimizer, params, range(2, 5))
         fresh = quiet(name, [nn.Parameter(p.detach().clone()) for p in params], **{**kwargs, **change})
         for p, q in zip(params, fresh.param_groups[0]["params"]):
             slots = fresh.slots_of(q, fresh.param_groups[0])
@@ -274,7 +287,7 @@ def test_the_first_step_is_linear_in_the_number_of_parameters(
 ) -> None:
     """Comparisons and look-ups of parameters, counted."""
     counts = []
-    for number in (20, 40):
+    for number in (10, 20):
         hashed = 0
         original = Tensor.__hash__
 

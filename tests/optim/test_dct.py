@@ -119,7 +119,7 @@ def test_every_size_has_its_basis_and_none_is_in_the_state() -> None:
     optimizer.step()
     for p, (m, n) in zip(params, shapes):
         state = optimizer.state[p]
-        assert set(state) == {"step", "seed", "waiting", "left", "rank", "indices", "exp_avg", "exp_avg_sq"}
+        assert set(state) == {"step", "seed", "waiting", "left", "side", "rank", "indices", "exp_avg", "exp_avg_sq"}
         assert state["left"] is (m < n)
         assert state["exp_avg"].shape == (max(m, n), 4)
         indices = state["indices"].tolist()

@@ -71,7 +71,7 @@ def test_only_what_is_used_of_the_momentum_decays() -> None:
     expected = grad @ rows.mT
     expected[:, state["indices"]] *= 0.75
     torch.testing.assert_close(state["momentum"], expected, atol=1e-13, rtol=0)
-    assert set(state) == {"step", "seed", "waiting", "left", "rank", "indices", "momentum"}
+    assert set(state) == {"step", "seed", "waiting", "left", "side", "rank", "indices", "momentum"}
 
 
 @pytest.mark.parametrize("scaling", ["kj", "dion", "kimi", "none"])
