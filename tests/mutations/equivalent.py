@@ -7,7 +7,19 @@ import re
 from tests.mutations.sites import Site
 
 # A regular expression for the name of the fault, and why it does not count.
-REASONS: tuple[tuple[str, str], ...] = ()
+REASONS: tuple[tuple[str, str], ...] = (
+    (r"ops/row_norms.py:row_norms: matrix.device", "a faster way to the same norms"),
+    (r"ops/project.py:project: grad.ndim == 2 -> False #1", "a product by way of a temporary"),
+    (r"state_storage.py:slices: numel <= SLICE or .* -> \(not all", "one slice of all"),
+    (
+        r"(square_of|adam_direction): (low|grad).is_complex\(\) -> True",
+        "|x|² of real numbers, by way of their conjugate",
+    ),
+    (r"ops/blockwise.py:search_tables: device not in", "tables made anew"),
+    (r"plans.py:.*_plan: self._checked.get\(id\(group\)\) != key -> True", "a check that is made again"),
+    (r"lowrank_update.py:move_: len\(value\) == 1 -> False", "the batched product of one matrix"),
+    (r"engine.py:.*refresh_seconds", "a measured time"),
+)
 
 
 def reason_of(site: Site) -> str | None:
