@@ -13,8 +13,8 @@ from lowrank_optim.ops.gram import gram as eager
 
 BLOCK = 64
 BLOCK_K = 64
-# Measured on an H200, ms of this kernel and of cuBLAS: 0.030 and 0.012 at 1024, 0.062 and 0.047 at 2048, 0.45 and 0.38 at
-# 4096 (benchmarks/results/gpu.jsonl). Beyond, where half of the product is more than this loses, is not measured.
+# Milliseconds of this kernel and of cuBLAS, measured on an H200: 0.030 and 0.012 at 1024, 0.062 and 0.047 at 2048, 0.45
+# and 0.38 at 4096 (benchmarks/results/gpu.jsonl). Larger ones are not measured.
 SYMMETRIC_FROM = 8192
 
 

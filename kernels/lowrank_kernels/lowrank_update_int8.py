@@ -196,7 +196,7 @@ def launch_options(dtype: torch.dtype | None, rank: int, *, gradient: bool) -> d
     """Tiles, warps and stages.
 
     The values of a whole group stay in registers until its scale is known; 64 rows are the fewest of which
-    the matrix units of an H100 take a product at their full rate. With a gradient beside it only 32 rows fit everywhere.
+    the matrix units of an H100 take a product at their full rate. With a gradient only 32 rows fit on every chip.
 
     Args:
         dtype: of the operands, None for no product.
