@@ -135,14 +135,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         new = replaced(readme, current())
         for table in (memory_7b, parameterizations_table):
             new = replaced(new, table.current(), table.BEGIN)
-        # Figures from a GPU stand in the README once there are some.
-        if gpu_table.BEGIN in new:
-            new = replaced(new, gpu_table.current(), gpu_table.BEGIN)
-        page = aot_table.PAGE.read_text(encoding="utf-8")
-        new_page = replaced(page, aot_table.current(), aot_table.BEGIN)
+        changed = [(README, readme, new)]
+        for table in (aot_table, gpu_table):
+            page = table.PAGE.read_text(encoding="utf-8")
+            changed.append((table.PAGE, page, replaced(page, table.current(), table.BEGIN)))
     except ValueError as error:
         raise SystemExit(f"benchmarks.table: error: {error}") from error
-    for path, old, text in ((README, readme, new), (aot_table.PAGE, page, new_page)):
+    for path, old, text in changed:
         if not options.check:
             path.write_text(text, encoding="utf-8")
         elif text != old:

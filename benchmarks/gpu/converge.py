@@ -25,7 +25,7 @@ class Run(NamedTuple):
 RUNS = [
     Run("AdamW", ("fused=True",), 1e-3),
     Run("GaLoreAdamW", ("rank=128", "scale=0.25"), 1e-2),
-    Run("FiraAdamW", ("rank=128", "scale=0.25"), 1e-2),
+    Run("FiraAdamW", ("rank=128", "alpha=0.25"), 1e-2),
     Run("APOLLOAdamW", ("rank=128",), 1e-2),
     Run("DCTAdamW", ("rank=128",), 1e-2),
 ]

@@ -1,4 +1,4 @@
-"""The README's figures from a GPU, drawn from the lines of ``results/gpu.jsonl``; part of ``benchmarks.table``.
+"""The figures of docs/gpu.md, drawn from the lines of ``results/gpu.jsonl``; part of ``benchmarks.table``.
 
 What has no figure is left out, and named under the tables where it was tried.
 """
@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.common import RESULTS
 from benchmarks.gpu import record
 
+PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
 BEGIN = "<!-- table:gpu -->"
 SOURCE = RESULTS / record.FILE
 NONE = "–"

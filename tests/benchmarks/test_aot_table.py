@@ -6,16 +6,19 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from lowrank_kernels.compile import SHARED_LIMIT
 
 from benchmarks import aot_table, common, table
+from benchmarks.gpu import table as gpu_table
 
 
-def test_the_page_is_up_to_date() -> None:
-    text = aot_table.PAGE.read_text(encoding="utf-8")
-    assert table.replaced(text, aot_table.current(), aot_table.BEGIN) == text, "run python -m benchmarks.table"
+@pytest.mark.parametrize("source", [aot_table, gpu_table], ids=["kernels.md", "gpu.md"])
+def test_the_page_is_up_to_date(source: Any) -> None:
+    text = source.PAGE.read_text(encoding="utf-8")
+    assert table.replaced(text, source.current(), source.BEGIN) == text, "run python -m benchmarks.table"
 
 
 def test_every_kernel_was_compiled_in_every_way_and_nothing_spills() -> None:

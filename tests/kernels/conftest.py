@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -11,9 +10,6 @@ import torch
 from benchmarks.interpreter import mend_bfloat16
 
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
-    # Read when a kernel is decorated, so before lowrank_kernels is imported.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture

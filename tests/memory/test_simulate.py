@@ -99,7 +99,13 @@ def test_layers_of_forward_and_backward():
     assert peak.by_layer["loss"] >= 4 * 50 * 4000
 
 
-@pytest.mark.parametrize("name", [*low_rank_names(), "AdamW", "SGD"])
+FAST = {"GaLoreAdamW8bit", "FiraAdamW", "DCTAdamW", "AdamW"}
+EACH = [
+    pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in (*low_rank_names(), "AdamW", "SGD")
+]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_what_stays_is_the_estimate(name, small):
     args = {"rank": 16} if name in low_rank_names() and name != "APOLLOMini" else {}
     job = Job(model=small, optimizer=name, optimizer_args=args, seq_len=16)

@@ -44,7 +44,8 @@ def facts(update: Updater) -> dict[str, Any]:
     """Everything of an update that its memory depends on."""
     handle = update.in_backward
     groups = [
-        {key: value for key, value in group.items() if key != "params"} for group in update.optimizer.param_groups
+        {key: value for key, value in group.items() if key not in ("params", "clip_norm")}
+        for group in update.optimizer.param_groups
     ]
     return {
         **layers(update.model),
