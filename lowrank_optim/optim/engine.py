@@ -276,6 +276,10 @@ class LowRankOptimizer(PlannedOptimizer):
 
         # Hooks, not a copy of torch's method: the first runs after the user's own, the second before them.
         def take_state(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
+            sizes = [[len(group["params"]) for group in side] for side in (self.param_groups, incoming["param_groups"])]
+            if sizes[0] != sizes[1]:
+                # torch says so.
+                return incoming
             groups = self._checked_groups(incoming)
             for group, ids in zip(groups, match_names(self.param_groups, incoming["param_groups"])):
                 for p, key in zip(group["params"], ids):
