@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import common, training
-from lowrank_optim.optim.subspaces.singular import MOMENTS
+from lowrank_optim.optim.subspaces.random import MOMENTS
 from lowrank_optim.pretrain.config import Options, UserError
 from lowrank_optim.pretrain.steps import evaluate
 

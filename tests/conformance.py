@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -28,6 +29,18 @@ def quiet(name: str, params: Any, **kwargs: Any) -> LowRankOptimizer:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*all get the full-rank rule")
         return build(name, params, **kwargs)
+
+
+@contextmanager
+def defaults(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """Within it the defaults of torch are others."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def parameters(shapes: Iterable[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:

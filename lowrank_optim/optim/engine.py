@@ -52,8 +52,6 @@ class LowRankOptimizer(PlannedOptimizer):
     # Wall time spent in refreshes.
     refresh_seconds: float = 0.0
 
-    # ---- the step ----
-
     @overload
     def step(self, closure: None = None) -> None: ...
 
@@ -187,8 +185,6 @@ class LowRankOptimizer(PlannedOptimizer):
             self._warn_once("skipped an update because of a non-finite gradient")
         return ok
 
-    # ---- what methods may replace ----
-
     def step_size(self, plan: Plan, param: Tensor, group: Group) -> tuple[Scalar, Scalar]:
         """The size of the step, bias correction included, and what decay leaves of the weight."""
         lr = group["lr"]
@@ -210,8 +206,6 @@ class LowRankOptimizer(PlannedOptimizer):
 
     def finish_(self, target: Tensor, group: Group) -> None:
         """Act on the new value of a parameter that is not compressed, before it is rounded."""
-
-    # ---- refreshes ----
 
     def refresh(self, plan: Plan, grad: Tensor, group: Group, *, is_scheduled: bool) -> bool:
         """Renew the bases of a parameter, or of those matrices that wait for one; False to skip the update.
@@ -241,8 +235,6 @@ class LowRankOptimizer(PlannedOptimizer):
         """Move the moments into a new basis."""
         if result.overlap is not None:
             plan.parts.rule.transport(plan.state, result.overlap, group)
-
-    # ---- saving and loading ----
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, plus ``format_version``; loads with ``torch.load(..., weights_only=True)``.

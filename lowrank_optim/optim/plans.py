@@ -97,8 +97,6 @@ class PlannedOptimizer(Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
-    # ---- options and groups ----
-
     @classmethod
     def known_options(cls) -> dict[str, Option]:
         """Every option that a group may have."""
@@ -155,8 +153,6 @@ class PlannedOptimizer(Optimizer):
                     name = None if names is None else names[number]
                     self._entries[p] = Entry(group, number, len(self._entries), name)
         return self._entries[param]
-
-    # ---- what happens to one parameter ----
 
     def parts(self, view: View, group: Group) -> Parts:
         """The parts that a compressed parameter gets; a method with more than one triple chooses here."""
@@ -241,8 +237,6 @@ class PlannedOptimizer(Optimizer):
             return f"rank {rank}", f"a stack of {view.matrices} matrices whose smaller side exceeds {rank}"
         how = f"as a matrix {view.shape[0]} x {view.shape[1]}" if parts.subspace.flattens else "along its long axes"
         return f"rank {rank}", f"a convolution, compressed {how}"
-
-    # ---- state ----
 
     def init_state(self, param: Tensor, group: Group) -> State:
         """Create the state of one parameter; this only allocates, so it works on the meta device."""

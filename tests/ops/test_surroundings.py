@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import runpy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -39,20 +38,10 @@ from lowrank_optim.ops.adam8bit_direction import adam8bit_direction
 from lowrank_optim.ops.adam_direction import adam_direction
 from lowrank_optim.ops.linear_cross_entropy import linear_cross_entropy
 from lowrank_optim.ops.newton_schulz import newton_schulz
+from tests.conformance import defaults
 from tests.nn.parameterizations import VARIANTS, block
 
 CPU = torch.device("cpu")
-
-
-@contextmanager
-def defaults(device: str, dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def generator() -> torch.Generator:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,20 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from lowrank_optim import step_in_backward
 from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.optim.subspaces.fixed_basis import BUILT
-from tests.conformance import every_variant, gradients, noise, parameters, quiet, same, snapshot, train, values
+from tests.conformance import (
+    defaults,
+    every_variant,
+    gradients,
+    noise,
+    parameters,
+    quiet,
+    same,
+    snapshot,
+    train,
+    values,
+)
 
 FEW = [(12, 7), (7, 12), (2, 9, 6), (5,)]
-
-
-@contextmanager
-def defaults(device: str, dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 SURROUNDINGS: dict[str, Callable[[], Any]] = {

@@ -12,11 +12,10 @@ from lowrank_optim.ops.project import project
 from lowrank_optim.optim.options import one_of
 from lowrank_optim.optim.parts import Accumulation, Group, Option, Refresh, Slot, Slots, State, View, Which
 from lowrank_optim.optim.subspaces.oriented import SIDES, Oriented, keep_where, on_left, overlap_where
-from lowrank_optim.optim.subspaces.random import sketch_matrix
+from lowrank_optim.optim.subspaces.random import MOMENTS, sketch_matrix
 
 REFRESHES = ("power", "randomized", "svd")
 SELECTIONS = ("top", "spectral")
-MOMENTS = ("keep", "align", "rotate")
 
 
 def draw_spectral(singular_values: Tensor, rank: int, generator: torch.Generator) -> Tensor:
