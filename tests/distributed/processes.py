@@ -14,16 +14,19 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
+def run(function: Callable[..., Any], world: int, *arguments: Any, start: str = "spawn") -> list[Any]:
     """What ``function(rank, world, *arguments)`` returns on every process.
+
+    Args:
+        start: "fork" saves the imports; nothing may have gone backward in this process before.
 
     Raises:
         AssertionError: one of them failed, with its traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_enter, (function, world, folder, arguments), nprocs=world)
+        mp.start_processes(_enter, (function, world, folder, arguments), nprocs=world, start_method=start)
         results = [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world)]
-    for rank, (value, error) in enumerate(results):
+    for rank, (_, error) in enumerate(results):
         assert error is None, f"process {rank} of {world}:\n{error}"
     return [value for value, _ in results]
 

@@ -1,0 +1,45 @@
+"""Every optimizer under FSDP2 against one process.
+
+    python -m tests.distributed [--worlds 2 4] [--dtypes float64 float32] [--only GaLore]
+
+prints for every row of ``tests/optimizers.py`` how far the parameters are from those of one process after 20 updates,
+as a share of the largest value, once as ``fully_shard`` splits them by itself and once with ``long_side``.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+import torch.distributed.fsdp
+
+from tests.distributed.fsdp import PLACEMENTS, compare, limit
+from tests.distributed.processes import run
+from tests.optimizers import IDS, WITHOUT_RANK, VARIANTS
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--dtypes", nargs="+", default=["float64", "float32"])
+    parser.add_argument("--placements", nargs="+", default=list(PLACEMENTS))
+    parser.add_argument("--only", default="")
+    options = parser.parse_args()
+    rows = [i for i, name in enumerate(IDS) if options.only in name and VARIANTS[i][0] not in WITHOUT_RANK]
+    missed = 0
+    for world in options.worlds:
+        for dtype in options.dtypes:
+            for placement in options.placements:
+                print(f"\n{world} processes, {dtype}, {placement}")
+                results = run(compare, world, rows, dtype, placement, start="fork")[0]
+                for i, (error, splits) in zip(rows, results):
+                    bound = limit(i, dtype)
+                    missed += error > bound
+                    met = "" if error <= bound else f"  MISSED {bound:g}"
+                    print(f"{IDS[i]:100.100} {error:8.1e}  {splits}{met}", flush=True)
+    print(f"\n{missed} missed")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
