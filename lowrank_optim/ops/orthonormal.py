@@ -85,9 +85,7 @@ def normalize_(tensor: Tensor, sums: Sums | None = None) -> None:
     tensor.div_(largest.clamp_min_(torch.finfo(tensor.dtype).tiny)[..., None, None])
 
 
-def subspace_iteration(
-    tall: Tensor, start: Tensor, *, iterations: int = 1, sums: Sums | None = None
-) -> Tensor:
+def subspace_iteration(tall: Tensor, start: Tensor, *, iterations: int = 1, sums: Sums | None = None) -> Tensor:
     """Turn ``start`` towards the dominant right-singular subspace of a matrix: Q <- qr(Aᴴ A Q).
 
     One iteration from a basis that is already close costs about as much as two optimizer steps.

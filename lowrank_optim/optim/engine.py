@@ -21,8 +21,8 @@ from lowrank_optim.optim.parts import Group, Norms, Refresh, Rule, Scalar, State
 from lowrank_optim.optim.plans import Plan, PlannedOptimizer
 from lowrank_optim.optim.schedule import largest, refresh_due, scheduled, select_matrices
 from lowrank_optim.optim.schema import absent, checked, match_names
-from lowrank_optim.optim.views import as_matrices, is_sharded
 from lowrank_optim.optim.state_storage import recoded
+from lowrank_optim.optim.views import as_matrices, is_sharded
 from lowrank_optim.optim.weight_storage import write_
 
 FORMAT_VERSION = 2
@@ -222,9 +222,7 @@ class LowRankOptimizer(PlannedOptimizer):
         )  # fmt: skip
         lift.after(step, state, group)
 
-    def _step_full_rank(
-        self, plan: Plan, param: Tensor, grad: Tensor, group: Group, ok: bool | Tensor | None
-    ) -> None:
+    def _step_full_rank(self, plan: Plan, param: Tensor, grad: Tensor, group: Group, ok: bool | Tensor | None) -> None:
         ok = self._admit(grad, ok)
         if ok is False:
             return

@@ -184,6 +184,8 @@ class Subspace(Part):
     factored: ClassVar[bool] = True
     # Whether the basis comes from the gradient, so that a zero gradient gives none.
     follows_gradient: ClassVar[bool] = True
+    # Whether the basis has orthonormal columns, so that a gradient which is projected back has the same projection.
+    orthonormal: ClassVar[bool] = False
     # How a refresh is made from sums over micro-batches; None: it takes a whole gradient.
     accumulation: ClassVar[Accumulation | None] = None
     # Along which axes of an oriented gradient, "rows" or "columns", it may be split over processes for a projection.

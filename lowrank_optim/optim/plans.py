@@ -191,7 +191,7 @@ class PlannedOptimizer(Optimizer):
         return not is_sharded(param) and can_accumulate(self.parts_of(param, group), group)
 
     def slots_of(self, param: Tensor, group: Group) -> Slots:
-        """Every tensor and number that the state of a parameter may hold: its schema; on one process of many its part."""
+        """Every tensor and number that the state of a parameter may hold: its schema, or this process' part of it."""
         view, parts = self._view_and_parts(param, group)
         slots, layout = self._slots(param, group, view, parts), self.layout(param, view, parts, group)
         return slots if layout is None else layout.slots(slots)

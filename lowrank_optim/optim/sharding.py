@@ -153,12 +153,14 @@ class Layout(NamedTuple):
         length = self.shards.stop - self.shards.start
         for key, slot in slots.items():
             axis = self.axis(key, slot) if isinstance(slot, Slot) else None
-            if isinstance(slot, Slot) and axis is not None:
-                slot = slot._replace(shape=(*slot.shape[:axis], length, *slot.shape[axis + 1 :]))
-                # The scales of a part are those of its own blocks.
-                if key.endswith(".codes"):
-                    found[f"{key.removesuffix('.codes')}.scale"] = scale_slot(slot)
-            found.setdefault(key, slot)
+            if not isinstance(slot, Slot) or axis is None:
+                found.setdefault(key, slot)
+                continue
+            part = slot._replace(shape=(*slot.shape[:axis], length, *slot.shape[axis + 1 :]))
+            found[key] = part
+            # The scales of a part are those of its own blocks.
+            if key.endswith(".codes"):
+                found[f"{key.removesuffix('.codes')}.scale"] = scale_slot(part)
         if self.split in ("rows", "elements"):
             found[FIRST] = Number(self.shards.start, fixed=True)
         return found
@@ -170,22 +172,21 @@ class Layout(NamedTuple):
         return found
 
     def wrap(self, state: State, slots: Slots) -> State:
-        """A local state as DTensors. Blocks of 8 bits do not end where parts do: a moment that is split is decoded."""
+        """A local state as DTensors.
+
+        Blocks of 8 bits do not end where parts do: such moments are saved as values, however many processes there are.
+        """
         found: State = {}
         for key, value in state.items():
-            if key == FIRST:
-                continue
-            slot = slots.get(key)
             base, _, suffix = key.partition(".")
-            codes = slots.get(f"{base}.codes")
-            if suffix in ("codes", "scale") and isinstance(codes, Slot):
-                axis = self.axis(f"{base}.codes", codes)
-                if axis is not None:
-                    if base not in found:
-                        found[base] = self._wrap(decode(state, base), axis)
-                    continue
-            axis = self.axis(key, slot) if isinstance(slot, Slot) else None
-            found[key] = self._wrap(value, axis) if isinstance(value, Tensor) and value.ndim > 0 else value
+            slot, codes = slots.get(key), slots.get(f"{base}.codes")
+            if isinstance(codes, Slot) and f"{base}.zero" not in slots:
+                if suffix == "codes":
+                    found[base] = self._wrap(decode(state, base), self.axis(key, codes))
+            elif isinstance(slot, Slot) and value.ndim > 0:
+                found[key] = self._wrap(value, self.axis(key, slot))
+            elif key != FIRST:
+                found[key] = value
         return found
 
     def _wrap(self, part: Tensor, axis: int | None) -> Tensor:
@@ -211,12 +212,12 @@ class Layout(NamedTuple):
                 # Codes here, values there.
                 slot = slots.get(f"{key}.codes", slots.get(key.partition(".")[0]))
             axis = self.axis(key, slot) if isinstance(slot, Slot) else None
-            if isinstance(value, DTensor):
-                same = axis is not None and value.placements == self._placements(axis)
-                value = local(value) if same else self._part(value.full_tensor(), axis)
+            if isinstance(value, DTensor) and axis is not None and value.placements == self._placements(axis):
+                found[key] = local(value)
             elif isinstance(value, Tensor) and value.ndim > 0:
-                value = self._part(value, axis)
-            found[key] = value
+                found[key] = self._part(value.full_tensor() if isinstance(value, DTensor) else value, axis)
+            else:
+                found[key] = value
         return found
 
     def _part(self, whole: Tensor, axis: int | None) -> Tensor:

@@ -3,19 +3,18 @@
     python -m tests.distributed [--worlds 2 4] [--dtypes float64 float32] [--only GaLore]
 
 prints for every row of ``tests/optimizers.py`` how far the parameters are from those of one process after 20 updates,
-as a share of the largest value, once as ``fully_shard`` splits them by itself and once with ``long_side``.
+as a share of the largest value, once as ``fully_shard`` splits them by itself and once with ``long_side``; then the
+same for runs that torch.distributed.checkpoint saved on 2 processes and that go on on 1, 2 and 4.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 
-import torch
-import torch.distributed.fsdp
-
-from tests.distributed.fsdp import PLACEMENTS, compare, limit
+from tests.distributed.fsdp import PLACEMENTS, compare, fewer_bits, limit, resharded
 from tests.distributed.processes import run
-from tests.optimizers import IDS, WITHOUT_RANK, VARIANTS
+from tests.optimizers import IDS, VARIANTS, WITHOUT_RANK
 
 
 def main() -> int:
@@ -37,6 +36,15 @@ def main() -> int:
                     missed += error > bound
                     met = "" if error <= bound else f"  MISSED {bound:g}"
                     print(f"{IDS[i]:100.100} {error:8.1e}  {splits}{met}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        print("\nsaved on 2 processes, continued on 1, 2, 4 (float64)")
+        run(resharded, 2, rows, folder, True, start="fork")
+        continued = [run(resharded, world, rows, folder, False, start="fork")[0] for world in (1, 2, 4)]
+        for row, errors in zip(rows, zip(*continued)):
+            bound = 0.05 if fewer_bits(row) else 1e-12
+            missed += max(errors) > bound
+            met = "" if max(errors) <= bound else f"  MISSED {bound:g}"
+            print(f"{IDS[row]:100.100} {' '.join(f'{error:8.1e}' for error in errors)}{met}", flush=True)
     print(f"\n{missed} missed")
     return int(missed > 0)
 

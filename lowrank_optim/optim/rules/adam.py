@@ -15,7 +15,15 @@ from lowrank_optim.ops.move_columns import move_columns_
 from lowrank_optim.ops.row_norms import row_norms
 from lowrank_optim.optim.options import number
 from lowrank_optim.optim.parts import Group, Option, Rule, Scalar, Slots, State, View
-from lowrank_optim.optim.state_storage import SLICE, load_moment, moment_slots, position, rounding_key, slices, store_moment_
+from lowrank_optim.optim.state_storage import (
+    SLICE,
+    load_moment,
+    moment_slots,
+    position,
+    rounding_key,
+    slices,
+    store_moment_,
+)
 from lowrank_optim.optim.validation import check_range
 
 MOMENT_KEYS = ("exp_avg", "exp_avg_sq")

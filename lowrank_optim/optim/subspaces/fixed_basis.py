@@ -132,6 +132,7 @@ class Columns(Oriented):
     """``rank`` columns D_I of an orthogonal basis D on the smaller side of a matrix: low = tall @ D_I."""
 
     accumulation: ClassVar[Accumulation | None] = ColumnSketch()
+    orthonormal = True
     splits = frozenset({"rows"})
     refreshes_rows = True
     options = {

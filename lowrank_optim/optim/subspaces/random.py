@@ -98,6 +98,7 @@ class Gaussian(Drawn):
 class RandomOrthonormal(Drawn):
     """A uniformly random orthonormal basis, drawn at every refresh."""
 
+    orthonormal = True
     splits = frozenset({"rows", "columns"})
 
     def slots(self, view: View, group: Group) -> Slots:
@@ -125,6 +126,7 @@ class RandomColumns(Drawn):
     """Coordinates of the compressed side, drawn without replacement at every refresh."""
 
     factored = False
+    orthonormal = True
     splits = frozenset({"rows"})
 
     def slots(self, view: View, group: Group) -> Slots:

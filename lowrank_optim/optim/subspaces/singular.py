@@ -136,6 +136,7 @@ class TopSingular(Oriented):
     """
 
     accumulation: ClassVar[Accumulation | None] = HalfIterations()
+    orthonormal = True
     splits = frozenset({"rows", "columns"})
     refreshes_rows = True
     options = {
