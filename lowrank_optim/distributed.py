@@ -85,7 +85,7 @@ class LowRankAllReduce:
         return None if refresh_due(plan.state, group, plan.place) else plan
 
     @torch.no_grad()
-    def _reduce(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def _reduce(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         gradients = list(zip(bucket.parameters(), bucket.gradients(), strict=True))
         plans = [self._plan(param) for param, _ in gradients]
         parts = []
@@ -102,7 +102,7 @@ class LowRankAllReduce:
         self.whole += bucket.buffer().nbytes
 
         def put_back(future: torch.futures.Future[list[Tensor]]) -> Tensor:
-            pieces = future.value()[0].split([len(part) for part in parts])
+            pieces = torch.split(future.value()[0], [len(part) for part in parts])
             with torch.no_grad():
                 for (param, grad), plan, piece in zip(gradients, plans, pieces):
                     if plan is None:

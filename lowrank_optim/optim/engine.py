@@ -197,7 +197,7 @@ class LowRankOptimizer(PlannedOptimizer):
             direction, size = self.direction(rule, low, state, group, size)
         # What is read of a weight here is its shape and dtype: that of an int8 weight has no values.
         weight = subspace.orient(as_matrices(param, plan.view), state)
-        sums, shape = None, weight.shape
+        sums, shape = None, tuple(weight.shape)
         if layout is not None and layout.split != "whole":
             if layout.split == "rows":
                 sums = layout.shards
@@ -268,15 +268,12 @@ class LowRankOptimizer(PlannedOptimizer):
         subspace, state = plan.parts.subspace, plan.state
         assert subspace is not None
         start = time.perf_counter()
-        layout, sums = plan.layout, None
-        if layout is not None and layout.split in ("rows", "columns"):
-            if layout.split == "rows" and subspace.refreshes_rows:
-                sums = layout.shards
-            else:
-                grad = layout.whole_grad(grad)
-        sizes = largest(grad, plan.view.batch)
-        if sums is not None:
-            sizes = layout.largest(sizes)
+        sums, layout = None, plan.layout
+        if layout is not None and layout.split == "rows" and subspace.refreshes_rows:
+            sums, sizes = layout.shards, layout.largest(grad, plan.view.batch)
+        else:
+            grad = grad if layout is None else layout.whole_grad(grad)
+            sizes = largest(grad, plan.view.batch)
         if not all(size < float("inf") for size in sizes):
             self._warn_once("skipped an update because of a non-finite gradient")
             return False

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from lowrank_optim.ops.orthonormal import Sums
 from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.optim.lifts.norm_scaling import GrowthLimiter, factors
 from lowrank_optim.optim.options import Common, arguments, number, one_of
-from lowrank_optim.optim.parts import Group, Norms, Option, Parts, State, Step, Sums, Update
+from lowrank_optim.optim.parts import Group, Norms, Option, Parts, State, Step, Update
 from lowrank_optim.optim.rules.adam import Adam
 from lowrank_optim.optim.subspaces.singular import TopSingular
 

@@ -335,13 +335,15 @@ class StepInBackward:
 
     def _clip_(self, grad: Tensor) -> None:
         """Count the norm of one gradient and clip it."""
-        part: Tensor = grad.to_local() if is_sharded(grad) else grad  # type: ignore[attr-defined]
-        values = torch.view_as_real(part) if part.is_complex() else part
-        norm = vector_norm(values)
-        if part is not grad:
-            from lowrank_optim.optim.sharding import shards_of
+        sums = None
+        if is_sharded(grad):
+            from lowrank_optim.optim.sharding import local, shards_of
 
-            norm = shards_of(grad).sum_(norm.square()).sqrt()
+            sums, grad = shards_of(grad), local(grad)
+        values = torch.view_as_real(grad) if grad.is_complex() else grad
+        norm = vector_norm(values)
+        if sums is not None:
+            norm = sums.sum_(norm.square()).sqrt()
         self._norms.append(norm)
         if self.max_norm is None:
             return

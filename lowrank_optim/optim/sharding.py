@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from lowrank_optim.ops.adafactor_direction import root_mean_square
 from lowrank_optim.optim.finite import host_looks, verdict
 from lowrank_optim.optim.parts import Group, Number, Parts, Slot, Slots, State, View
+from lowrank_optim.optim.schedule import largest
 from lowrank_optim.optim.state_storage import FIRST, decode, scale_slot
 
 
@@ -165,8 +166,9 @@ class Layout(NamedTuple):
             found[FIRST] = Number(self.shards.start, fixed=True)
         return found
 
-    def largest(self, sizes: list[float]) -> list[float]:
-        """The largest magnitudes of all processes, infinite where one is not finite."""
+    def largest(self, grad: Tensor, batch: tuple[int, ...]) -> list[float]:
+        """The largest magnitude in every matrix over all processes, infinite where one is not finite."""
+        sizes = largest(grad, batch) if grad.numel() else [0.0] * math.prod(batch)
         known = torch.tensor(sizes, dtype=torch.float32, device=self.shards.mesh.device_type).nan_to_num_(nan=torch.inf)
         found: list[float] = self.shards.max_(known).tolist()
         return found
@@ -234,13 +236,14 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
-def shards_of(param: DTensor) -> Shards:
-    """How a parameter is split.
+def shards_of(param: Any) -> Shards:
+    """How a DTensor is split.
 
     Raises:
         ValueError: along more than one axis of a mesh, or in a way that FSDP2 alone does not use.
     """
-    placements, mesh = tuple(param.placements), param.device_mesh
+    placements: tuple[Any, ...] = tuple(param.placements)
+    mesh = param.device_mesh
     split = [i for i, placement in enumerate(placements) if not isinstance(placement, Replicate)]
     if len(split) > 1 or any(type(placements[i]) is not Shard for i in split):
         raise ValueError(
@@ -251,7 +254,8 @@ def shards_of(param: DTensor) -> Shards:
         size = param.shape[0] if param.ndim else 1
         return Shards(0, 0, size, size, None, mesh, placements)
     (along,) = split
-    axis, processes, rank = placements[along].dim % param.ndim, mesh.size(along), mesh.get_local_rank(along)
+    processes, rank = mesh.size(along), mesh.get_local_rank(along)
+    axis: int = placements[along].dim % param.ndim
     size = param.shape[axis]
     # As torch.chunk does.
     longest = -(-size // processes)

@@ -91,8 +91,8 @@ def store_moment_(state: State, key: str, moment: Tensor) -> None:
     if stored is None:
         quantize_(state[f"{key}.codes"], state[f"{key}.scale"], moment, signed=key not in UNSIGNED)
     elif stored.dtype == torch.bfloat16:
-        bits = {"key": rounding_key(state, key), "start": position(state, moment)}
-        stored.copy_(round_to_bfloat16(moment.to(torch.float32), **bits))
+        random_key = rounding_key(state, key)
+        stored.copy_(round_to_bfloat16(moment.to(torch.float32), random_key, position(state, moment)))
     else:
         stored.copy_(moment)
 

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.orthonormal import Sums
 from lowrank_optim.optim.options import number, optional
-from lowrank_optim.optim.parts import Group, Lift, Norms, Option, Slot, Slots, State, Sums, View
+from lowrank_optim.optim.parts import Group, Lift, Norms, Option, Slot, Slots, State, View
 
 # The published guard of both divisions.
 GUARD = 1e-8
