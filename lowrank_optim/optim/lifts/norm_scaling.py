@@ -36,7 +36,7 @@ def norm_of(rows: Tensor, sums: Sums | None) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=(-2, -1), keepdim=True)
 
 
-def factors(norms: Norms, sums: Sums | None, *, whole: bool = False) -> Factors:
+def factors(norms: Norms, sums: Sums | None = None, *, whole: bool = False) -> Factors:
     """:class:`Factors` from the norms of rows; ``whole``: one for the matrix."""
     norm = norm_of(norms.direction, sums)
     if whole:
