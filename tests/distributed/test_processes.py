@@ -52,6 +52,7 @@ def everything(rank: int, world: int, folder: str) -> dict[str, Any]:
     found["hook"], found["saved traffic"] = low_rank_traffic(rank, world)
     found["reducer"] = own_reducer(rank, world)
     found["words"] = refusals()
+    found["explained"] = {row.name: row.reason for row in build("DCTAdamW", sharded().named_parameters()).explain()}
     return found
 
 
@@ -201,6 +202,14 @@ def test_words(results):
     assert "split over processes" in split
     assert "process_group" in drift
     assert "fully_shard" in flat
+
+
+def test_explain_says_how_a_parameter_is_split(results):
+    said = {name: reason.rpartition(": ")[2] for name, reason in results["explained"].items()}
+    assert said["up.weight"] == "rows"
+    assert said["up.bias"] == "elements"
+    # 53 columns are not to be halved, so its rows are split, which DCT-AdamW compresses.
+    assert said["down.weight"] == "whole"
 
 
 @pytest.mark.slow
