@@ -118,13 +118,10 @@ def low_rank_traffic(rank: int, world: int) -> tuple[float, float]:
         sum(alone(part) / world for part in parts).backward()
         wrapped(parts[rank]).backward()
         first.step(), second.step()
-    # By hand: what is compressed goes as rows x rank, a convolution as a core, but all of it in updates 1 and 7.
+    # By hand: what is compressed goes as rows x rank, but all of it in updates 1 and 7.
     full = sum(p.numel() for p in shared.parameters())
-    tensors = {"experts": 3 * 20 * 4, "convolution.weight": 4 * 4 * 3}
-    sizes = {
-        name: tensors.get(name, max(p.shape) * 4 if p.ndim > 1 else p.numel()) for name, p in shared.named_parameters()
-    }
-    low = sum(sizes.values())
+    low = sum(max(p.shape) * 4 if p.ndim == 2 else p.numel() for p in shared.parameters() if p is not shared.experts)
+    low += 3 * 20 * 4
     assert traffic.sent == 8 * (2 * full + 10 * low), (traffic.sent, full, low)
     assert traffic.whole == 8 * 12 * full
     return difference(alone, shared), traffic.whole / traffic.sent
