@@ -285,13 +285,9 @@ class LowRankOptimizer(PlannedOptimizer):
             return {**incoming, "param_groups": renamed, "state": {}}
 
         def put_state(_: Optimizer) -> None:
-            self._plans.clear()
-            self._checked.clear()
-            self._entries = None
+            # Torch has called __setstate__, which forgot the plans and completed the groups.
             self.state.update(loaded)
             for group in self.param_groups:
-                for name, value in self.defaults.items():
-                    group.setdefault(name, value)
                 for p in group["params"]:
                     if p in loaded:
                         self.plan_of(p, group)

@@ -257,6 +257,15 @@ def test_a_plan_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(made) == 4
 
 
+def test_a_compiler_that_meets_a_new_parameter_plans_it(compiling: None) -> None:
+    p = nn.Parameter(torch.randn(8, 6))
+    optimizer = GaLoreAdamW([p], rank=2)
+    plan = optimizer.plan_of(p, optimizer.param_groups[0])
+    optimizer.param_groups[0]["scale"] = 0.5
+    # From then on it is not compared.
+    assert optimizer.plan_of(p, optimizer.param_groups[0]) is plan and plan.state is optimizer.state[p]
+
+
 # ---- rare states ----
 
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_optim.optim import state_storage
-from lowrank_optim.optim.parts import Slot
+from lowrank_optim.ops.rounding import join_24_bits
+from lowrank_optim.optim import state_storage, weight_storage
+from lowrank_optim.optim.parts import Slot, Update
 from lowrank_optim.optim.state_storage import SALTS, load_moment, moment_slots, replace_moment_, slices, store_moment_
 from lowrank_optim.optim.views import as_matrices, seed_of, view_of
-from lowrank_optim.optim.weight_storage import check_storable, is_int8, value_of, weight_slots, writable
+from lowrank_optim.optim.weight_storage import check_storable, is_int8, value_of, weight_slots, writable, write_
 
 
 @pytest.mark.parametrize(
@@ -174,3 +175,50 @@ def test_what_is_written_to(rounding: str, dtype: torch.dtype) -> None:
             assert value.sub(1 + step).abs().max() < 2.0**-14
     else:
         assert set(p.unique().tolist()) == {1.0, 1 + 2.0**-7} and state["weight_correction"].eq(0).all()
+
+
+def written(dtype: torch.dtype, rounding: str, backend: str | None, **changes: Any) -> tuple[torch.Tensor, Any]:
+    """A weight of ones after ``write_``, and its state; changes are of the update and of the numbers."""
+    p = torch.ones(6, 5, dtype=dtype)
+    state = {"seed": 1, "step": 1, "left": False, "weight_correction": torch.zeros(6, 5, dtype=torch.int8)}
+    numbers = {"size": -(2.0**-11), "decay": 1.0, **changes}
+    update = Update(torch.ones(6, 2), **({"row_scale": torch.ones(6, 1)} if numbers.pop("scales", False) else {}))
+    basis = torch.ones(5, 2, dtype=dtype)
+    group = {"weight_rounding": rounding, "backend": backend}
+    view = view_of(p, None, 2)
+    write_(p, view, update, torch.ones(6, 5, dtype=dtype), basis, state, group, decay_first=True, **numbers)
+    return p, state
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding", "backend", "changes", "asks"),
+    [
+        # cuBLAS is faster, or nothing else is there.
+        (torch.bfloat16, "nearest", None, {}, False),
+        (torch.float32, "nearest", None, {"scales": True}, False),
+        (torch.float64, "nearest", "triton", {"scales": True}, False),
+        (torch.bfloat16, "nearest", "triton", {}, True),
+        (torch.bfloat16, "stochastic", None, {}, True),
+        (torch.bfloat16, "compensated", None, {}, True),
+        (torch.bfloat16, "nearest", None, {"scales": True}, True),
+        (torch.bfloat16, "nearest", None, {"size": torch.tensor(-0.5)}, True),
+        (torch.bfloat16, "nearest", None, {"decay": torch.tensor(0.5)}, True),
+    ],
+    ids=str,
+)
+def test_which_updates_ask_for_a_kernel(
+    dtype: torch.dtype, rounding: str, backend: str | None, changes: dict[str, Any], asks: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    asked: list[Any] = []
+    monkeypatch.setattr(weight_storage, "pick", lambda eager, backend, device: (asked.append(backend), eager)[1])
+    written(dtype, rounding, backend, **changes)
+    assert asked == ([backend] if asks else [])
+
+
+def test_a_compressed_weight_keeps_what_rounding_cuts_off() -> None:
+    # A quarter of the distance to the next number of bf16 below 1.
+    p, state = written(torch.bfloat16, "compensated", None)
+    assert join_24_bits(p, state["weight_correction"]).sub(1 - 2.0**-10).abs().max() < 2.0**-15
+    p, state = written(torch.bfloat16, "stochastic", None)
+    assert set(p.unique().tolist()) == {1.0, 1 - 2.0**-8} and state["weight_correction"].eq(0).all()
