@@ -244,12 +244,11 @@ class LowRankOptimizer(PlannedOptimizer):
         saved = super().state_dict()
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         ids = chain.from_iterable(group["params"] for group in saved["param_groups"])
-        state = {}
+        state = dict(saved["state"])
         for key, param in zip(ids, params):
-            if key in saved["state"]:
+            if key in state:
                 slots = self.slots_of(param, self.entry(param).group)
-                state[key] = saved["state"][key] | absent(self.state[param], slots)
-        state.update((key, value) for key, value in saved["state"].items() if key not in state)
+                state[key] = state[key] | absent(self.state[param], slots)
         return {**saved, "state": state, "format_version": FORMAT_VERSION}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

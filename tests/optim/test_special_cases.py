@@ -269,6 +269,24 @@ def test_a_compiler_that_meets_a_new_parameter_plans_it(compiling: None) -> None
 # ---- rare states ----
 
 
+def test_a_state_of_another_number_of_groups_is_refused() -> None:
+    params = [nn.Parameter(torch.randn(8, 6)) for _ in range(2)]
+    one, two = GaLoreAdamW(params[:1], rank=2), GaLoreAdamW([{"params": [p], "rank": 2} for p in params])
+    for loads, saved in [(one, two), (two, one)]:
+        with pytest.raises(ValueError, match="number of parameter groups"):
+            loads.load_state_dict(saved.state_dict())
+
+
+def test_what_belongs_to_no_parameter_is_saved_too() -> None:
+    p = nn.Parameter(torch.randn(8, 6))
+    optimizer = GaLoreAdamW([p], rank=2)
+    optimizer.state["of a wrapper"] = {"calls": 3}  # type: ignore[index]
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    saved = optimizer.state_dict()["state"]
+    assert saved["of a wrapper"] == {"calls": 3} and saved[0]["step"] == 1 and len(saved) == 2
+
+
 def test_an_option_that_changes_between_loading_and_the_next_step_counts() -> None:
     def made(gap: int) -> tuple[nn.Parameter, QGaLoreAdamW8bit]:
         p = nn.Parameter(torch.randn(8, 6))

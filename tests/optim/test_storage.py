@@ -222,3 +222,30 @@ def test_a_compressed_weight_keeps_what_rounding_cuts_off() -> None:
     assert join_24_bits(p, state["weight_correction"]).sub(1 - 2.0**-10).abs().max() < 2.0**-15
     p, state = written(torch.bfloat16, "stochastic", None)
     assert set(p.unique().tolist()) == {1.0, 1 - 2.0**-8} and state["weight_correction"].eq(0).all()
+
+
+@pytest.mark.parametrize("per_matrix", ["size", "decay", "both"])
+@pytest.mark.parametrize("scale", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 8e-3)], ids=str)
+def test_matrices_with_step_sizes_of_their_own(dtype: torch.dtype, atol: float, scale: Any, per_matrix: str) -> None:
+    torch.manual_seed(1)
+    weight, low, basis, grad = (torch.randn(2, *shape) for shape in [(6, 5), (6, 2), (5, 2), (6, 5)])
+    update = Update(low, scale, torch.rand(2, 6, 1), torch.rand(2, 1, 5))
+    sizes, decays = torch.tensor([-0.5, -0.25]).view(2, 1, 1), torch.tensor([0.5, 0.75]).view(2, 1, 1)
+    size, decay = sizes if per_matrix != "decay" else -0.5, decays if per_matrix != "size" else torch.tensor(0.5)
+    group = {"weight_rounding": "compensated", "backend": None}
+    p = weight.to(dtype, copy=True)
+    state: dict[str, Any] = {"seed": 1, "step": 1, "left": False}
+    if dtype == torch.bfloat16:
+        state["weight_correction"] = torch.zeros(2, 6, 5, dtype=torch.int8)
+    view = view_of(p, "experts", 2)
+    write_(p, view, update, grad, basis, state, group, size=size, decay=decay, decay_first=True)
+    found = p
+    if dtype == torch.bfloat16:
+        found = join_24_bits(p, state["weight_correction"])
+        assert state["weight_correction"].ne(0).any((-2, -1)).all()
+    for i in range(2):
+        one, kept = (float(x[i]) if isinstance(x, torch.Tensor) and x.ndim else float(x) for x in (size, decay))
+        slope = update.row_scale[i] * grad[i] * update.column_scale[i]  # type: ignore[index]
+        expected = kept * weight[i].to(dtype).float() + one * (0.5 * low[i] @ basis[i].mT + slope)
+        torch.testing.assert_close(found[i], expected, rtol=0, atol=atol)

@@ -11,7 +11,14 @@ from torch import Tensor
 from lowrank_optim.optim.parts import Subspace, View, Which
 from lowrank_optim.optim.schema import allocate_
 from lowrank_optim.optim.subspaces import singular, tracking
-from lowrank_optim.optim.subspaces.random import Gaussian, RandomColumns, RandomOrthonormal, overlap_of, predecessors
+from lowrank_optim.optim.subspaces.random import (
+    Gaussian,
+    RandomColumns,
+    RandomOrthonormal,
+    noise,
+    overlap_of,
+    predecessors,
+)
 from lowrank_optim.optim.subspaces.singular import TopSingular
 from lowrank_optim.optim.subspaces.tracking import Tracking
 from lowrank_optim.optim.subspaces.tucker import Tucker
@@ -51,6 +58,13 @@ def test_a_drawn_basis_says_how_coordinates_move_but_for_the_first(subspace: Sub
     else:
         expected = overlap_of(old, new, moments) if new.is_floating_point() else predecessors(old, new, 8)
         assert second.overlap is not None and expected is not None and torch.equal(second.overlap, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.complex64, torch.complex128], ids=str)
+def test_noise_is_real_in_the_precision_of_what_it_meets(dtype: torch.dtype) -> None:
+    drawn = noise((2, 4, 3), torch.empty(0, dtype=dtype), 7, OPTIONS)
+    assert drawn.shape == (2, 4, 3) and drawn.dtype == dtype.to_real() and not torch.equal(drawn[0], drawn[1])
+    assert noise((4, 3), torch.empty(0, dtype=dtype), 7, OPTIONS).shape == (4, 3)
 
 
 @pytest.mark.parametrize("method", ["power_iteration", "svd"])
