@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import queue
+import re
 import shutil
 import signal
 import subprocess
@@ -204,15 +205,25 @@ class Map:
         around = _places((root / site.path).read_text())
         keys = {_key(around[line]) for line in range(site.line, site.end_line + 1)}
         found = set().union(*(self.of_line.get(key, set()) for key in keys))
+        name = site.function.rpartition(".")[2]
+        # A line of a module or of a class runs once, in whichever test imports it first, if in any, and a table is read
+        # by lines elsewhere.
+        if not name or name.lstrip("_")[:1].isupper():
+            return self.of_file.get(site.path, set()) | self.naming(site)
         if found:
             return found
-        name = site.function.rpartition(".")[2]
         inside = self.of_function.get(site.function) or set().union(
             *(of for key, of in self.of_function.items() if key.startswith(f"{site.function}."))
         )
         if site.function and (inside or name[:1].islower()):
             return inside or self.of_function.get(name, set())
         return self.of_file.get(site.path, set())
+
+    def naming(self, site: Site) -> set[str]:
+        """The tests in files that name the module of a fault."""
+        word = re.compile(rf"\b{Path(site.path).stem}\b")
+        files = {file for file, text in self.texts.items() if word.search(text)}
+        return {test for test in self.seconds if test.partition("::")[0] in files}
 
 
 def _places(text: str) -> dict[int, str]:
@@ -226,19 +237,15 @@ def _key(place: str) -> str:
     return f"{function.rpartition('.')[2]}|{line}"
 
 
-def in_order(tests: set[str], seconds: dict[str, float], first: list[str], stem: str, budget: float) -> list[str]:
-    """At most ``budget`` seconds of tests: those of ``first``, then one case of every test, then a second one of each.
+def in_order(tests: set[str], seconds: dict[str, float], first: list[str], near: set[str], budget: float) -> list[str]:
+    """At most ``budget`` seconds of tests: those of ``first``, then those of ``near``, then the others.
 
-    Short ones come first, and of these the tests in the file that is named after ``stem``.
+    Of both one case of every test comes first, then a second one of each, and of these the short ones.
     """
     cases: dict[str, list[str]] = defaultdict(list)
     for test in sorted(tests, key=lambda t: (seconds.get(t, 0.0), t)):
         cases[test.partition("[")[0]].append(test)
-    rounds = [
-        (n, f"test_{stem}.py" not in name, seconds.get(test, 0.0), test)
-        for name, of in cases.items()
-        for n, test in enumerate(of)
-    ]
+    rounds = [(test not in near, n, seconds.get(test, 0.0), test) for of in cases.values() for n, test in enumerate(of)]
     chosen, total = [], 0.0
     for test in [t for t in first if t in tests] + [test for *_, test in sorted(rounds)]:
         if test not in chosen and total + seconds.get(test, 0.0) <= budget:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim import GaLoreAdamW, QGaLoreAdamW8bit
+from lowrank_optim import FiraAdamW, GaLoreAdamW, QGaLoreAdamW8bit
 from lowrank_optim.ops import lowrank_update
 from lowrank_optim.ops.chunks import chunks, row_blocks
 from lowrank_optim.ops.fused_adam import fused_adam_fits
@@ -60,6 +60,10 @@ def test_the_host_looks_on_the_cpu_alone() -> None:
     assert verdict(torch.ones(3)) is True and verdict(torch.full((3,), torch.inf)) is False
     # A sum in 16 bits would overflow.
     assert verdict(torch.full((9, 9), 60000.0, dtype=torch.float16)) is True
+    # And these are beyond fp32.
+    assert verdict(torch.full((3,), 1e200, dtype=torch.float64)) is True
+    assert verdict(torch.full((3,), 1e200j, dtype=torch.complex128)) is True
+    assert verdict(torch.tensor([1.0, complex(0, torch.nan)])) is False
 
 
 def test_the_host_does_not_look_while_a_compiler_does(compiling: None) -> None:
@@ -266,7 +270,70 @@ def test_a_compiler_that_meets_a_new_parameter_plans_it(compiling: None) -> None
     assert optimizer.plan_of(p, optimizer.param_groups[0]) is plan and plan.state is optimizer.state[p]
 
 
+def test_what_is_done_with_a_parameter_is_explained() -> None:
+    shapes = [(8, 6), (3, 8, 6), (8, 6, 3, 3), (8, 2), (5,)]
+    params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    whole = nn.Parameter(torch.randn(8, 6))
+    groups = [{"params": params, "rank": 2}, {"params": [whole], "rank": None}]
+    reasons = [
+        "its smaller side exceeds 2",
+        "a stack of 3 matrices whose smaller side exceeds 2",
+        "a convolution, compressed along its long axes",
+        "its smaller side does not exceed 2",
+        "fewer than two dimensions",
+        "its group has no rank",
+    ]
+    optimizer = GaLoreAdamW(groups)
+    assert [row.reason for row in optimizer.explain()] == reasons
+    assert [row.method for row in optimizer.explain()] == ["rank 2"] * 3 + ["full-rank"] * 3
+    assert [row.name for row in optimizer.explain()] == [f"param.{i}" for i in range(6)]
+    reasons[2] = "a convolution, compressed as a matrix 8 x 54"
+    assert [row.reason for row in FiraAdamW(groups).explain()] == reasons
+    optimizer.state[params[0]]["rank"] = 4
+    assert optimizer.explain()[0][2:] == ("rank 4", "its state has rank 4; the next step rebuilds it with rank 2")
+    named = GaLoreAdamW([("a", params[0]), ("b", params[1])], rank=2)
+    assert [row.name for row in named.explain()] == ["a", "b"]
+
+
+def test_a_compiled_step_runs_as_it_is_where_it_makes_a_state_or_a_basis() -> None:
+    matrix, vector, idle = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(5))
+    optimizer = GaLoreAdamW([matrix, vector, idle], rank=2, update_proj_gap=3)
+    found = []
+    for _ in range(8):
+        for p in (matrix, vector):
+            p.grad = torch.randn_like(p)
+        found.append(optimizer._works_on_the_host())
+        optimizer.step()
+    assert found == [True, False, False, True, False, False, True, False]
+    idle.grad = torch.randn_like(idle)
+    assert optimizer._works_on_the_host()
+
+
+def test_a_step_asks_whether_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = nn.Parameter(torch.randn(8, 6))
+    optimizer = GaLoreAdamW([p], rank=2)
+    disabled: list[Any] = []
+    monkeypatch.setattr(torch.compiler, "disable", lambda step: (disabled.append(step), step)[1])
+    for compiles, works, expected in [(False, True, 0), (True, False, 0), (True, True, 1)]:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiles=compiles: compiles)
+        monkeypatch.setattr(optimizer, "_works_on_the_host", lambda works=works: works)
+        optimizer.step()
+        assert len(disabled) == expected
+
+
 # ---- rare states ----
+
+
+@pytest.mark.parametrize("two_phase", [False, True])
+def test_a_refresh_under_way_is_declared_where_there_can_be_one(two_phase: bool) -> None:
+    p = nn.Parameter(torch.randn(8, 6))
+    for refresh, can in [("power", True), ("svd", False)]:
+        optimizer = GaLoreAdamW([p], rank=2, refresh=refresh)
+        optimizer.param_groups[0]["two_phase"] = two_phase
+        assert ("pending" in optimizer.slots_of(p, optimizer.param_groups[0])) is (two_phase and can)
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+        assert ("pending" in optimizer.state_dict()["state"][0]) is (two_phase and can)
 
 
 def test_a_state_of_another_number_of_groups_is_refused() -> None:

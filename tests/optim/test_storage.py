@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -249,3 +250,38 @@ def test_matrices_with_step_sizes_of_their_own(dtype: torch.dtype, atol: float, 
         slope = update.row_scale[i] * grad[i] * update.column_scale[i]  # type: ignore[index]
         expected = kept * weight[i].to(dtype).float() + one * (0.5 * low[i] @ basis[i].mT + slope)
         torch.testing.assert_close(found[i], expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("decay_first", [False, True])
+def test_a_weight_moves_by_the_update_of_its_oriented_view(
+    decay_first: bool, left: bool, batch: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    def draw(*shape: int, kind: torch.dtype = torch.float64) -> torch.Tensor:
+        return torch.randn(*batch, *shape, dtype=kind)
+
+    weight, grad, low, basis = (draw(*shape, kind=dtype) for shape in [(6, 5), (6, 5), (6, 2), (5, 2)])
+    full = draw(6, 5, kind=dtype)
+    kept = {"size": -0.5, "decay": 0.75, "decay_first": decay_first}
+    for changes in (
+        {"low": low, "scale": 0.3},
+        *({"row_scale": draw(rows, 1)} for rows in (6, 1)),
+        {"column_scale": draw(1, 5)},
+        *({"low": low, "row_scale": draw(rows, 1), "column_scale": draw(1, 5)} for rows in (6, 1)),
+        {"full": full},
+    ):
+        update = Update(**changes)
+        move = torch.zeros_like(weight) if update.full is None else full
+        if update.low is not None:
+            move = move + update.scale * low @ basis.mH
+        if update.row_scale is not None or update.column_scale is not None:
+            scales = [scale for scale in (update.row_scale, update.column_scale) if scale is not None]
+            move = move + math.prod(scales, start=grad)
+        expected = 0.75 * (weight - 0.5 * move) if not decay_first else 0.75 * weight - 0.5 * move
+        p = (weight.mT if left else weight).contiguous().clone()
+        state, group = {"seed": 1, "step": 1, "left": left}, {"weight_rounding": "nearest", "backend": None}
+        view = view_of(p, "experts" if batch else None, 2)
+        write_(p, view, update, grad, None if update.low is None else basis, state, group, **kept)  # type: ignore[arg-type]
+        torch.testing.assert_close(p.mT if left else p, expected, rtol=1e-12, atol=1e-12)

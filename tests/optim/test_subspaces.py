@@ -18,6 +18,7 @@ from lowrank_optim.optim.subspaces.random import (
     noise,
     overlap_of,
     predecessors,
+    sketch_matrix,
 )
 from lowrank_optim.optim.subspaces.singular import TopSingular
 from lowrank_optim.optim.subspaces.tracking import Tracking
@@ -111,6 +112,22 @@ def test_a_basis_that_cannot_be_computed_is_drawn_and_else_stays(refresh: str, m
     basis = state["basis"]
     assert not torch.equal(basis, before)
     torch.testing.assert_close(basis.mT @ basis, torch.eye(3), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("refresh", ["power", "randomized"])
+def test_what_a_refresh_sums_beside_the_projection(refresh: str) -> None:
+    subspace, group, grad = TopSingular(), {**OPTIONS, "refresh": refresh}, torch.randn(9, 8)
+    state, accumulation = made(subspace), subspace.accumulation
+    assert accumulation is not None
+    sketch = accumulation.sketch(subspace, grad, state, group)
+    if refresh == "power":
+        assert sketch is None
+    else:
+        expected = grad @ sketch_matrix((8, 3), grad, state, group)
+        torch.testing.assert_close(sketch, expected, rtol=1e-5, atol=1e-5)
+    state["pending"] = torch.randn(9, 3)
+    sketch = accumulation.sketch(subspace, grad, state, group)
+    torch.testing.assert_close(sketch, grad.mT @ state["pending"], rtol=1e-5, atol=1e-5)
 
 
 def test_axes_of_a_batch_are_not_compressed() -> None:
