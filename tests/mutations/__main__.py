@@ -84,7 +84,7 @@ def run(chosen: list[Site], args: argparse.Namespace, scratch: Path) -> int:
 
         def attempt(site: Site) -> dict[str, Any]:
             first = killers.setdefault(site.path, [])
-            order = in_order(found[site], tests.seconds, first[:5], tests.naming(site), args.seconds)
+            order = in_order(found[site], tests.seconds, first[:5], tests.importing(site), args.seconds)
             if not order:
                 return {"name": site.name, "kind": site.kind, "line": site.line, "outcome": "survived", "by": None,
                         "reason": "no test executes it", "tests": 0, "seconds": 0.0}  # fmt: skip

@@ -201,28 +201,28 @@ class Map:
         print(f"{file}: {len(kept)} tests, {sum(t['seconds'] for t in kept.values()):.0f} s", flush=True)
 
     def tests_of(self, site: Site, root: Path) -> set[str]:
-        """The tests that execute a fault's lines, or else its function, or where there is none its file."""
+        """The tests that execute a fault's lines, or else its function, or where there is none its file.
+
+        And those in files that import the module: what runs at import alone runs in whichever test comes first.
+        """
         around = _places((root / site.path).read_text())
         keys = {_key(around[line]) for line in range(site.line, site.end_line + 1)}
         found = set().union(*(self.of_line.get(key, set()) for key in keys))
         name = site.function.rpartition(".")[2]
-        # A line of a module or of a class runs once, in whichever test imports it first, if in any, and a table is read
-        # by lines elsewhere.
-        if not name or name.lstrip("_")[:1].isupper():
-            return self.of_file.get(site.path, set()) | self.naming(site)
-        if found:
-            return found
+        # Not for the lines of a module or of a class, which run at import and are read by lines elsewhere.
+        if found and name and not name.lstrip("_")[:1].isupper():
+            return found | self.importing(site)
         inside = self.of_function.get(site.function) or set().union(
             *(of for key, of in self.of_function.items() if key.startswith(f"{site.function}."))
         )
         if site.function and (inside or name[:1].islower()):
-            return inside or self.of_function.get(name, set())
-        return self.of_file.get(site.path, set())
+            return (inside or self.of_function.get(name, set())) | self.importing(site)
+        return self.of_file.get(site.path, set()) | self.importing(site)
 
-    def naming(self, site: Site) -> set[str]:
-        """The tests in files that name the module of a fault."""
-        word = re.compile(rf"\b{Path(site.path).stem}\b")
-        files = {file for file, text in self.texts.items() if word.search(text)}
+    def importing(self, site: Site) -> set[str]:
+        """The tests in files that import the module of a fault."""
+        line = re.compile(rf"^(from|import) .*\b{Path(site.path).stem}\b", re.MULTILINE)
+        files = {file for file, text in self.texts.items() if line.search(text)}
         return {test for test in self.seconds if test.partition("::")[0] in files}
 
 
