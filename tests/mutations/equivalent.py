@@ -10,6 +10,7 @@ from tests.mutations.sites import Site
 REASONS: tuple[tuple[str, str], ...] = (
     (r"ops/row_norms.py:row_norms: matrix.device", "a faster way to the same norms"),
     (r"ops/chunks.py:as_batch: tensor.ndim == 3 -> False", "a view of the same shape"),
+    (r"ops/project.py:project: grad.dtype == wide -> False", "a product in parts"),
     (r"ops/project.py:project: grad.ndim == 2 -> False #1", "a product by way of a temporary"),
     (r"state_storage.py:slices: numel <= SLICE or .* -> \(not all", "one slice of all"),
     (

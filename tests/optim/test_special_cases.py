@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim import FiraAdamW, GaLoreAdamW, QGaLoreAdamW8bit
+from lowrank_optim import DCTAdamW, FiraAdamW, GaLoreAdamW, QGaLoreAdamW8bit
 from lowrank_optim.ops import lowrank_update
 from lowrank_optim.ops.chunks import chunks, row_blocks
 from lowrank_optim.ops.fused_adam import fused_adam_fits
@@ -322,6 +322,27 @@ def test_a_step_asks_whether_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 # ---- rare states ----
+
+
+@pytest.mark.filterwarnings("ignore:.*non-finite gradient")
+@pytest.mark.parametrize("basis", ["dct2", "identity"])
+def test_a_step_from_the_low_rank_gradient_alone_is_the_step(basis: str) -> None:
+    params = [nn.Parameter(torch.ones(8, 6)) for _ in range(2)]
+    optimizer = DCTAdamW(params, rank=2, basis=basis, update_proj_gap=3)
+    for bad in (False, False, True):
+        grad = torch.full((8, 6), torch.nan) if bad else torch.randn(8, 6)
+        if optimizer.state[params[0]]:
+            plan = optimizer.plan_of(params[1], optimizer.param_groups[0])
+            assert plan.parts.subspace is not None
+            low = plan.parts.subspace.project(grad, plan.state, optimizer.param_groups[0])
+            optimizer.step_low(params[1], low, optimizer.param_groups[0])
+        else:
+            params[1].grad = grad
+        params[0].grad = grad
+        optimizer.step()
+        params[1].grad = None
+        torch.testing.assert_close(params[0], params[1], rtol=0, atol=1e-6)
+    assert params[0].ne(1).any() and params[0].isfinite().all()
 
 
 @pytest.mark.parametrize("two_phase", [False, True])
