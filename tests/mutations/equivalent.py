@@ -9,6 +9,7 @@ from tests.mutations.sites import Site
 # A regular expression for the name of the fault, and why it does not count.
 REASONS: tuple[tuple[str, str], ...] = (
     (r"ops/row_norms.py:row_norms: matrix.device", "a faster way to the same norms"),
+    (r"ops/sltrain.py:_(weight|sddmm): .*is_cuda -> True", "the same by the operator that a compiler sees"),
     (r"ops/chunks.py:as_batch: tensor.ndim == 3 -> False", "a view of the same shape"),
     (r"ops/project.py:project: grad.dtype == wide -> False", "a product in parts"),
     (r"ops/project.py:project: grad.ndim == 2 -> False #1", "a product by way of a temporary"),

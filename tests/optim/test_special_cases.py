@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim import DCTAdamW, FiraAdamW, GaLoreAdamW, QGaLoreAdamW8bit
+from lowrank_optim import DCTAdamW, FiraAdamW, FRUGALAdamW, GaLoreAdamW, QGaLoreAdamW8bit
 from lowrank_optim.ops import lowrank_update
 from lowrank_optim.ops.chunks import chunks, row_blocks
 from lowrank_optim.ops.fused_adam import fused_adam_fits
@@ -18,6 +18,7 @@ from lowrank_optim.optim import plans, weight_storage
 from lowrank_optim.optim.engine import without_autocast
 from lowrank_optim.optim.finite import host_looks, verdict, zero_unless
 from lowrank_optim.optim.parts import Which
+from lowrank_optim.optim.rules import adam
 from lowrank_optim.optim.schedule import refresh_due
 from lowrank_optim.optim.subspaces import singular
 from lowrank_optim.optim.subspaces.fixed_basis import uses_fft
@@ -239,6 +240,28 @@ def test_what_the_fused_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not fused_adam_fits(one.half(), one.half()) and not fused_adam_fits(one.to("meta"), one.to("meta"))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not fused_adam_fits(one, one)
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_torchs_kernel_is_taken_where_nothing_else_is_asked_for(
+    backend: str | None, capturable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[tuple[int, ...]] = []
+    fused = adam.fused_adam_
+
+    def counted(target: Tensor, *args: Any, **kwargs: Any) -> None:
+        called.append(tuple(target.shape))
+        fused(target, *args, **kwargs)
+
+    monkeypatch.setattr(adam, "fused_adam_", counted)
+    params = [nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(5))]
+    # FRUGAL's eps depends on the step, which is a tensor where that is captured.
+    optimizer = FRUGALAdamW(params, rank=2, backend=backend, capturable=capturable)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert called == ([(8, 2), (5,)] if backend is None and not capturable else [])
 
 
 # ---- plans ----

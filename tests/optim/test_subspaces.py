@@ -114,6 +114,20 @@ def test_a_basis_that_cannot_be_computed_is_drawn_and_else_stays(refresh: str, m
     torch.testing.assert_close(basis.mT @ basis, torch.eye(3), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("subspace", [TopSingular(), Tucker(), Tracking()], ids=lambda s: type(s).__name__)
+def test_in_a_stack_the_first_basis_of_one_matrix_is_no_iteration_from_nothing(subspace: Subspace) -> None:
+    state = made(subspace, (2, 9, 8), "stack")
+    state |= {"exp_avg": torch.randn(2, 9, 3), "step": 1}
+    key = "basis.2" if isinstance(subspace, Tucker) else "basis"
+    # The second matrix has had no gradient so far; from any other start an iteration would find this subspace as well.
+    grad = torch.randn(2, 9, 3) @ torch.randn(2, 3, 8)
+    state[key][0] = torch.linalg.qr(torch.randn(8, 3)).Q
+    warm = torch.tensor([True, False]).view(2, 1, 1)
+    assert subspace.refresh(grad, state, OPTIONS, Which(warm=warm)).renewed
+    basis = state[key][1]
+    torch.testing.assert_close(grad[1] @ basis @ basis.mT, grad[1], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("refresh", ["power", "randomized"])
 def test_what_a_refresh_sums_beside_the_projection(refresh: str) -> None:
     subspace, group, grad = TopSingular(), {**OPTIONS, "refresh": refresh}, torch.randn(9, 8)
