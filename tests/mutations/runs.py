@@ -238,9 +238,9 @@ def _key(place: str) -> str:
 
 
 def in_order(tests: set[str], seconds: dict[str, float], first: list[str], near: set[str], budget: float) -> list[str]:
-    """At most ``budget`` seconds of tests: those of ``first``, then those of ``near``, then the others, short ones first.
+    """At most ``budget`` seconds of tests: those of ``first``, then those of ``near``, then the others.
 
-    Of the others one case of every test comes first, then a second one of each.
+    Short ones come first, and of the others one case of every test, then a second one of each.
     """
     cases: dict[str, list[str]] = defaultdict(list)
     for test in sorted(tests, key=lambda t: (seconds.get(t, 0.0), t)):
