@@ -264,6 +264,15 @@ def test_torchs_kernel_is_taken_where_nothing_else_is_asked_for(
     assert called == ([(8, 2), (5,)] if backend is None and not capturable else [])
 
 
+def test_what_adam_has_kernels_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = adam.Adam()
+    monkeypatch.setattr(adam, "pick", lambda eager, backend, device: lambda *args: None)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.complex64):
+        low = torch.zeros(2, 3, dtype=dtype)
+        assert rule._has_kernels(low, {"backend": None}) is (dtype in (torch.float32, torch.bfloat16))
+        assert rule._has_kernels(low, {"backend": "triton"})
+
+
 # ---- plans ----
 
 
@@ -291,6 +300,19 @@ def test_a_compiler_that_meets_a_new_parameter_plans_it(compiling: None) -> None
     optimizer.param_groups[0]["scale"] = 0.5
     # From then on it is not compared.
     assert optimizer.plan_of(p, optimizer.param_groups[0]) is plan and plan.state is optimizer.state[p]
+
+
+def test_an_option_that_changes_is_checked_at_the_next_step() -> None:
+    p = nn.Parameter(torch.randn(8, 6))
+    optimizer = GaLoreAdamW([p], rank=2)
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    before = p.detach().clone()
+    optimizer.param_groups[0]["scale"] = -1.0
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"Invalid scale: -1\.0"):
+            optimizer.step()
+    assert torch.equal(p, before)
 
 
 def test_what_is_done_with_a_parameter_is_explained() -> None:

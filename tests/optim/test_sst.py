@@ -345,6 +345,8 @@ def test_a_part_that_is_frozen_is_sampled_and_decomposed_all_the_same(frozen: st
 def test_only_what_trains_has_state() -> None:
     model, optimizer = make()
     train(model, optimizer, 0, 1)
+    methods = {row.name: (row.method, row.reason) for row in optimizer.explain()}
+    assert methods["head.weight"] == ("full-rank", "its group has no rank")
     for layer in layers(model):
         assert layer.u_frozen not in optimizer.state and layer.v_frozen not in optimizer.state
         m, n, q = layer.out_features, layer.in_features, layer.s.numel()
