@@ -133,6 +133,8 @@ def test_numbers_of_an_older_version_follow_from_the_slots() -> None:
 
 def test_zeros_stand_for_what_is_absent() -> None:
     assert {key: value.tolist() for key, value in schema.absent(state(), SLOTS).items()} == {"pending": [0.0] * 4}
+    # What else is missing is none of its business.
+    assert schema.absent({}, SLOTS).keys() == {"pending"}
     under_way = state(pending=torch.tensor([0.0, 1.0, 0.0, 0.0]))
     assert schema.absent(under_way, SLOTS) == {}
     assert "pending" in schema.checked(under_way, SLOTS, "w", CPU)
