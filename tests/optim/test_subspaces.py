@@ -79,7 +79,7 @@ def test_tracking_keeps_its_basis_where_none_can_be_computed(
     state["step"] = 1
     before = state["basis"].clone()
     with monkeypatch.context() as patch:
-        patch.setattr(tracking, "orthonormalize", lambda tensor: torch.full_like(tensor, torch.nan))
+        patch.setattr(tracking, "orthonormalize", lambda tensor, **kwargs: torch.full_like(tensor, torch.nan))
         patch.setattr(tracking, "top_basis", lambda *args, **kwargs: None)
         assert not subspace.refresh(grad, state, group, Which(warm=warm)).renewed
     assert torch.equal(state["basis"], before)
@@ -97,7 +97,7 @@ def test_a_basis_that_cannot_be_computed_is_drawn_and_else_stays(refresh: str, m
     def broken(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         raise torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
-    def bad(grad: Tensor, *args: Any) -> Tensor:
+    def bad(grad: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return torch.full((8, 3), torch.nan)
 
     with monkeypatch.context() as patch:
