@@ -129,7 +129,7 @@ def _from_disk(
     train, held = amount(kept, seen.share), amount(left, seen.share)
     if apart:
         held = amount([size for _, size in apart.sizes], apart.share)
-    if not held.documents:
+    if held.exact and not held.documents:
         raise UserError(f"Invalid dataset: nothing of {root} is held out for validation")
     counts = f"{len(found.train)} training, {len(found.validation)} validation and {len(found.test)} test shards"
     return Source(

@@ -11,11 +11,11 @@ from typing import Any
 from lowrank_optim.pretrain import tokens
 from lowrank_optim.pretrain.command_line import Parser, add_flags, check_ranges
 from lowrank_optim.pretrain.config import Options, UserError
-from lowrank_optim.pretrain.sources import open_source
+from lowrank_optim.pretrain.sources import Saved, open_source
 from lowrank_optim.pretrain.tokenization import BPE_VOCAB
 
 # Those of a run that say which text it reads.
-FLAGS = ("dataset", "text_field", "tokenizer", "max_bad_documents")
+FLAGS = ("dataset", "text_field", "tokenizer", "max_bad_documents", "allow_changed_data")
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "lowrank-train tokenize") -> int:
@@ -58,10 +58,16 @@ def run(folder: Path, limit: int | None, **values: Any) -> dict[str, Any]:
         raise UserError(f"Invalid max_tokens: {limit}, expected a positive number")
     if folder.exists():
         raise UserError(f"Invalid output_dir: {folder} exists")
-    source = open_source(options, vocab_size=BPE_VOCAB, show=True)
+    partial = tokens.partial_folder(folder)
+    begun = tokens.read_progress(partial) if options.allow_changed_data else None
+    # What was begun keeps its tokenizer and what it holds out.
+    saved = Saved(begun["source"], partial) if begun else None
+    source = open_source(options, vocab_size=BPE_VOCAB, show=True, saved=saved)
     print(source.description)
     splits = {"train": replace(source.training, loop=False), "validation": source.held_out}
     # Neither a file's time of change nor how many faults are allowed makes it another text.
     about = {**source.fingerprint, "files": {name: stamp[:2] for name, stamp in source.fingerprint["files"].items()}}
     with tqdm(unit=" tokens", unit_scale=True, mininterval=0.5, total=source.amount and source.amount.tokens) as bar:
-        return tokens.write_tokens(folder, splits, source.tokenizer, about, limit=limit, said=bar.update)
+        return tokens.write_tokens(
+            folder, splits, source.tokenizer, about, changed=saved is not None, limit=limit, said=bar.update
+        )

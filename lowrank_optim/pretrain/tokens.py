@@ -87,8 +87,9 @@ def write_tokens(
     tokenizer: PreTrainedTokenizerBase,
     source: Mapping[str, Any],
     *,
+    changed: bool = False,
     limit: int | None = None,
-    said: Callable[[int], None] = lambda tokens: None,
+    said: Callable[[int], object] = lambda tokens: None,
 ) -> dict[str, Any]:
     """Encode the documents of both splits into ``folder``, which is complete or absent; returns its manifest.
 
@@ -98,12 +99,13 @@ def write_tokens(
         folder: where to.
         splits: documents of "train" and "validation".
         tokenizer: encodes them.
-        source: what they are, for the manifest; another source does not continue what one has begun.
+        source: what they are, for the manifest.
+        changed: continue although what was begun has another source.
         limit: stop after so many training tokens.
         said: is told how many tokens came in.
 
     Raises:
-        UserError: the folder exists, or the text cannot be read.
+        UserError: the folder exists, what was begun is something else, or the text cannot be read.
     """
     if folder.exists():
         raise UserError(f"Invalid output-dir: {folder} exists already")
@@ -115,25 +117,35 @@ def write_tokens(
         "source": json.loads(json.dumps(source)),
         **{split: {"tokens": 0, "documents": 0} for split in SPLITS},
     }
-    partial = folder.with_name(folder.name + ".partial")
-    begun = _begun(partial)
-    if begun is not None and all(begun[key] == made[key] for key in ("format", "dtype", "tokenizer", "source")):
-        made = begun
+    partial = partial_folder(folder)
+    if begun := read_progress(partial):
+        if any(begun[key] != made[key] for key in ("format", "dtype", "tokenizer", *([] if changed else ["source"]))):
+            raise UserError(
+                f"Cannot continue {partial}: it was begun with another text or tokenizer; remove it to begin anew, or "
+                "go on with the changed text with --allow-changed-data"
+            )
+        made = {**begun, "source": made["source"]}
     else:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        tokenizer.save_pretrained(partial)
     for split in SPLITS:
         if not made[split].get("complete"):
             _write_split(partial, split, splits[split], tokenizer, made, limit if split == "train" else None, said)
             made[split] = {"tokens": made[split]["tokens"], "documents": made[split]["documents"], "complete": True}
-    tokenizer.save_pretrained(partial)
     (partial / MANIFEST).write_text(json.dumps(made, indent=1), encoding="utf-8")
     (partial / PROGRESS).unlink(missing_ok=True)
     os.rename(partial, folder)
     return made
 
 
-def _begun(partial: Path) -> dict[str, Any] | None:
+def partial_folder(folder: Path) -> Path:
+    """Where what becomes ``folder`` is written."""
+    return folder.with_name(folder.name + ".partial")
+
+
+def read_progress(partial: Path) -> dict[str, Any] | None:
+    """What a broken-off call had done, None where there was none."""
     try:
         begun: dict[str, Any] = json.loads((partial / PROGRESS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -148,7 +160,7 @@ def _write_split(
     tokenizer: PreTrainedTokenizerBase,
     made: dict[str, Any],
     limit: int | None,
-    said: Callable[[int], None],
+    said: Callable[[int], object],
 ) -> None:
     about, dtype = made[split], np.dtype(made["dtype"])
     with (partial / f"{split}.bin").open("ab") as ids, (partial / f"{split}.idx").open("ab") as ends:
