@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowrank_optim.pretrain.config import UserError
 from lowrank_optim.pretrain.documents import Documents
-from lowrank_optim.pretrain.tokenization import encode, frame
+from lowrank_optim.pretrain.tokenization import encode, encode_starts, frame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -174,7 +174,7 @@ def document_batches(
             # A document is a row: only those of this process need be encoded.
             mine = [i for i in range(used, len(texts)) if 0 <= (filled + i - used) % together - first < share.size]
             rows, tail = [rest] * len(texts), rest
-            for i, row in zip(mine, encode(tokenizer, [texts[i] for i in mine]), strict=True):
+            for i, row in zip(mine, encode_starts(tokenizer, [texts[i] for i in mine], share.seq_len), strict=True):
                 rows[i] = row
         while used < len(rows):
             taken = min(together - filled, len(rows) - used)

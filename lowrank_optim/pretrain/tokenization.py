@@ -20,6 +20,9 @@ BPE_VOCAB = 8192
 PAD, EOS = "<pad>", "</s>"
 # Characters that are encoded at once.
 PIECE = 2**16
+# Characters a token that are encoded where only the first tokens count: more than most languages need, so that few
+# documents are encoded twice.
+HEAD, MARGIN = 6, 8
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -77,7 +80,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[NDA
     A long document is encoded in pieces that end between two words: the time of some tokenizers grows faster than the
     length of a text.
     """
-    pieces = [list(_pieces(text)) for text in texts]
+    pieces = [list(_pieces(text, PIECE)) for text in texts]
     encoded = iter(_encode(tokenizer, [piece for parts in pieces for piece in parts]))
     opening, closing = frame(tokenizer)
     end = tokenizer.eos_token_id
@@ -89,12 +92,23 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[NDA
     ]
 
 
-def _pieces(text: str) -> Iterator[str]:
+def encode_starts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> list[NDArray[np.int32]]:
+    """The same as :func:`encode` up to the token ``length`` of each document; what comes after may be missing."""
+    starts = [next(_pieces(text, HEAD * length)) for text in texts]
+    rows = encode(tokenizer, starts)
+    # The tokens at the cut may be others than those of the whole text.
+    short = [i for i, row in enumerate(rows) if len(row) <= length + MARGIN and len(starts[i]) < len(texts[i])]
+    for i, row in zip(short, encode(tokenizer, [texts[i] for i in short]), strict=True):
+        rows[i] = row
+    return rows
+
+
+def _pieces(text: str, size: int) -> Iterator[str]:
     start = 0
-    while len(text) - start > PIECE:
+    while len(text) - start > size:
         # The blank stays with the word behind it, as in the pieces of a tokenizer.
-        end = text.rfind(" ", start + 1, start + PIECE)
-        end = end if end > start else start + PIECE
+        end = text.rfind(" ", start + 1, start + size)
+        end = end if end > start else start + size
         yield text[start:end]
         start = end
     yield text[start:]

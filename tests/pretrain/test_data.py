@@ -30,7 +30,14 @@ from lowrank_optim.pretrain.readers import read_documents
 from lowrank_optim.pretrain.recipes import resolve
 from lowrank_optim.pretrain.shards import find_shards
 from lowrank_optim.pretrain.sources import open_source
-from lowrank_optim.pretrain.tokenization import check_vocabulary, encode, frame, load_tokenizer, train_bpe
+from lowrank_optim.pretrain.tokenization import (
+    check_vocabulary,
+    encode,
+    encode_starts,
+    frame,
+    load_tokenizer,
+    train_bpe,
+)
 
 from .conftest import documents
 from .test_readers import table, zst
@@ -364,3 +371,17 @@ def test_own_text(case: Callable[[Path], list[str]], tmp_path: Path) -> None:
     assert abs(tokens + tokens_held - found) < 20
     if case is split_folders:
         assert held == Counter(" ".join(DOCUMENTS[380:]).split())
+
+
+@needs_t5
+def test_the_start_of_a_document_is_encoded_as_in_the_whole() -> None:
+    texts = [text for _, text in islice(read_documents(find_shards(str(C4)).train[0], "text"), 60)]
+    # Few tokens from many characters: its start is too short.
+    texts.append("x" + " " * 3000 + "the dog runs " * 50)
+    for tokenizer in (load_tokenizer(str(T5)), train_bpe(documents(50, 0), 320)):
+        whole = encode(tokenizer, texts)
+        starts = encode_starts(tokenizer, texts, 64)
+        assert [row[:64].tolist() for row in starts] == [row[:64].tolist() for row in whole]
+        # Which documents are cut is known.
+        assert [len(row) > 64 for row in starts] == [len(row) > 64 for row in whole]
+        assert sum(map(len, starts)) < 0.6 * sum(map(len, whole))
