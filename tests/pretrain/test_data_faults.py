@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import train_llama
-from lowrank_optim.pretrain import checkpoint
+from lowrank_optim.pretrain import checkpoint, readers
 from lowrank_optim.pretrain import documents as documents_module
 from lowrank_optim.pretrain.metrics import read_metrics
 from lowrank_optim.pretrain.tokenization import train_bpe
@@ -207,3 +207,36 @@ def test_data_is_checked_before_the_model_is_built(
     write(data / "a.jsonl", ["one document"])
     assert train() == 2
     assert not (tmp_path / "run").exists()
+
+
+FAULTS = [
+    ("is no JSON", '{"text": "cut off'),
+    ("is no object", "17"),
+    ("has no 'text' string", '{"content": "x"}'),
+    ("has a 'text' that is no string", '{"text": ["x"]}'),
+    ("is empty", '{"text": " "}'),
+    ("holds a NUL byte", '{"text": "a\\u0000b"}'),
+    ("is no UTF-8 or holds a lone surrogate", '{"text": "\\ud800"}'),
+    # Too deep for the parser, or at least never closed.
+    ("is no JSON", "[" * 3900),
+    ("is longer than", json.dumps({"text": "x" * 5000})),
+]
+
+
+def test_every_kind_of_fault_is_said_and_left_out(
+    train: Callable[..., int], data: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "LONGEST", 4000)
+    monkeypatch.setattr(documents_module, "LOOK", 2**20)
+    lines = (data / "a.jsonl").read_text().splitlines()
+    for number, (_, line) in enumerate(FAULTS):
+        lines.insert(10 * number, line)
+    (data / "a.jsonl").write_text("\n".join(lines) + "\n")
+    more = ("--max-steps", 2, "--warmup-steps", 1)
+    assert train(*more, "--max-bad-documents", len(FAULTS) - 1) == 2
+    assert not (tmp_path / "run").exists()
+    capfd.readouterr()
+    assert train(*more, "--max-bad-documents", len(FAULTS)) == 0
+    warnings = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
+    for number, ((why, _), warning) in enumerate(zip(FAULTS, warnings, strict=True)):
+        assert warning.startswith(f"warning: left out: {data}/a.jsonl line {10 * number + 1} {why}")
