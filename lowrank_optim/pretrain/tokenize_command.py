@@ -71,3 +71,7 @@ def run(folder: Path, limit: int | None, **values: Any) -> dict[str, Any]:
         return tokens.write_tokens(
             folder, splits, source.tokenizer, about, changed=saved is not None, limit=limit, said=bar.update
         )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
