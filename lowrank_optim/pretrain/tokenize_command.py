@@ -19,7 +19,7 @@ FLAGS = ("dataset", "text_field", "tokenizer", "max_bad_documents", "allow_chang
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "lowrank-train tokenize") -> int:
-    """Run the command line; 0 when done, 2 for what the user can correct."""
+    """Run the command line; 0 when done, 2 for what the user can correct, 130 when interrupted."""
     parser = Parser(
         prog=prog,
         allow_abbrev=False,
@@ -35,7 +35,11 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "lowrank-train tokeni
     except SystemExit as end:
         # --help
         return int(end.code or 0)
-    except UserError as error:
+    except KeyboardInterrupt:
+        print(f"{prog}: stopped; the same call continues", file=sys.stderr)
+        return 130
+    # A full disk, for one.
+    except (UserError, OSError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     for split in tokens.SPLITS:

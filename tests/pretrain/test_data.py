@@ -29,7 +29,7 @@ from lowrank_optim.pretrain.documents import Faults, LocalDocuments
 from lowrank_optim.pretrain.readers import read_documents
 from lowrank_optim.pretrain.recipes import resolve
 from lowrank_optim.pretrain.shards import find_shards
-from lowrank_optim.pretrain.sources import open_source
+from lowrank_optim.pretrain.sources import Saved, open_source
 from lowrank_optim.pretrain.tokenization import (
     check_vocabulary,
     encode,
@@ -385,3 +385,30 @@ def test_the_start_of_a_document_is_encoded_as_in_the_whole() -> None:
         # Which documents are cut is known.
         assert [len(row) > 64 for row in starts] == [len(row) > 64 for row in whole]
         assert sum(map(len, starts)) < 0.6 * sum(map(len, whole))
+
+
+def test_a_checkpoint_of_version_0_1_begins_the_text_anew(tmp_path: Path) -> None:
+    text, saved = tmp_path / "text", Saved("0123456789abcdef-0123456789abcdef", tmp_path / "checkpoint-3")
+    text.mkdir()
+    json_lines(text)
+    train_bpe(documents(50, 0), 320).save_pretrained(saved.folder)
+    with pytest.raises(UserError, match=r"Cannot resume .*version 0\.1 .*; --allow-changed-data continues"):
+        load_data(options(text), vocab_size=320, saved=saved)
+    data = load_data(options(text, allow_changed_data=True), vocab_size=320, saved=saved)
+    assert "since the checkpoint: version 0.1 read text in another order" in data.description
+    old = {"position": {"epoch": 0, "shard": 3, "document": 9}, "used": 1, "rest": [5]}
+    (first, _), (other, _) = next(data.train(old)), next(data.train(None))
+    assert torch.equal(first.ids, other.ids)
+    assert load_data(options(text), vocab_size=320, saved=Saved(data.fingerprint, saved.folder)).tokenizer
+
+
+def test_another_tokenizer_is_never_continued_with(tmp_path: Path) -> None:
+    text, saved = tmp_path / "text", tmp_path / "checkpoint-3"
+    text.mkdir()
+    json_lines(text)
+    for folder, seed in ((saved, 0), (tmp_path / "other", 1)):
+        train_bpe(documents(50, seed), 320).save_pretrained(folder)
+    before = load_data(options(text, tokenizer=str(saved)), vocab_size=320).fingerprint
+    changed = options(text, tokenizer=str(tmp_path / "other"), allow_changed_data=True)
+    with pytest.raises(UserError, match="the tokenizer is not the one that it was saved with"):
+        load_data(changed, vocab_size=320, saved=Saved(before, saved))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from collections import Counter
 from dataclasses import replace
@@ -100,8 +102,8 @@ def test_a_call_that_breaks_off_continues(
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "encode", stop)
-        with pytest.raises(KeyboardInterrupt):
-            main(line(text, tmp_path / "parts"))
+        assert main(line(text, tmp_path / "parts")) == 130
+        assert "stopped; the same call continues" in capsys.readouterr().err
         assert not (tmp_path / "parts").exists()
         done = sum(calls[:7])
         calls[:] = [0] * 9
@@ -138,6 +140,18 @@ def test_a_changed_text_continues_if_it_may(
     assert len(encoded) == 200 - begun["train"]["documents"]
     made = json.loads((tmp_path / "out" / "tokens.json").read_text())
     assert made["train"]["documents"] + made["validation"]["documents"] == 200
+
+
+def test_a_full_disk(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "encode", full)
+        assert main(line(text, tmp_path / "tokens")) == 2
+    assert "error: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert not (tmp_path / "tokens").exists()
+    assert main(line(text, tmp_path / "tokens")) == 0
 
 
 def test_a_limit(text: Path, tmp_path: Path) -> None:
