@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import resource
 import sys
@@ -148,6 +149,10 @@ class Meter:
         self.step, self.rate = step, tokens / self.seconds
         return self.rate
 
+    def rewind(self, step: int) -> None:
+        """The run has gone back to ``step``."""
+        self.start, self.began = step, time.perf_counter()
+
     def skip(self) -> None:
         """Leave the time since the last update (an evaluation, a checkpoint) out of the rate."""
         self.last = time.perf_counter()
@@ -184,8 +189,12 @@ def write(text: str) -> None:
     from tqdm import tqdm
 
     # Redrawing the bar around every line is for terminals.
-    (tqdm.write if sys.stderr.isatty() else print)(text)
-    sys.stdout.flush()
+    try:
+        (tqdm.write if sys.stderr.isatty() else print)(text)
+        sys.stdout.flush()
+    except OSError:
+        # A terminal that is gone or a full disk behind a pipe ends what is said, not the run.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def summary(progress: Progress, loss: float, folder: Path, *, seconds: float) -> str:
