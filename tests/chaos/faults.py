@@ -107,8 +107,15 @@ class Bench:
         before, _ = checkpoint.newest_whole(checkpoint.checkpoints(folder)[::-1])
         run = self.server.run(self.line(combination), folder)
         lost = step_of(before) - resumed(run)
-        same = run.status == 0 and not strange(run) and end(folder) == end(self.reference(combination))
-        return Outcome(f"{kind}", noticed, lost, same, told if same else told + run.err)
+        same, how = self.compare(combination, folder, run)
+        return Outcome(kind, noticed, lost, same, f"{combination}: {how} {told}")
+
+    def compare(self, combination: str, folder: Path, run: Run) -> tuple[bool, str]:
+        """Whether a run has ended as it would have without faults, and where it differs."""
+        if run.status or strange(run):
+            return False, f"status {run.status} {run.err}"
+        how = difference(end(self.reference(combination)), end(folder))
+        return not how, how
 
     def killed(self, combination: str, rng: random.Random, kills: int, *, later: bool) -> Iterator[Outcome]:
         """SIGKILL before a write, or at any time after one; several times until the end."""
@@ -183,10 +190,10 @@ class Bench:
         damage(folder / "checkpoint-4", folder / "checkpoint-2")
         run = self.server.run(self.line(combination), folder)
         passed_over = "warning: passed over" in run.out or "warning: set aside" in run.out
-        same = run.status == 0 and not strange(run) and end(folder) == end(self.reference(combination))
+        same, how = self.compare(combination, folder, run)
         harmless = same and resumed(run) == 4
         lost = 2 - resumed(run) if passed_over else 4 - resumed(run)
-        return Outcome(kind, passed_over or harmless, lost, same, run.err)
+        return Outcome(kind, passed_over or harmless, lost, same, f"{combination}: {how}")
 
 
 def damages(folder: Path, foreign: Path, rng: random.Random, *, regions: int) -> Iterator[tuple[str, Any]]:
@@ -237,8 +244,9 @@ def saved(folder: Path) -> Any:
     files = {name: file for name, file in state["files"].items() if not name.endswith(".pt")}
     optimizer, processes = (torch.load(last / name, weights_only=True) for name in checkpoint.NEEDED)
     for group in optimizer["optimizer"]["param_groups"]:
-        # torch adds it at a load.
-        group.pop("differentiable", None)
+        # A load gives groups keys that say nothing: "differentiable" is False and "clip_norm" None.
+        for key in [key for key, value in group.items() if value is None or value is False]:
+            del group[key]
     return last.name, state["progress"], files, plain(optimizer), plain([process["data"] for process in processes])
 
 
@@ -249,6 +257,17 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: plain(inner) for key, inner in value.items()}
     return [plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def difference(one: Any, other: Any, where: str = "") -> str:
+    """Where two nested values differ first, "" where they do not."""
+    if one == other:
+        return ""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return next(filter(None, (difference(one[key], other[key], f"{where}.{key}") for key in one)))
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
+        return next(filter(None, (difference(a, b, f"{where}.{i}") for i, (a, b) in enumerate(zip(one, other)))))
+    return f"{where} was {str(one)[:80]} and is {str(other)[:80]}"
 
 
 def logged(folder: Path) -> int:

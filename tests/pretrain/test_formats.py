@@ -28,8 +28,8 @@ CASES = [
 
 def line_of(name: str, out: Path) -> list[str]:
     common = (
-        "--dataset data --model model.json --seq-len 16 --batch-size 2 --save-every 0 --eval-every 0 --eval-batches 1"
-        " --warmup-steps 0 --sample-tokens 0 --lr 0.01 --max-steps 5 --resume auto"
+        "--dataset data --no-pack --model model.json --seq-len 16 --batch-size 2 --save-every 0 --eval-every 0"
+        " --eval-batches 1 --warmup-steps 0 --sample-tokens 0 --lr 0.01 --max-steps 5 --resume auto"
     )
     return [*common.split(), *RUNS[name], "--output-dir", str(out)]
 
