@@ -73,7 +73,11 @@ def start_accelerator(options: Options, folder: Path) -> Accelerator:
         )
     if tracker:
         scalars = {k: v for k, v in vars(options).items() if isinstance(v, (int, float, str))}
-        accelerator.init_trackers("lowrank-optim", config=scalars)
+        try:
+            accelerator.init_trackers("lowrank-optim", config=scalars)
+        # Each has exceptions of its own.
+        except Exception as error:
+            raise UserError(f"Cannot report to {tracker}: {' '.join(str(error).split())}") from error
     return accelerator
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
 from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
@@ -102,7 +103,7 @@ class Trainer:
                 self._advance(stream, meter, bar)
                 meter.skip()
         self.metrics.close()
-        self.accelerator.end_training()
+        self._report(self.accelerator.end_training)
         return 0
 
     def _choose(self, candidates: list[Path], *, digests: bool) -> Path | None:
@@ -261,11 +262,15 @@ class Trainer:
 
     def _log(self, row: dict[str, float]) -> None:
         self.metrics.write(self.progress.step, **row)
+        self._report(lambda: self.accelerator.log(row, step=self.progress.step))
+
+    def _report(self, act: Callable[[], None]) -> None:
+        """Have ``--report-to`` told something, until that fails."""
         if not self.reports:
             return
         try:
-            self.accelerator.log(row, step=self.progress.step)
-        # A service or its files fail in ways of their own, and no run is worth less for it.
+            act()
+        # A service and its files fail in ways of their own, and no run is worth less for it.
         except Exception as error:
             self.reports = False
             self.say(f"warning: no more reports to {self.run.report_to}: {' '.join(str(error).split())}")

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from lowrank_optim.pretrain.report import table
@@ -23,12 +24,13 @@ OTHERS = ("GaLoreAdamW8bit-int8", "FiraAdamW-sltrain", "QGaLoreAdamW8bit-per_lay
 
 def outcomes(bench: Bench, rng: random.Random, *, quick: bool) -> Iterator[Outcome]:
     """All faults; ``quick``: one of every kind."""
-    for combination in [BASE] if quick else [BASE] * 10 + list(bench.combinations):
-        for later in (False, True):
-            yield from bench.killed(combination, rng, 1, later=later)
-        yield bench.stopped(combination, rng.choice(STOPS), rng)
-    times = 1 if quick else 4
-    for _ in range(times):
+    bench.combinations["foreign"] = [*bench.combinations[BASE], "--seed", "1"]
+    foreign = bench.reference("foreign") / "checkpoint-4"
+    whole = list(damages(bench.reference(BASE) / "checkpoint-4", foreign, rng, regions=1 if quick else 12))
+    for kind, damage in rng.sample(whole, 5) if quick else whole:
+        yield bench.damaged(BASE, kind, damage)
+    yield bench.locked(BASE)
+    for _ in range(1 if quick else 4):
         for number in STOPS[:1] if quick else STOPS:
             yield bench.stopped(BASE, number, rng)
         yield bench.stopped(BASE, STOPS[1], rng, twice=True)
@@ -37,12 +39,11 @@ def outcomes(bench: Bench, rng: random.Random, *, quick: bool) -> Iterator[Outco
         yield bench.limited(BASE, rng.choice((0, 100, 1000, 20_000, 40_000)))
         yield bench.removed(BASE, "remove", rng)
         yield bench.removed(BASE, "replace", rng)
-    yield bench.locked(BASE)
-    bench.combinations["foreign"] = [*bench.combinations[BASE], "--seed", "1"]
-    foreign = bench.reference("foreign") / "checkpoint-4"
-    whole = list(damages(bench.reference(BASE) / "checkpoint-4", foreign, rng, regions=1 if quick else 12))
-    for kind, damage in rng.sample(whole, 5) if quick else whole:
-        yield bench.damaged(BASE, kind, damage)
+    for combination in [BASE] if quick else [*bench.combinations, *[BASE] * 10]:
+        for later in (False, True):
+            yield from bench.killed(combination, rng, 1, later=later)
+        if not quick:
+            yield bench.stopped(combination, rng.choice(STOPS), rng)
     for combination in () if quick else OTHERS:
         folder = bench.reference(combination) / "checkpoint-4"
         several = list(damages(folder, bench.reference(combination) / "checkpoint-6", rng, regions=4))
@@ -58,10 +59,12 @@ def main() -> int:
     found: dict[str, list[Outcome]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as place:
         bench = Bench(Path(place))
-        for outcome in outcomes(bench, random.Random(given.seed), quick=given.quick):
-            found[outcome.kind].append(outcome)
-            if not outcome.noticed or outcome.lost or outcome.identical is False:
-                print(outcome._replace(told=outcome.told[-500:]), file=sys.stderr, flush=True)
+        # Interrupted, it prints the table so far.
+        with suppress(KeyboardInterrupt):
+            for outcome in outcomes(bench, random.Random(given.seed), quick=given.quick):
+                found[outcome.kind].append(outcome)
+                if bad(outcome):
+                    print(outcome._replace(told=outcome.told[-500:]), file=sys.stderr, flush=True)
         bench.server.close()
     found["all"] = [outcome for several in found.values() for outcome in several]
     body = [
@@ -75,7 +78,11 @@ def main() -> int:
         for kind, several in found.items()
     ]
     print(table([("fault", "tries", "noticed or harmless", "lost updates", "identical continuation"), *body]))
-    return int(any(not o.noticed or o.lost or o.identical is False for o in found["all"]))
+    return int(any(map(bad, found["all"])))
+
+
+def bad(outcome: Outcome) -> bool:
+    return not outcome.noticed or outcome.lost != 0 or outcome.identical is False
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.__main__ import BASE, outcomes
+from tests.chaos.__main__ import BASE, bad, outcomes
 from tests.chaos.faults import Bench, Outcome, flip
 
 
@@ -23,7 +23,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
 
 
 def check(outcome: Outcome) -> None:
-    assert outcome.noticed and not outcome.lost and outcome.identical is not False, outcome
+    assert not bad(outcome), outcome
 
 
 def test_one_fault_of_every_kind(bench: Bench) -> None:

@@ -59,7 +59,7 @@ def resume(saved: tuple[list[str], Path], run: Path) -> int:
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "processes.pt"])
-@pytest.mark.parametrize("how", ["torch", "pickle"])
+@pytest.mark.parametrize("how", ["torch", pytest.param("pickle", marks=pytest.mark.slow)])
 def test_nothing_is_unpickled(saved: tuple[list[str], Path], tmp_path: Path, capfd: Any, name: str, how: str) -> None:
     folder, proof = tmp_path / "checkpoint-1", tmp_path / "proof"
     shutil.copytree(saved[1], folder)
