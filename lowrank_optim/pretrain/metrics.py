@@ -68,15 +68,6 @@ class Metrics:
         except OSError as error:
             raise self._failed(error) from error
 
-    def is_there(self) -> bool:
-        """Whether the file that rows go to is still the one in the folder."""
-        if not self.file:
-            return True
-        try:
-            return os.path.samestat(os.fstat(self.file.fileno()), self.path.stat())
-        except OSError:
-            return False
-
     def close(self) -> None:
         if self.file:
             self.file.close()

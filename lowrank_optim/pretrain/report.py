@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from lowrank_optim.pretrain.checkpoint import Progress
 from lowrank_optim.pretrain.config import Resolved
+from lowrank_optim.pretrain.steps import perplexity_of
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -199,10 +200,10 @@ def write(text: str) -> None:
 
 def summary(progress: Progress, loss: float, folder: Path, *, seconds: float) -> str:
     """The last lines of a run."""
-    untrained = math.exp(progress.untrained_loss) if progress.untrained_loss is not None else math.nan
+    untrained = math.nan if progress.untrained_loss is None else perplexity_of(progress.untrained_loss)
     return "\n".join(
         [
-            f"validation perplexity {math.exp(loss):.2f}, untrained {untrained:.2f}",
+            f"validation perplexity {perplexity_of(loss):.2f}, untrained {untrained:.2f}",
             f"{progress.step:,} updates, {progress.tokens:,} tokens, {duration(seconds)}",
             f"run folder {folder}",
         ]

@@ -54,7 +54,12 @@ class Evaluation(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return perplexity_of(self.loss)
+
+
+def perplexity_of(loss: float) -> float:
+    """exp(loss), infinite where that is no float."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def evaluate(

@@ -60,7 +60,8 @@ class Trainer:
         self.say(f"data       {self.text.description}\nfolder     {self.folder}")
         if found:
             self._resume(found, fingerprint)
-        self.saved = self.progress.step if found else None
+        # The update whose checkpoint this folder has already.
+        self.saved = self.progress.step if found and found.parent == folder else None
         self.sizes: dict[str, int] | None = None
         self.evaluated, self.postponed, self.reports = math.nan, False, True
 
