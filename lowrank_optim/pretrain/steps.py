@@ -49,8 +49,11 @@ def clip_gradients_(parameters: Iterable[nn.Parameter], largest: float) -> Tenso
 
 
 class Evaluation(NamedTuple):
+    """Mean loss over so many tokens; ``stopped`` where it has not come to its end and there is none."""
+
     loss: float
     tokens: int
+    stopped: bool = False
 
     @property
     def perplexity(self) -> float:
@@ -72,10 +75,10 @@ def evaluate(
     chunked: bool = False,
     reduce: Callable[[Tensor], Tensor] = lambda total: total,
     stopping: Callable[[], bool] = lambda: False,
-) -> Evaluation | None:
+) -> Evaluation:
     """Mean next-token loss of at most ``limit`` micro-batches (0 = all) of this process, and of all through ``reduce``.
 
-    None where ``stopping``, which is asked before every micro-batch, is true on this process or on another.
+    It ends early where ``stopping``, which is asked before every micro-batch, is true on this process or on another.
 
     The mean is over tokens, so it does not depend on the batch size. ``legacy`` takes the mean of the batches'
     means and divides by their number plus one, as the harness does from which the published tables come.
@@ -94,8 +97,6 @@ def evaluate(
                 total += torch.tensor([loss, tokens, loss / tokens, 1, 0], dtype=torch.float64)
     model.train(was_training)
     loss, count, means, number, stopped = reduce(total).tolist()
-    if stopped:
-        return None
-    if not count:
-        return Evaluation(math.nan, 0)
+    if stopped or not count:
+        return Evaluation(math.nan, 0, bool(stopped))
     return Evaluation(means / (number + 1) if legacy else loss / count, int(count))

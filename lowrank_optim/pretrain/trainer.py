@@ -296,7 +296,7 @@ class Trainer:
             reduce=self._total,
             stopping=self.stop.is_due,
         )
-        if result is None:
+        if result.stopped:
             raise self.stop.cause()
         if not result.tokens:
             raise UserError(f"Invalid dataset: {self.run.dataset} has no validation text")

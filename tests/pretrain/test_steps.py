@@ -44,17 +44,17 @@ def test_evaluation_is_the_mean_over_tokens(tiny_model: Path) -> None:
     # Two processes with unequal shares agree with one.
     other = torch.tensor([sums[2], counts[2], sums[2] / counts[2], 1, 0], dtype=torch.float64)
     both = evaluate(model, iter(batches[:2]), limit=0, legacy=False, device=cpu, reduce=lambda t: t + other)
-    assert both is not None and both.loss == pytest.approx(result.loss)
+    assert both.loss == pytest.approx(result.loss)
 
 
 def test_an_evaluation_that_is_stopped(tiny_model: Path) -> None:
     model = build_model(build_config(str(tiny_model))).train()
     batches, cpu = make_batches(), torch.device("cpu")
     asked = iter((False, False, True))
-    assert evaluate(model, iter(batches), limit=0, legacy=False, device=cpu, stopping=lambda: next(asked)) is None
+    assert evaluate(model, iter(batches), limit=0, legacy=False, device=cpu, stopping=lambda: next(asked)).stopped
     # On another process.
     other = torch.tensor([0, 0, 0, 0, 1], dtype=torch.float64)
-    assert evaluate(model, iter(batches), limit=0, legacy=False, device=cpu, reduce=lambda t: t + other) is None
+    assert evaluate(model, iter(batches), limit=0, legacy=False, device=cpu, reduce=lambda t: t + other).stopped
     assert model.training
 
 
