@@ -15,6 +15,7 @@ import pytest
 import train_llama
 from lowrank_optim.pretrain import checkpoint, readers
 from lowrank_optim.pretrain import documents as documents_module
+from lowrank_optim.pretrain.build import build
 from lowrank_optim.pretrain.metrics import read_metrics
 from lowrank_optim.pretrain.tokenization import train_bpe
 
@@ -199,7 +200,11 @@ def test_a_file_that_breaks_off(train: Callable[..., int], data: Path, tmp_path:
 def test_data_is_checked_before_the_model_is_built(
     train: Callable[..., int], data: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lowrank_optim.pretrain.trainer.build", lambda *_, **__: pytest.fail("the model was built"))
+    def on_meta(options: Any, device: Any, **more: Any) -> Any:
+        assert device == "meta", "the model was built"
+        return build(options, device, **more)
+
+    monkeypatch.setattr("lowrank_optim.pretrain.trainer.build", on_meta)
     (data / "a.jsonl").write_text(json.dumps({"content": "x"}) + "\n")
     assert train() == 2
     assert "line 1 has no 'text' string (its fields: content; --text-field names another)" in capfd.readouterr().err
