@@ -3,7 +3,6 @@
 from lowrank_optim.nn.base import FactoredLinear, Parameterization
 from lowrank_optim.nn.convert import convert, merge, merged_state_dict, reset_parameters
 from lowrank_optim.nn.hyperbolic import LorentzLinear
-from lowrank_optim.nn.int8 import Int8Linear, quantize_weights
 from lowrank_optim.nn.lost import LOST, LOSTLinear
 from lowrank_optim.nn.lowrank import (
     LORO,
@@ -16,6 +15,7 @@ from lowrank_optim.nn.lowrank import (
     ReLoRA,
     ReLoRALinear,
 )
+from lowrank_optim.nn.quantized import Int4Linear, Int8Linear, QuantizedLinear, quantize_weights
 from lowrank_optim.nn.restarts import MergeAndRestart, MomentumReset, WeightRefactorization
 from lowrank_optim.nn.sltrain import SLTrain, SLTrainLinear
 from lowrank_optim.nn.spectral import SST, SSTLinear
@@ -27,6 +27,7 @@ __all__ = [
     "CoLA",
     "CoLALinear",
     "FactoredLinear",
+    "Int4Linear",
     "Int8Linear",
     "LOSTLinear",
     "LoRA",
@@ -37,6 +38,7 @@ __all__ = [
     "MergeAndRestart",
     "MomentumReset",
     "Parameterization",
+    "QuantizedLinear",
     "ReLoRA",
     "ReLoRALinear",
     "SLTrain",

@@ -152,7 +152,7 @@ class LowRankOptimizer(PlannedOptimizer):
             norms = Norms(of_low[0].unsqueeze(-1), of_low[1].unsqueeze(-1), of_grad)
         else:
             direction, size = self.direction(rule, low, state, group, size)
-        # What is read of a weight here is its shape and dtype: that of an int8 weight has no values.
+        # What is read of a weight here is its shape and dtype: that of a quantized weight has no values.
         weight = subspace.orient(as_matrices(param, plan.view), state)
         step = Step(weight if grad is None else grad, low, direction, norms, ok, subspace)
         update = lift.update(step, state, group)

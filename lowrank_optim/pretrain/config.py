@@ -11,6 +11,8 @@ from typing import Any
 
 # Parameterizations with an optimizer of their own; the others are trained with AdamW.
 OPTIMIZER_OF = {"loro": "LOROAdamW", "sst": "SSTAdamW"}
+# Weights that are stored in fewer bits than bf16, and in how many.
+QUANTIZED = {"int8": 8, "int4": 4}
 
 
 class UserError(Exception):
@@ -65,9 +67,9 @@ class Options:
     weights: str | None = option(
         None,
         "model",
-        "int8: store the attention and MLP matrices as 8-bit codes with one fp32 scale per 256 values, rounded "
-        "stochastically in each update (lowrank_optim optimizers only); default: same as --dtype",
-        ("bf16", "int8"),
+        "int8, int4: store the attention and MLP matrices as codes with one fp32 scale per 256 or 128 values, rounded "
+        "stochastically in each update (lowrank_optim optimizers only); int4 trains worse; default: same as --dtype",
+        ("bf16", *QUANTIZED),
     )
     parameterization: str | None = option(
         None,

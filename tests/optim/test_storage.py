@@ -13,7 +13,7 @@ from lowrank_optim.optim import state_storage
 from lowrank_optim.optim.parts import Slot
 from lowrank_optim.optim.state_storage import SALTS, load_moment, moment_slots, replace_moment_, slices, store_moment_
 from lowrank_optim.optim.views import as_matrices, seed_of, view_of
-from lowrank_optim.optim.weight_storage import check_storable, is_int8, value_of, weight_slots, writable
+from lowrank_optim.optim.weight_storage import check_storable, is_quantized, value_of, weight_slots, writable
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_slices_of_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
 def int8_param() -> tuple[nn.Parameter, Any]:
     holder = SimpleNamespace(parts=lambda: (torch.full((2, 3), 127, dtype=torch.int8), torch.ones(2, 1)))
     p = nn.Parameter(torch.empty(1).expand(2, 3), requires_grad=False)
-    p.int8_reference = holder  # type: ignore[attr-defined]
+    p.quantized_reference = holder  # type: ignore[attr-defined]
     return p, holder
 
 
@@ -146,11 +146,11 @@ def test_what_is_kept_beside_a_weight() -> None:
                 check_storable(p, rounding)
     param, _ = int8_param()
     bf16 = torch.empty(2, 3, dtype=torch.bfloat16)
-    bf16.int8_reference = None  # type: ignore[attr-defined]
-    assert is_int8(param) and not weight_slots(bf16, "compensated")
+    bf16.quantized_reference = None  # type: ignore[attr-defined]
+    assert is_quantized(param) and not weight_slots(bf16, "compensated")
     assert value_of(param).tolist() == [[127.0] * 3] * 2
     plain = torch.ones(2)
-    assert value_of(plain) is plain and not is_int8(plain)
+    assert value_of(plain) is plain and not is_quantized(plain)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lowrank_optim import GaLoreAdamW, QGaLoreAdamW8bit
 from lowrank_optim.nn import Int8Linear, merge, merged_state_dict, quantize_weights
-from lowrank_optim.nn.int8 import _compiled_input_gradient
+from lowrank_optim.nn.quantized import _compiled_input_gradient
 from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.pretrain.sizes import tensor_bytes
 from tests.nn.parameterizations import TARGETS, Block, block, train
@@ -46,7 +46,7 @@ def check_handles(model: nn.Module) -> None:
         assert weight.untyped_storage().nbytes() == weight.element_size()
         assert weight.is_meta or weight.isnan().all()
         assert layer.weight_codes.dtype == torch.int8 and layer.weight_scale.dtype == torch.float32
-        codes, scale = weight.int8_reference.parts()
+        codes, scale = weight.quantized_reference.parts()
         assert codes is layer.weight_codes and scale is layer.weight_scale
 
 
@@ -151,7 +151,7 @@ def test_a_compiled_model_is_one_graph_that_saves_no_dense_weight() -> None:
 
 def test_the_compiled_operation_passes_opcheck() -> None:
     layer = Int8Linear(300, 20)
-    torch.library.opcheck(_compiled_input_gradient, (torch.randn(3, 20), layer.weight_codes, layer.weight_scale))
+    torch.library.opcheck(_compiled_input_gradient, (torch.randn(3, 20), layer.weight_codes, layer.weight_scale, 300))
 
 
 def test_moving_and_casting_keep_one_element_and_fp32_scales() -> None:
@@ -328,7 +328,7 @@ def test_an_optimizer_without_its_module_says_so() -> None:
     for group in alone.param_groups:
         for p in group["params"]:
             p.grad = torch.ones(p.shape)
-    with pytest.raises(RuntimeError, match="module of an int8 weight is gone"):
+    with pytest.raises(RuntimeError, match="module of a quantized weight is gone"):
         alone.step()
 
 
@@ -337,7 +337,7 @@ def test_other_optimizers_are_refused_in_words(options: dict[str, Any]) -> None:
     model = int8_block()
     optimizer = torch.optim.AdamW(model.parameters(), **options)
     model(IDS).sum().backward()
-    with pytest.raises(RuntimeError, match="AdamW cannot write int8 weights"):
+    with pytest.raises(RuntimeError, match="AdamW cannot write quantized weights"):
         optimizer.step()
     torch.optim.AdamW(block().parameters()).step()
 
