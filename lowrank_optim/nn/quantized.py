@@ -217,8 +217,8 @@ def quantize_weights(model: nn.Module, targets: str | Iterable[str] | None = Non
         The names of the replaced modules.
 
     Raises:
-        ValueError: other bits, a target that matches nothing, a layer that is converted already, or a weight shared with a module
-            that stays.
+        ValueError: other bits, a target that matches nothing, a layer that is converted already, or a weight shared
+            with a module that stays.
     """
     check_choice("bits", bits, tuple(LAYERS))
     chosen = select_linears(model, targets)
