@@ -17,7 +17,7 @@ from lowrank_optim.ops.lowrank_update_int8 import lowrank_update_int8_
 from lowrank_optim.ops.quantized_weight import FORMATS
 from lowrank_optim.ops.rounding import join_24_bits, round_to_bfloat16, split_24_bits
 from lowrank_optim.optim.parts import Group, Scalar, Slot, Slots, State, Update, View
-from lowrank_optim.optim.state_storage import rounding_key
+from lowrank_optim.optim.state_storage import rounding_key, spread_rounding
 from lowrank_optim.optim.views import as_matrices
 
 WEIGHT_ROUNDINGS = ("nearest", "stochastic", "compensated")
@@ -126,7 +126,7 @@ def _rounding(codes: Tensor, state: State) -> dict[str, Any]:
     """What rounds a quantized weight in the current step."""
     if codes.dtype == torch.int8:
         return {"key": rounding_key(state, "weight")}
-    return {"key": rounding_key({**state, "step": 0}, "weight"), "step": state["step"]}
+    return spread_rounding(state, "weight")
 
 
 def write_(

@@ -111,6 +111,7 @@ def test_slices_of_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
     state = {
         "step": 3, "exp_avg": torch.arange(1300.0), "half": torch.zeros(650),
         "exp_avg_sq.codes": torch.zeros(1300, dtype=torch.uint8), "exp_avg_sq.scale": torch.arange(6.0),
+        "error.nibbles": torch.zeros(2, 325, dtype=torch.uint8), "error.nibble_scale": torch.arange(11.0),
         "odd": torch.arange(2600.0)[::2],
     }  # fmt: skip
     parts = list(slices(state, tensor, tensor + 1))
@@ -119,6 +120,8 @@ def test_slices_of_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
     for part, (some, _) in parts:
         assert torch.equal(part["exp_avg"], some) and len(part["exp_avg_sq.codes"]) == len(some)
         assert part["half"] is state["half"] and part["step"] == 3 and part["odd"] is state["odd"]
+    assert [part["error.nibbles"].numel() for part, _ in parts] == [256, 256, 138]
+    assert [part["error.nibble_scale"].tolist() for part, _ in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
     assert [part["exp_avg_sq.scale"].tolist() for part, _ in parts] == [[0, 1], [2, 3], [4, 5]]
     # All at once: shapes that differ, strides, and few values.
     for tensors in [(tensor, other), (tensor, torch.arange(2600.0)[::2]), (tensor[:512], tensor[:512])]:
