@@ -11,8 +11,8 @@ from lowrank_optim.pretrain.optimizers import parse_optimizer_args
 
 # The options that memory depends on; they are the flags of lowrank-memory, and what a job is in JSON.
 MEMORY_OPTIONS = (
-    *("model", "dtype", "weights", "parameterization", "parameterization_args", "checkpointing", "checkpoint_every"),
-    *("chunked_loss", "optimizer", "optimizer_args", "grad_clip", "per_layer"),
+    *("model", "dtype", "weights", "parameterization", "parameterization_args", "ranks", "checkpointing"),
+    *("checkpoint_every", "chunked_loss", "optimizer", "optimizer_args", "grad_clip", "per_layer"),
     *("seq_len", "batch_size", "accumulate", "accumulate_dtype"),
 )
 

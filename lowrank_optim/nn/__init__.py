@@ -1,7 +1,7 @@
 """Linear layers whose weight is held in parts: factors, sparse values, singular triplets, codes and scales."""
 
 from lowrank_optim.nn.base import FactoredLinear, Parameterization
-from lowrank_optim.nn.convert import convert, merge, merged_state_dict, reset_parameters
+from lowrank_optim.nn.convert import compress, convert, merge, merged_state_dict, reset_parameters
 from lowrank_optim.nn.hyperbolic import LorentzLinear
 from lowrank_optim.nn.lost import LOST, LOSTLinear
 from lowrank_optim.nn.lowrank import (
@@ -45,6 +45,7 @@ __all__ = [
     "SLTrainLinear",
     "SSTLinear",
     "WeightRefactorization",
+    "compress",
     "convert",
     "merge",
     "merged_state_dict",

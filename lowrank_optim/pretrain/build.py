@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,7 +73,7 @@ def build_network(run: Resolved, config: LlamaConfig, device: torch.device | str
     first = "cpu" if run.weights in QUANTIZED and str(device) != "meta" else device
     model = build_model(config, device=first, dtype=DTYPES[run.dtype])
     if layers := _layers(run):
-        parameterize_(model, layers, seed=run.seed)
+        parameterize_(model, layers, ranks=read_ranks(run.ranks), seed=run.seed)
     if run.weights in QUANTIZED:
         quantize_weights(model, bits=QUANTIZED[run.weights])
         model.to(device)
@@ -83,6 +85,8 @@ def build_network(run: Resolved, config: LlamaConfig, device: torch.device | str
 def optimizer_for(run: Resolved, model: nn.Module) -> Optimizer:
     """The optimizer of a run over the parameters of its model; ``run.lr`` becomes the rate that it has."""
     args = parse_optimizer_args(run.optimizer_args)
+    if run.ranks and not run.parameterization:
+        args["rank"] = read_ranks(run.ranks)
     optimizer = build_optimizer(run.optimizer, model, lr=run.lr, weight_decay=run.weight_decay, args=args)
     if run.weights in QUANTIZED and not isinstance(optimizer, LowRankOptimizer):
         raise ValueError(
@@ -90,6 +94,23 @@ def optimizer_for(run: Resolved, model: nn.Module) -> Optimizer:
         )
     run.lr = float(optimizer.param_groups[0]["lr"])
     return optimizer
+
+
+def read_ranks(path: str | None) -> dict[str, int] | None:
+    """The ranks of ``--ranks``, None without it.
+
+    Raises:
+        ValueError: no readable file, or something else than ranks by name.
+    """
+    if path is None:
+        return None
+    try:
+        ranks = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Invalid ranks: cannot read {path} ({error})") from error
+    if not isinstance(ranks, dict) or not all(type(rank) is int for rank in ranks.values()):
+        raise ValueError(f"Invalid ranks: {path} is not a mapping from names to ranks")
+    return ranks
 
 
 def restarts_for(run: Resolved, model: nn.Module, optimizer: Optimizer) -> list[Restart]:

@@ -36,7 +36,7 @@ FIXED = (
     *("dataset", "tokenizer", "seq_len", "pack", "model", "dtype", "optimizer", "optimizer_args", "lr"),
     *("weight_decay", "grad_clip", "batch_size", "accumulate", "seed"),
     *("parameterization", "parameterization_args", "restarts", "restart_args", "per_layer", "weights"),
-    "accumulate_dtype",
+    *("accumulate_dtype", "ranks"),
 )
 
 

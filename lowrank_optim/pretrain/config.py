@@ -81,6 +81,12 @@ class Options:
         "model",
         "options of the parameterization, e.g. rank=128 sparsity=0.03; the rest are as published for the model size",
     )
+    ranks: str | None = option(
+        None,
+        "model",
+        "a JSON file with the rank of every low-rank matrix, of the optimizer or the parameterization, by the name of "
+        "its weight; python -m lowrank_optim.pretrain.ranks --rank-budget R --out FILE makes one from gradients",
+    )
     checkpointing: bool = option(False, "model", "recompute activations in the backward pass to save memory")
     checkpoint_every: int = option(1, "model", "with --checkpointing: recompute only every N-th layer")
     chunked_loss: bool = option(

@@ -148,9 +148,11 @@ def layer_spec(name: str, args: Mapping[str, Any]) -> LayerSpec:
     return LayerSpec(options, **rest)
 
 
-def parameterize_(model: nn.Module, spec: LayerSpec, *, seed: int = 0) -> list[str]:
+def parameterize_(
+    model: nn.Module, spec: LayerSpec, *, ranks: Mapping[str, int] | None = None, seed: int = 0
+) -> list[str]:
     """Convert ``model`` in place; returns the names of the replaced layers."""
-    return convert(model, spec.options, spec.targets, seed=seed)
+    return convert(model, spec.options, spec.targets, ranks=ranks, seed=seed)
 
 
 def build_restarts(
