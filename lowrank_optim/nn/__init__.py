@@ -15,10 +15,12 @@ from lowrank_optim.nn.lowrank import (
     ReLoRA,
     ReLoRALinear,
 )
+from lowrank_optim.nn.maestro import Maestro, MaestroLinear, OrderedDropout
 from lowrank_optim.nn.quantized import Int4Linear, Int8Linear, QuantizedLinear, quantize_weights
 from lowrank_optim.nn.restarts import MergeAndRestart, MomentumReset, WeightRefactorization
 from lowrank_optim.nn.sltrain import SLTrain, SLTrainLinear
 from lowrank_optim.nn.spectral import SST, SSTLinear
+from lowrank_optim.nn.ternary import TernaryLowRank, TernaryLowRankLinear
 
 __all__ = [
     "LORO",
@@ -35,8 +37,11 @@ __all__ = [
     "LorentzLinear",
     "LowRank",
     "LowRankLinear",
+    "Maestro",
+    "MaestroLinear",
     "MergeAndRestart",
     "MomentumReset",
+    "OrderedDropout",
     "Parameterization",
     "QuantizedLinear",
     "ReLoRA",
@@ -44,6 +49,8 @@ __all__ = [
     "SLTrain",
     "SLTrainLinear",
     "SSTLinear",
+    "TernaryLowRank",
+    "TernaryLowRankLinear",
     "WeightRefactorization",
     "compress",
     "convert",

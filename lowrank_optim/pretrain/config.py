@@ -74,7 +74,8 @@ class Options:
     parameterization: str | None = option(
         None,
         "model",
-        "replace the attention and MLP matrices: sltrain, lost, sst, lowrank, cola, lora, relora or loro",
+        "replace the attention and MLP matrices: sltrain, lost, sst, lowrank, cola, lora, relora, loro, maestro or "
+        "ternarylowrank",
     )
     parameterization_args: list[str] = option(
         [],
@@ -123,9 +124,10 @@ class Options:
     restarts: str | None = option(
         None,
         "optimizer",
-        "periodically reset the optimizer's moments (reset), rebalance the factors B A and reset (refactorize), or "
-        "merge them into the weight (merge, as ReLoRA); default: as published for the parameterization",
-        ("none", "reset", "refactorize", "merge"),
+        "periodically reset the optimizer's moments (reset), rebalance the factors B A and reset (refactorize), "
+        "merge them into the weight (merge, as ReLoRA), or draw widths of the factors and cut their ranks (dropout, "
+        "as Maestro); default: as published for the parameterization",
+        ("none", "reset", "refactorize", "merge", "dropout"),
     )
     restart_args: list[str] = option([], "optimizer", "arguments of the restarts, e.g. every=200 ramp=10 scope=all")
     max_steps: int | None = option(

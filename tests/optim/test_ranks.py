@@ -108,9 +108,9 @@ def test_parameterizations_take_ranks() -> None:
     ranks = {f"{name}.weight": rank for name, rank in zip(TARGETS, (2, 3, 4, 5))}
     convert(model, SLTrain(rank=1), ranks=ranks)
     assert [model.get_submodule(name).A.shape[0] for name in TARGETS] == [2, 3, 4, 5]
-    with pytest.raises(ValueError, match="Invalid ranks: 'lm_head.weight' is not the weight of a layer to convert"):
+    with pytest.raises(ValueError, match=r"Invalid ranks: 'lm_head\.weight' is not the weight of a layer to convert"):
         convert(block(), LowRank(), ranks={"lm_head.weight": 3})
-    with pytest.raises(ValueError, match="attn.q_proj: Invalid rank: 13"):
+    with pytest.raises(ValueError, match=r"attn\.q_proj: Invalid rank: 13"):
         convert(block(), LowRank(rank=4), ranks={"attn.q_proj.weight": 13})
 
 

@@ -35,6 +35,8 @@ RUNS = {
     "lora": ("rank=4 alpha=8 dropout=0.2", "", True),
     "relora": ("rank=4", "--restart-args every=2 ramp=2", True),
     "loro": ("rank=4", "--optimizer-args update_proj_gap=3 --restart-args every=3 ramp=2", True),
+    "maestro": ("rank=4", "--restart-args every=2 lasso=0.01", True),
+    "ternarylowrank": ("rank=4", "", True),
 }
 
 
