@@ -53,7 +53,7 @@ class Maestro(Parameterization):
 class MaestroLinear(FactoredLinear):
     """The layer of :class:`Maestro`: parameters ``A`` (r, n), ``B`` (m, r), ``bias`` (m,).
 
-    Buffer ``kept``, int64 (): how many components are left of the r. Those that were cut off take no part in a product,
+    Buffer ``kept``, int32 (): how many components are left of the r. Those that were cut off take no part in a product,
     and are zero.
 
     Attributes:
@@ -75,7 +75,7 @@ class MaestroLinear(FactoredLinear):
         self.rank = self.width = rank
         self.A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         self.B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
-        self.register_buffer("kept", torch.tensor(rank, device=device))
+        self.register_buffer("kept", torch.tensor(rank, dtype=torch.int32, device=device))
         self.reset_parameters(generator)
 
     def forward(self, x: Tensor) -> Tensor:

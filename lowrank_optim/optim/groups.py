@@ -54,8 +54,8 @@ def low_rank_groups(
         raise ValueError(f"Invalid targets: {missed or targets} match no matrix; candidates: {some[:300]}")
     groups: list[dict[str, Any]] = []
     if isinstance(options.get("rank"), Mapping):
-        for rank, some in _by_rank(low, options.pop("rank")):
-            groups.append(_named_group(some, rank=rank, **options))
+        for rank, rows in _by_rank(low, options.pop("rank")):
+            groups.append(_named_group(rows, rank=rank, **options))
     else:
         groups.append(_named_group(low, **options))
     if full:
