@@ -85,7 +85,8 @@ def in_a_process(task: Mapping[str, Any], environment: Mapping[str, str], second
 def simulated(job: Job) -> dict[str, Any]:
     """The simulated peak as it has been recorded: for LLaMA-7B it takes minutes."""
     recorded = (read_result("memory_7b") or {"rows": []})["rows"]
-    peaks = [row["peak_bytes"] for row in recorded if (row["method"], row["weights"]) == (job.method, job.weights)]
+    wanted = (job.model, job.method, job.weights)
+    peaks = [row["peak_bytes"] for row in recorded if (row["model"], row["method"], row["weights"]) == wanted]
     return {"simulated_bytes": peaks[0]} if peaks else {}
 
 
