@@ -20,6 +20,7 @@ from lowrank_optim.optim.state_storage import (
     is_int4,
     load_moment,
     moment_slots,
+    position,
     rounding_key,
     slices,
     store_moment_,
@@ -47,6 +48,7 @@ class Adam(Rule):
     """
 
     elementwise = True
+    rowwise = True
     options = {"betas": Option(check_betas), "eps": Option(number())}
 
     def slots(self, shape: tuple[int, ...], view: View, group: Group, along: str | None) -> Slots:
@@ -105,7 +107,7 @@ class Adam(Rule):
         return pick(adam_direction, group["backend"], low.device)(
             low, state[first], state[second], beta1=beta1, beta2=beta2, eps=eps,
             keys=(rounding_key(state, first), rounding_key(state, second)) if rounded else None,
-            start=state.get("start", 0), norms=norms,
+            start=position(state, low), norms=norms,
         )  # fmt: skip
 
     def _store_(self, moments: list[Tensor], state: State) -> None:

@@ -28,6 +28,7 @@ class Tucker(Subspace):
 
     flattens = False
     factored = False
+    orthonormal = True
     options = {"refresh": Option(one_of(*REFRESHES), "power")}
 
     def compresses(self, shape: tuple[int, ...], group: Group) -> bool:
