@@ -11,6 +11,7 @@ from lowrank_optim.optim.in_backward import step_in_backward
 from lowrank_optim.optim.ldadam import LDAdamW
 from lowrank_optim.optim.loro import LOROAdamW, factor_groups
 from lowrank_optim.optim.qgalore import QGaLoreAdamW8bit
+from lowrank_optim.optim.ranks import allocate_ranks
 from lowrank_optim.optim.sst import SSTAdamW, spectral_groups
 from lowrank_optim.optim.trion import Trion
 
@@ -28,6 +29,7 @@ __all__ = [
     "QGaLoreAdamW8bit",
     "SSTAdamW",
     "Trion",
+    "allocate_ranks",
     "factor_groups",
     "long_side",
     "low_rank_groups",

@@ -50,6 +50,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("GaLoreAdamW", {"refresh": "svd", "selection": "spectral"}),
     ("GaLoreAdamW", {"state_dtype": "bfloat16", "moments": "rotate"}),
     ("GaLoreAdamW", {"state_dtype": "int8", "moments": "rotate"}),
+    ("GaLoreAdamW", {"state_dtype": "int4", "moments": "rotate", "capturable": True}),
     ("GaLoreAdamW", {"state_dtype": "bfloat16", "capturable": True}),
     ("GaLoreAdamW", {"weight_rounding": "stochastic", "proj_type": "full"}),
     ("GaLoreAdamW", {"weight_rounding": "compensated"}),

@@ -195,7 +195,7 @@ class LowRankOptimizer(PlannedOptimizer):
             norms = Norms(of_low[0].unsqueeze(-1), of_low[1].unsqueeze(-1), of_grad)
         else:
             direction, size = self.direction(rule, low, state, group, size)
-        # What is read of a weight here is its shape and dtype: that of an int8 weight has no values.
+        # What is read of a weight here is its shape and dtype: that of a quantized weight has no values.
         weight = subspace.orient(as_matrices(param, plan.view), state)
         sums, shape = None, tuple(weight.shape)
         if layout is not None and layout.split != "whole":

@@ -133,6 +133,8 @@ class PlannedOptimizer(Optimizer):
             option.check(name, group[name])
         for part in (*(part for part in self.triple if part is not None), *self.others):
             part.check(group)
+        if group["state_dtype"] == "int4" and group["backend"] == "triton":
+            raise ValueError("Invalid backend: 'triton' with state_dtype='int4', expected None or 'eager': no kernel")
         check_flattened(group["params"])
         for p in group["params"]:
             check_storable(p, group["weight_rounding"])

@@ -42,7 +42,7 @@ FIXED = (
     *("dataset", "text_field", "tokenizer", "seq_len", "pack", "model", "dtype", "optimizer", "optimizer_args", "lr"),
     *("weight_decay", "grad_clip", "batch_size", "accumulate", "seed"),
     *("parameterization", "parameterization_args", "restarts", "restart_args", "per_layer", "weights"),
-    "accumulate_dtype",
+    *("accumulate_dtype", "ranks"),
 )
 
 # What reading a damaged state.json raises.

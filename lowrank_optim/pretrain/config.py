@@ -11,6 +11,8 @@ from typing import Any
 
 # Parameterizations with an optimizer of their own; the others are trained with AdamW.
 OPTIMIZER_OF = {"loro": "LOROAdamW", "sst": "SSTAdamW"}
+# Weights that are stored in fewer bits than bf16, and in how many.
+QUANTIZED = {"int8": 8, "int4": 4}
 
 
 class UserError(Exception):
@@ -78,19 +80,26 @@ class Options:
     weights: str | None = option(
         None,
         "model",
-        "int8: store the attention and MLP matrices as 8-bit codes with one fp32 scale per 256 values, rounded "
-        "stochastically in each update (lowrank_optim optimizers only); default: same as --dtype",
-        ("bf16", "int8"),
+        "int8, int4: store the attention and MLP matrices as codes with one fp32 scale per 256 or 128 values, rounded "
+        "stochastically in each update (lowrank_optim optimizers only); int4 trains worse; default: same as --dtype",
+        ("bf16", *QUANTIZED),
     )
     parameterization: str | None = option(
         None,
         "model",
-        "replace the attention and MLP matrices: sltrain, lost, sst, lowrank, cola, lora, relora or loro",
+        "replace the attention and MLP matrices: sltrain, lost, sst, lowrank, cola, lora, relora, loro, maestro or "
+        "ternarylowrank",
     )
     parameterization_args: list[str] = option(
         [],
         "model",
         "options of the parameterization, e.g. rank=128 sparsity=0.03; the rest are as published for the model size",
+    )
+    ranks: str | None = option(
+        None,
+        "model",
+        "a JSON file with the rank of every low-rank matrix, of the optimizer or the parameterization, by the name of "
+        "its weight; python -m lowrank_optim.pretrain.ranks --rank-budget R --out FILE makes one from gradients",
     )
     checkpointing: bool = option(False, "model", "recompute activations in the backward pass to save memory")
     checkpoint_every: int = option(1, "model", "with --checkpointing: recompute only every N-th layer")
@@ -128,9 +137,10 @@ class Options:
     restarts: str | None = option(
         None,
         "optimizer",
-        "periodically reset the optimizer's moments (reset), rebalance the factors B A and reset (refactorize), or "
-        "merge them into the weight (merge, as ReLoRA); default: as published for the parameterization",
-        ("none", "reset", "refactorize", "merge"),
+        "periodically reset the optimizer's moments (reset), rebalance the factors B A and reset (refactorize), "
+        "merge them into the weight (merge, as ReLoRA), or draw widths of the factors and cut their ranks (dropout, "
+        "as Maestro); default: as published for the parameterization",
+        ("none", "reset", "refactorize", "merge", "dropout"),
     )
     restart_args: list[str] = option([], "optimizer", "arguments of the restarts, e.g. every=200 ramp=10 scope=all")
     max_steps: int | None = option(

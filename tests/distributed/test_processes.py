@@ -164,6 +164,11 @@ def refusals() -> list[str]:
     with pytest.raises(ValueError) as split:
         lowrank_optim.SSTAdamW(lowrank_optim.spectral_groups(layers))
     said.append(str(split.value))
+    parted = list(sharded().named_parameters())
+    optimizer = build("GaLoreAdamW", parted, state_dtype="int4")
+    with pytest.raises(ValueError) as nibbles:
+        optimizer.slots_of(parted[0][1], optimizer.param_groups[0])
+    said.append(str(nibbles.value))
     return said
 
 
@@ -199,7 +204,8 @@ def test_per_layer_updates_with_a_process_group(results):
 
 
 def test_words(results):
-    drift, flat, split = results["words"]
+    drift, flat, split, nibbles = results["words"]
+    assert "Invalid state_dtype: 'int4' for a sharded parameter" in nibbles
     assert "split over processes" in split
     assert "process_group" in drift
     assert "fully_shard" in flat

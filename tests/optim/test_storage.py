@@ -15,7 +15,7 @@ from lowrank_optim.optim import state_storage, weight_storage
 from lowrank_optim.optim.parts import Slot, Update
 from lowrank_optim.optim.state_storage import SALTS, load_moment, moment_slots, replace_moment_, slices, store_moment_
 from lowrank_optim.optim.views import as_matrices, seed_of, view_of
-from lowrank_optim.optim.weight_storage import check_storable, is_int8, value_of, weight_slots, writable, write_
+from lowrank_optim.optim.weight_storage import check_storable, is_quantized, value_of, weight_slots, writable, write_
 
 
 @pytest.mark.parametrize(
@@ -113,6 +113,7 @@ def test_slices_of_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
     state = {
         "step": 3, "exp_avg": torch.arange(1300.0), "half": torch.zeros(650),
         "exp_avg_sq.codes": torch.zeros(1300, dtype=torch.uint8), "exp_avg_sq.scale": torch.arange(6.0),
+        "error.nibbles": torch.zeros(2, 325, dtype=torch.uint8), "error.nibble_scale": torch.arange(11.0),
         "odd": torch.arange(2600.0)[::2],
     }  # fmt: skip
     parts = list(slices(state, tensor, tensor + 1))
@@ -121,6 +122,8 @@ def test_slices_of_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
     for part, (some, _) in parts:
         assert torch.equal(part["exp_avg"], some) and len(part["exp_avg_sq.codes"]) == len(some)
         assert part["half"] is state["half"] and part["step"] == 3 and part["odd"] is state["odd"]
+    assert [part["error.nibbles"].numel() for part, _ in parts] == [256, 256, 138]
+    assert [part["error.nibble_scale"].tolist() for part, _ in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
     assert [part["exp_avg_sq.scale"].tolist() for part, _ in parts] == [[0, 1], [2, 3], [4, 5]]
     # All at once: shapes that differ, strides, and few values.
     for tensors in [(tensor, other), (tensor, torch.arange(2600.0)[::2]), (tensor[:512], tensor[:512])]:
@@ -131,7 +134,7 @@ def test_slices_of_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
 def int8_param() -> tuple[nn.Parameter, Any]:
     holder = SimpleNamespace(parts=lambda: (torch.full((2, 3), 127, dtype=torch.int8), torch.ones(2, 1)))
     p = nn.Parameter(torch.empty(1).expand(2, 3), requires_grad=False)
-    p.int8_reference = holder  # type: ignore[attr-defined]
+    p.quantized_reference = holder  # type: ignore[attr-defined]
     return p, holder
 
 
@@ -148,11 +151,11 @@ def test_what_is_kept_beside_a_weight() -> None:
                 check_storable(p, rounding)
     param, _ = int8_param()
     bf16 = torch.empty(2, 3, dtype=torch.bfloat16)
-    bf16.int8_reference = None  # type: ignore[attr-defined]
-    assert is_int8(param) and not weight_slots(bf16, "compensated")
+    bf16.quantized_reference = None  # type: ignore[attr-defined]
+    assert is_quantized(param) and not weight_slots(bf16, "compensated")
     assert value_of(param).tolist() == [[127.0] * 3] * 2
     plain = torch.ones(2)
-    assert value_of(plain) is plain and not is_int8(plain)
+    assert value_of(plain) is plain and not is_quantized(plain)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
