@@ -10,11 +10,17 @@ from lowrank_optim.optim.groups import low_rank_groups
 from lowrank_optim.optim.in_backward import step_in_backward
 from lowrank_optim.optim.ldadam import LDAdamW
 from lowrank_optim.optim.loro import LOROAdamW, factor_groups
+from lowrank_optim.optim.muon import Muon
 from lowrank_optim.optim.qgalore import QGaLoreAdamW8bit
+from lowrank_optim.optim.racs import RACS
+from lowrank_optim.optim.scale import SCALE
+from lowrank_optim.optim.sinkgd import SinkGD
 from lowrank_optim.optim.sst import SSTAdamW, spectral_groups
 from lowrank_optim.optim.trion import Trion
 
 __all__ = [
+    "RACS",
+    "SCALE",
     "APOLLOAdamW",
     "APOLLOMini",
     "DCTAdamW",
@@ -25,8 +31,10 @@ __all__ = [
     "GaLoreAdamW8bit",
     "LDAdamW",
     "LOROAdamW",
+    "Muon",
     "QGaLoreAdamW8bit",
     "SSTAdamW",
+    "SinkGD",
     "Trion",
     "factor_groups",
     "low_rank_groups",

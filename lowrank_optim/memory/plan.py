@@ -152,7 +152,8 @@ def _plans(model: str, tokens: int, seq_len: int, optimizers: Sequence[str]) -> 
     weight_bytes = {weights: _weight_bytes(model, weights) for weights in WEIGHTS}
     for name in optimizers:
         own, accepted = name in low_rank_names(), accepted_arguments(name)
-        ranks = [config.hidden_size // part for part in (4, 8, 16)] if own and name != "APOLLOMini" else [None]
+        ranked = "rank" in accepted and name != "APOLLOMini"
+        ranks = [config.hidden_size // part for part in (4, 8, 16)] if ranked else [None]
         states = STATES if "state_dtype" in accepted else (None,)
         for rank, state in product(ranks, states):
             args: dict[str, Any] = {"rank": rank, "state_dtype": state}

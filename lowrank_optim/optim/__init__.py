@@ -4,9 +4,9 @@ A method is a triple: a Subspace (where the gradient lives), a Rule (how moments
 (how the direction becomes an update of the whole weight). There is one step, in ``engine.py``, for every method, dtype
 and backend. State is declared, never assumed: every part says in ``slots`` which tensors it keeps.
 
-=======================================  ==========================  ====================  ===============
+=======================================  ==========================  ====================  ==========================
 class                                    subspace                    rule                  lift
-=======================================  ==========================  ====================  ===============
+=======================================  ==========================  ====================  ==========================
 GaLoreAdamW, GaLoreAdamW8bit             TopSingular, Tucker         Adam                  Plain
 GaLoreAdafactor                          TopSingular, Tucker         Adafactor             Plain
 QGaLoreAdamW8bit                         LazyInt4                    Adam                  Plain
@@ -16,6 +16,8 @@ DCTAdamW                                 Columns or Coefficients     CorrectedAd
 LDAdamW                                  Tracking                    ProjectionAwareAdam   its own
 FRUGALAdamW                              four that restart           RestartedAdam         SignOutside
 Trion                                    Coefficients                NewtonSchulz          Momentum
+Muon                                     none: the whole gradient    none                  Orthogonalized
+SinkGD, RACS, SCALE                      none: the whole gradient    none                  scales of rows and columns
 SSTAdamW, LOROAdamW                      none: layers hold factors   Adam                  none
-=======================================  ==========================  ====================  ===============
+=======================================  ==========================  ====================  ==========================
 """

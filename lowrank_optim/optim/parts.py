@@ -178,6 +178,8 @@ class Subspace(Part):
     flattens: ClassVar[bool] = True
     # Whether `basis` exists, so that a product projects back; else `project_back_` alone does.
     factored: ClassVar[bool] = True
+    # Whether there is a basis to be renewed at all.
+    refreshes: ClassVar[bool] = True
     # Whether the basis comes from the gradient, so that a zero gradient gives none.
     follows_gradient: ClassVar[bool] = True
     # How a refresh is made from sums over micro-batches; None: it takes a whole gradient.
@@ -191,6 +193,10 @@ class Subspace(Part):
         """The rank that the group gives a parameter of this view."""
         rank: int = group["rank"]
         return rank
+
+    def describe(self, shape: tuple[int, ...], group: Group) -> str:
+        """What a parameter of this view gets, in the words of ``explain``."""
+        return f"rank {self.rank(shape, group)}"
 
     def slots(self, view: View, group: Group) -> Slots:
         """What it keeps."""
