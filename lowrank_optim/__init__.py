@@ -6,6 +6,7 @@ from lowrank_optim.optim.dct import DCTAdamW
 from lowrank_optim.optim.fira import FiraAdamW
 from lowrank_optim.optim.frugal import FRUGALAdamW
 from lowrank_optim.optim.galore import GaLoreAdamW, GaLoreAdamW8bit
+from lowrank_optim.optim.golore import GoLoreAdamW
 from lowrank_optim.optim.groups import low_rank_groups
 from lowrank_optim.optim.in_backward import step_in_backward
 from lowrank_optim.optim.ldadam import LDAdamW
@@ -29,6 +30,7 @@ __all__ = [
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
+    "GoLoreAdamW",
     "LDAdamW",
     "LOROAdamW",
     "Muon",

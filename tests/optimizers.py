@@ -91,6 +91,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("RACS", {"iterations": 1, "limiter_gamma": None, "state_dtype": "bfloat16", "weight_rounding": "stochastic"}),
     ("Muon", {}),
     ("Muon", {"nesterov": False, "scaling": "kj", "ns_steps": 2, "state_dtype": "int8", "capturable": True}),
+    ("GoLoreAdamW", {"random_from": 2}),
+    ("GoLoreAdamW", {"random_from": 0, "state_dtype": "int8", "weight_rounding": "stochastic", "capturable": True}),
 ]
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in kwargs.items())]) for name, kwargs in VARIANTS]
 

@@ -9,6 +9,7 @@ class                                    subspace                    rule       
 =======================================  ==========================  ====================  ==========================
 GaLoreAdamW, GaLoreAdamW8bit             TopSingular, Tucker         Adam                  Plain
 GaLoreAdafactor                          TopSingular, Tucker         Adafactor             Plain
+GoLoreAdamW                              TopThenRandom               FirstMomentMoves      Plain
 QGaLoreAdamW8bit                         LazyInt4                    Adam                  Plain
 FiraAdamW                                TopSingular                 Adam                  Residual
 APOLLOAdamW, APOLLOMini                  Gaussian or TopSingular     Adam                  ChannelScaling

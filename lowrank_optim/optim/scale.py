@@ -75,7 +75,7 @@ class SCALE(TwoRates):
     adamw_lr / lr of the group's ``lr``.
 
     Args:
-        params: ``model.named_parameters()``, :func:`low_rank_groups`, tensors (all matrices are hidden ones), or groups.
+        params: ``model.named_parameters()``, :func:`low_rank_groups`, tensors (all matrices are hidden), or groups.
         lr: learning rate of matrices, a number >= 0 or a one-element tensor.
         betas: decay of Adam's two moments, each in [0, 1).
         eps: Adam's, beside the uncorrected sqrt(V), >= 0.
