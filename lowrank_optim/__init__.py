@@ -4,6 +4,7 @@ from lowrank_optim.optim.adafactor import GaLoreAdafactor
 from lowrank_optim.optim.apollo import APOLLOAdamW, APOLLOMini
 from lowrank_optim.optim.dct import DCTAdamW
 from lowrank_optim.optim.fira import FiraAdamW
+from lowrank_optim.optim.foam import FOAM
 from lowrank_optim.optim.frugal import FRUGALAdamW
 from lowrank_optim.optim.galore import GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_optim.optim.golore import GoLoreAdamW
@@ -20,6 +21,7 @@ from lowrank_optim.optim.sst import SSTAdamW, spectral_groups
 from lowrank_optim.optim.trion import Trion
 
 __all__ = [
+    "FOAM",
     "RACS",
     "SCALE",
     "APOLLOAdamW",

@@ -93,6 +93,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("Muon", {"nesterov": False, "scaling": "kj", "ns_steps": 2, "state_dtype": "int8", "capturable": True}),
     ("GoLoreAdamW", {"random_from": 2}),
     ("GoLoreAdamW", {"random_from": 0, "state_dtype": "int8", "weight_rounding": "stochastic", "capturable": True}),
+    ("FOAM", {}),
+    ("FOAM", {"level": 1, "second_moment": "mean", "state_dtype": "int8", "weight_rounding": "stochastic"}),
 ]
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in kwargs.items())]) for name, kwargs in VARIANTS]
 

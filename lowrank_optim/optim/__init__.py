@@ -18,6 +18,7 @@ LDAdamW                                  Tracking                    ProjectionA
 FRUGALAdamW                              four that restart           RestartedAdam         SignOutside
 Trion                                    Coefficients                NewtonSchulz          Momentum
 Muon                                     none: the whole gradient    none                  Orthogonalized
+FOAM                                     none: the whole gradient    its correction        ResidualInside
 SinkGD, RACS, SCALE                      none: the whole gradient    none                  scales of rows and columns
 SSTAdamW, LOROAdamW                      none: layers hold factors   Adam                  none
 =======================================  ==========================  ====================  ==========================
