@@ -1,6 +1,7 @@
 """Memory-efficient LLM pretraining: exact low-rank optimizers behind torch.optim APIs."""
 
 from lowrank_optim.optim.adafactor import GaLoreAdafactor
+from lowrank_optim.optim.alice import Alice
 from lowrank_optim.optim.apollo import APOLLOAdamW, APOLLOMini
 from lowrank_optim.optim.dct import DCTAdamW
 from lowrank_optim.optim.fira import FiraAdamW
@@ -26,6 +27,7 @@ __all__ = [
     "SCALE",
     "APOLLOAdamW",
     "APOLLOMini",
+    "Alice",
     "DCTAdamW",
     "FRUGALAdamW",
     "FiraAdamW",

@@ -104,6 +104,8 @@ def without_draws(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         fixed["proj"] = "svd"
     if accepts(name, "random_from"):
         fixed["random_from"] = 10**6
+    if accepts(name, "leading"):
+        fixed["leading"] = None
     if kwargs.get("projection", "columns") in ("columns", "random") and accepts(name, "projection"):
         fixed["projection"] = "dct" if "projection" in kwargs else "svd"
     return fixed

@@ -95,6 +95,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("GoLoreAdamW", {"random_from": 0, "state_dtype": "int8", "weight_rounding": "stochastic", "capturable": True}),
     ("FOAM", {}),
     ("FOAM", {"level": 1, "second_moment": "mean", "state_dtype": "int8", "weight_rounding": "stochastic"}),
+    ("Alice", {}),
+    ("Alice", {"leading": 2, "beta3": 0.0, "limiter_gamma": None, "state_dtype": "bfloat16", "capturable": True}),
 ]
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in kwargs.items())]) for name, kwargs in VARIANTS]
 

@@ -14,6 +14,7 @@ QGaLoreAdamW8bit                         LazyInt4                    Adam       
 FiraAdamW                                TopSingular                 Adam                  Residual
 APOLLOAdamW, APOLLOMini                  Gaussian or TopSingular     Adam                  ChannelScaling
 DCTAdamW                                 Columns or Coefficients     CorrectedAdam         ErrorFeedback
+Alice                                    TrackedEigen                TrackingAdam          Compensation
 LDAdamW                                  Tracking                    ProjectionAwareAdam   its own
 FRUGALAdamW                              four that restart           RestartedAdam         SignOutside
 Trion                                    Coefficients                NewtonSchulz          Momentum

@@ -28,7 +28,7 @@ OWN = frozenset(
             "pending",
         ),
         *("exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "error", "momentum", "update_norm"),
-        *("row_scale", "column_scale", "reset_step", "updates", "weight_correction", "batch"),
+        *("covariance", "outside", "row_scale", "column_scale", "reset_step", "updates", "weight_correction", "batch"),
     }
 )
 
