@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -69,7 +70,7 @@ def test_random_directions_stand_beside_the_leading_ones(rank: int, leading: int
         share = (top.mT @ basis[:, :leading]).square().sum()
         assert float(share) == pytest.approx(leading)
     drawn = [basis[:, leading:] for basis in found]
-    assert all(float((a.mT @ b).square().sum()) < rank - leading - 0.01 for a, b in zip(drawn, drawn[1:]))
+    assert all(float((a.mT @ b).square().sum()) < rank - leading - 0.01 for a, b in pairwise(drawn))
 
 
 def test_a_basis_stays_orthonormal_and_follows_the_mean_covariance() -> None:
@@ -85,10 +86,8 @@ def test_a_basis_stays_orthonormal_and_follows_the_mean_covariance() -> None:
 
 def test_a_rotation_of_the_compressed_side_turns_the_update_along() -> None:
     turn = torch.linalg.qr(torch.randn(9, 9, dtype=torch.float64)).Q
-    grads, params = (
-        torch.randn(9, 14, 9, dtype=torch.float64),
-        [nn.Parameter(torch.zeros(14, 9).double()) for _ in range(2)],
-    )
+    grads = torch.randn(9, 14, 9, dtype=torch.float64)
+    params = [nn.Parameter(torch.zeros(14, 9, dtype=torch.float64)) for _ in range(2)]
     options: dict[str, Any] = {"rank": 3, "leading": None, "update_proj_gap": 4, "refresh": "svd"}
     plain, turned = (trained(Alice([p], **options), p, g) for p, g in zip(params, (grads, grads @ turn)))
     torch.testing.assert_close(plain @ turn, turned, rtol=1e-6, atol=1e-8)
