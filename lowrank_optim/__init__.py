@@ -12,6 +12,7 @@ from lowrank_optim.optim.golore import GoLoreAdamW
 from lowrank_optim.optim.groups import low_rank_groups
 from lowrank_optim.optim.in_backward import step_in_backward
 from lowrank_optim.optim.ldadam import LDAdamW
+from lowrank_optim.optim.lora_pre import LoRAPre
 from lowrank_optim.optim.loro import LOROAdamW, factor_groups
 from lowrank_optim.optim.muon import Muon
 from lowrank_optim.optim.qgalore import QGaLoreAdamW8bit
@@ -37,6 +38,7 @@ __all__ = [
     "GoLoreAdamW",
     "LDAdamW",
     "LOROAdamW",
+    "LoRAPre",
     "Muon",
     "QGaLoreAdamW8bit",
     "SSTAdamW",

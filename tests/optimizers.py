@@ -97,6 +97,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("FOAM", {"level": 1, "second_moment": "mean", "state_dtype": "int8", "weight_rounding": "stochastic"}),
     ("Alice", {}),
     ("Alice", {"leading": 2, "beta3": 0.0, "limiter_gamma": None, "state_dtype": "bfloat16", "capturable": True}),
+    ("LoRAPre", {}),
+    ("LoRAPre", {"debias": "factor", "weight_rounding": "compensated", "state_dtype": "int8", "capturable": True}),
 ]
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in kwargs.items())]) for name, kwargs in VARIANTS]
 

@@ -20,6 +20,7 @@ FRUGALAdamW                              four that restart           RestartedAd
 Trion                                    Coefficients                NewtonSchulz          Momentum
 Muon                                     none: the whole gradient    none                  Orthogonalized
 FOAM                                     none: the whole gradient    its correction        ResidualInside
+LoRAPre                                  none: the whole gradient    none                  FactoredMoments
 SinkGD, RACS, SCALE                      none: the whole gradient    none                  scales of rows and columns
 SSTAdamW, LOROAdamW                      none: layers hold factors   Adam                  none
 =======================================  ==========================  ====================  ==========================

@@ -35,6 +35,7 @@ class Slot(NamedTuple):
     along: the axis of the weight, "rows" or "columns", that the first axis of the tensor after those of a batch runs
         along; "elements" where it has the layout of the weight; None where it runs along neither.
     fill: what a new tensor holds.
+    std: of normal numbers that are added to it, a function of the parameter's seed.
     late: whether it may be absent from the state, which then stands for a tensor of zeros that nothing uses.
     """
 
@@ -43,6 +44,7 @@ class Slot(NamedTuple):
     along: str | None = None
     fill: float = 0.0
     late: bool = False
+    std: float = 0.0
 
 
 class Number(NamedTuple):

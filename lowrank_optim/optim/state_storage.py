@@ -26,7 +26,10 @@ MIN_8BIT_SIZE = 4096
 UNSIGNED = frozenset({"exp_avg_sq"})
 
 # Each use of random bits of one parameter in one step has a number of its own, "sum" one for every micro-batch.
-SALTS = {"weight": 0, "exp_avg": 1, "exp_avg_sq": 2, "momentum": 3, "error": 4, "basis": 5, "sketch": 6, "sum": 7}
+SALTS = {
+    **{"start": -1, "weight": 0, "exp_avg": 1, "exp_avg_sq": 2, "momentum": 3, "error": 4, "basis": 5, "sketch": 6},
+    "sum": 7,
+}
 
 # Values that are computed on at a time where they are stored in fewer bits: some ten fp32 temporaries of 8 MB each.
 SLICE = 2**21
