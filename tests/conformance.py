@@ -105,7 +105,7 @@ def without_draws(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     if accepts(name, "random_from"):
         fixed["random_from"] = 10**6
     if accepts(name, "leading"):
-        fixed["leading"] = None
+        fixed |= {"leading": None, "start": "svd"}
     if kwargs.get("projection", "columns") in ("columns", "random") and accepts(name, "projection"):
         fixed["projection"] = "dct" if "projection" in kwargs else "svd"
     return fixed

@@ -9,7 +9,7 @@ from torch import Tensor
 def fold(matrix: Tensor, size: int) -> Tensor:
     """Means of ``size`` values of the last axis, the last one of what there is: (..., n) to (..., ceil(n / size))."""
     whole = matrix.shape[-1] // size * size
-    folded = matrix[..., :whole].unflatten(-1, (whole // size, size)).mean(-1)
+    folded = torch.unflatten(matrix[..., :whole], -1, (whole // size, size)).mean(-1)
     if whole == matrix.shape[-1]:
         return folded
     return torch.cat((folded, matrix[..., whole:].mean(-1, keepdim=True)), -1)

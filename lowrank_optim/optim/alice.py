@@ -41,7 +41,7 @@ class TrackedEigen(Oriented):
     options = {
         "leading": Option(optional_positive_int, 40),
         "beta3": Option(number(0.0, 1.0, high_open=True), 0.999),
-        "refresh": Option(one_of("randomized", "svd"), "randomized"),
+        "start": Option(one_of("randomized", "svd"), "randomized"),
     }
 
     def slots(self, view: View, group: Group) -> Slots:
@@ -57,7 +57,7 @@ class TrackedEigen(Oriented):
         old = self.basis(grad, state, group)
         start = old
         if which.warm is not True:
-            first = top_basis(grad, state["rank"], group["refresh"], state, left=bool(state["left"]), which=which)
+            first = top_basis(grad, state["rank"], group["start"], state, left=bool(state["left"]), which=which)
             if first is None:
                 return Refresh(renewed=False)
             start = first if which.warm is False else keep_where(which.warm, old, first)
@@ -207,7 +207,7 @@ class Alice(TwoRates):
         scale: factor of the step on matrices, >= 0.
         compensation: factor of S, >= 0.
         limiter_gamma: how much ||S|| may grow in a step, >= 1; None is no limit.
-        refresh: where the first U starts from: "randomized" (a Gaussian sketch) or "svd".
+        start: where the first U starts from: "randomized" (a Gaussian sketch) or "svd".
         adamw_lr: learning rate of AdamW while ``lr`` has its initial value; None is ``lr``.
         adamw_betas: AdamW's.
         common: stagger, state_dtype, weight_rounding, maximize, capturable, backend; see
@@ -245,7 +245,7 @@ class Alice(TwoRates):
         scale: float = 0.3,
         compensation: float = 0.4,
         limiter_gamma: float | None = 1.01,
-        refresh: str = "randomized",
+        start: str = "randomized",
         adamw_lr: float | Tensor | None = 1e-3,
         adamw_betas: tuple[float, float] = (0.9, 0.999),
         **common: Unpack[Common],

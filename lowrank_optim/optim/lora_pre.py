@@ -45,7 +45,8 @@ class FactoredMoments(Lift):
     }
 
     def slots(self, view: View, shape: tuple[int, ...], group: Group) -> Slots:
-        (*batch, rows, columns), slots = shape, {}
+        *batch, rows, columns = shape
+        slots: Slots = {}
         for key, dtype in zip(KEYS, (view.wide, view.wide.to_real())):
             slots[f"{key}.left"] = Slot((*batch, rows, group["rank"]), dtype, "rows")
             slots[f"{key}.right"] = Slot((*batch, columns, group["rank"]), dtype, "columns", std=0.02)

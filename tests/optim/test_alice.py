@@ -33,7 +33,7 @@ def test_the_formulas_of_the_paper(shape: tuple[int, int], beta3: float, gamma: 
     turned = [t.T if tall else t for t in (weight, *grads)]
     expected = alice(turned[0], turned[1:], gap=4, gamma=gamma, **options, **SETTINGS)[-1]
     p = nn.Parameter(weight.clone())
-    optimizer = Alice([p], leading=None, update_proj_gap=4, refresh="svd", limiter_gamma=gamma, **options, **SETTINGS)
+    optimizer = Alice([p], leading=None, update_proj_gap=4, start="svd", limiter_gamma=gamma, **options, **SETTINGS)
     torch.testing.assert_close(
         trained(optimizer, p, torch.stack(grads)), expected.T if tall else expected, rtol=0, atol=1e-10
     )
@@ -42,10 +42,12 @@ def test_the_formulas_of_the_paper(shape: tuple[int, int], beta3: float, gamma: 
 def test_without_compensation_and_memory_it_is_galore_without_bias_correction() -> None:
     """Over the first basis; GaLore's weight is bias-corrected, by a number."""
     grad = torch.randn(1, 14, 9)
-    options: dict[str, Any] = {"betas": (0.9, 0.9), "eps": 0.0, "rank": 3, "lr": 1.0, "refresh": "svd", "scale": 1.0}
+    options: dict[str, Any] = {"betas": (0.9, 0.9), "eps": 0.0, "rank": 3, "lr": 1.0, "scale": 1.0}
     params = [nn.Parameter(torch.zeros(14, 9)) for _ in range(2)]
-    moved = trained(Alice([params[0]], leading=None, beta3=0.0, compensation=0.0, **options), params[0], grad)
-    galore = trained(GaLoreAdamW([params[1]], **options), params[1], grad)
+    moved = trained(
+        Alice([params[0]], leading=None, beta3=0.0, compensation=0.0, start="svd", **options), params[0], grad
+    )
+    galore = trained(GaLoreAdamW([params[1]], refresh="svd", **options), params[1], grad)
     torch.testing.assert_close(moved * 0.1**0.5 / 0.1, galore, rtol=1e-4, atol=1e-4)
 
 
@@ -60,7 +62,7 @@ def bases(optimizer: Alice, p: nn.Parameter, grads: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize(("rank", "leading"), [(4, 2), (7, 2)])
 def test_random_directions_stand_beside_the_leading_ones(rank: int, leading: int) -> None:
     p = nn.Parameter(torch.zeros(14, 9, dtype=torch.float64))
-    optimizer = Alice([p], rank=rank, leading=leading, update_proj_gap=1, refresh="svd", beta3=0.0)
+    optimizer = Alice([p], rank=rank, leading=leading, update_proj_gap=1, start="svd", beta3=0.0)
     # Of rank 2, so that the leading directions are the gradient's own.
     grads = (torch.randn(14, 2) @ torch.randn(2, 9)).double().expand(4, 14, 9)
     found = bases(optimizer, p, grads)
@@ -88,7 +90,7 @@ def test_a_rotation_of_the_compressed_side_turns_the_update_along() -> None:
     turn = torch.linalg.qr(torch.randn(9, 9, dtype=torch.float64)).Q
     grads = torch.randn(9, 14, 9, dtype=torch.float64)
     params = [nn.Parameter(torch.zeros(14, 9, dtype=torch.float64)) for _ in range(2)]
-    options: dict[str, Any] = {"rank": 3, "leading": None, "update_proj_gap": 4, "refresh": "svd"}
+    options: dict[str, Any] = {"rank": 3, "leading": None, "update_proj_gap": 4, "start": "svd"}
     plain, turned = (trained(Alice([p], **options), p, g) for p, g in zip(params, (grads, grads @ turn)))
     torch.testing.assert_close(plain @ turn, turned, rtol=1e-6, atol=1e-8)
 
@@ -153,7 +155,7 @@ def test_vectors_have_betas_of_their_own() -> None:
         ({"beta3": 1.0}, r"Invalid beta3: 1.0, expected a number in \[0, 1\)"),
         ({"compensation": -1.0}, "Invalid compensation: -1.0"),
         ({"adamw_betas": (0.9, 1.0)}, r"Invalid adamw_betas\[1\]: 1.0"),
-        ({"refresh": "power"}, "Invalid refresh: 'power', expected one of 'randomized', 'svd'"),
+        ({"start": "power"}, "Invalid start: 'power', expected one of 'randomized', 'svd'"),
     ],
 )
 def test_values_out_of_range_are_named(kwargs: dict[str, Any], message: str) -> None:
