@@ -9,7 +9,7 @@ from lowrank_optim.optim.foam import FOAM
 from lowrank_optim.optim.frugal import FRUGALAdamW
 from lowrank_optim.optim.galore import GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_optim.optim.golore import GoLoreAdamW
-from lowrank_optim.optim.groups import low_rank_groups
+from lowrank_optim.optim.groups import long_side, low_rank_groups
 from lowrank_optim.optim.in_backward import step_in_backward
 from lowrank_optim.optim.ldadam import LDAdamW
 from lowrank_optim.optim.lora_pre import LoRAPre
@@ -45,6 +45,7 @@ __all__ = [
     "SinkGD",
     "Trion",
     "factor_groups",
+    "long_side",
     "low_rank_groups",
     "spectral_groups",
     "step_in_backward",

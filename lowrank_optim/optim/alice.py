@@ -113,6 +113,8 @@ class TrackedEigen(Oriented):
 class TrackingAdam(Adam):
     """Adam without bias correction, which keeps the mean covariance of the low-rank gradient beside its moments."""
 
+    rowwise = False
+
     def direction(self, low: Tensor, state: State, group: Group, norms: Tensor | None = None) -> Tensor:
         if "covariance" in state:
             state["covariance"].lerp_(low.mH @ low, 1 - group["beta3"])
@@ -163,8 +165,8 @@ class Compensation(GrowthLimiter):
         # Infinite where the gradient is not finite.
         mean.lerp_(torch.where(outside < torch.inf, outside, 0), 1 - group["betas"][0])
         factor = torch.where(outside > 0, ((step.grad.shape[-1] - step.low.shape[-1]) / mean).sqrt(), 0)
-        norm = norm_of(factor * outside.sqrt())
-        limit = self.limit(norm, norm_of(step.norms.direction), state, group)
+        norm = norm_of(factor * outside.sqrt(), step.sums)
+        limit = self.limit(norm, norm_of(step.norms.direction, step.sums), state, group)
         factor = torch.where(limit > 0, factor * (limit * group["compensation"]), 0)
         low = step.direction.addcmul_(step.low, factor, value=-1)
         return Update(low, scale=group["scale"], row_scale=factor * group["scale"])

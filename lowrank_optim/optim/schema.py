@@ -30,6 +30,7 @@ OWN = frozenset(
             "gap",
             "overlaps",
             "pending",
+            "first",
         ),
         *("exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "error", "momentum", "update_norm"),
         *("covariance", "outside", "row_scale", "column_scale", "reset_step", "updates", "weight_correction", "batch"),

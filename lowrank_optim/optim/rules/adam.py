@@ -15,7 +15,15 @@ from lowrank_optim.ops.move_columns import move_columns_
 from lowrank_optim.ops.row_norms import row_norms
 from lowrank_optim.optim.options import number
 from lowrank_optim.optim.parts import Group, Option, Rule, Scalar, Slots, State, View
-from lowrank_optim.optim.state_storage import SLICE, load_moment, moment_slots, rounding_key, slices, store_moment_
+from lowrank_optim.optim.state_storage import (
+    SLICE,
+    load_moment,
+    moment_slots,
+    position,
+    rounding_key,
+    slices,
+    store_moment_,
+)
 from lowrank_optim.optim.validation import check_range
 
 MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
@@ -39,6 +47,7 @@ class Adam(Rule):
     """
 
     elementwise = True
+    rowwise = True
     options = {"betas": Option(check_betas), "eps": Option(number())}
 
     def slots(self, shape: tuple[int, ...], view: View, group: Group, along: str | None) -> Slots:
@@ -96,7 +105,7 @@ class Adam(Rule):
         return pick(adam_direction, group["backend"], low.device)(
             low, state[first], state[second], beta1=beta1, beta2=beta2, eps=eps,
             keys=(rounding_key(state, first), rounding_key(state, second)) if rounded else None,
-            start=state.get("start", 0), norms=norms,
+            start=position(state, low), norms=norms,
         )  # fmt: skip
 
     def _store_(self, moments: list[Tensor], state: State) -> None:
