@@ -54,7 +54,7 @@ def test_an_int8_weight_moves_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(state_storage, "SLICE", 256)
     param, method = torch.zeros(4, 100), Descent()
     codes = torch.zeros(4, 100, dtype=torch.int8), torch.ones(4, 1)
-    param.int8_reference = SimpleNamespace(parts=lambda: codes)  # type: ignore[attr-defined]
+    param.quantized_reference = SimpleNamespace(parts=lambda: codes)  # type: ignore[attr-defined]
     stepped(method, param, torch.ones(4, 100), size=6.0)
     assert method.seen == [(4, 100)] and codes[0].eq(-127).all() and param.eq(0).all()
 
