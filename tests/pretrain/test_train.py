@@ -300,10 +300,15 @@ def test_two_processes(arguments: list[str], unbroken: Path, tmp_path: Path) -> 
     line = [*arguments, "--accumulate", "1", "--output-dir", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     command = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--mixed_precision", "no"]
-    subprocess.run(
-        [sys.executable, *command, str(ROOT / "train_llama.py"), *line], env=environment, check=True, timeout=300
-    )
-    mine, other = rows(tmp_path), rows(unbroken)
+    script = [sys.executable, *command, str(ROOT / "train_llama.py"), *line]
+    subprocess.run(script, env=environment, check=True, timeout=300)
+    # Both go on from the checkpoint that the first finds whole, and end as they did.
+    first = rows(tmp_path)
+    (tmp_path / "checkpoint-8" / "model.safetensors").write_bytes(b"torn")
+    subprocess.run([*script, "--resume", "auto"], env=environment, check=True, timeout=300)
+    assert rows(tmp_path) == first
+    assert (tmp_path / "checkpoint-8.broken").is_dir()
+    mine, other = first, rows(unbroken)
     assert [row["step"] for row in mine] == [row["step"] for row in other]
     assert [row.get("lr") for row in mine] == [row.get("lr") for row in other]
     assert mine[0] == pytest.approx(other[0], rel=1e-6)
