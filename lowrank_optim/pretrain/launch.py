@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowrank_optim.pretrain.cache import TEMPORARY
-from lowrank_optim.pretrain.config import Options, UserError
+from lowrank_optim.pretrain.config import Options, UserError, user_errors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 LOCK = ".lock"
 # What schedulers send before they end a job, and people; Windows has the first two.
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if name in dir(signal)]
+# What file systems without locks say.
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 # EX_TEMPFAIL: try again.
 OUT_OF_TIME = 75
 
@@ -102,14 +106,17 @@ def own(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        for path in folder.glob(f"{TEMPORARY}checkpoint-*"):
-            shutil.rmtree(path)
     except Timeout as error:
         raise UserError(f"Invalid output_dir: another run is writing {folder}") from error
-    # What a file system without locks raises.
-    except (OSError, NotImplementedError) as error:
-        raise UserError(f"Cannot write {folder}: {error}") from error
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise UserError(f"Cannot write {folder}: {error}") from error
+        print(f"warning: nothing keeps a second run out of {folder} ({error})", file=sys.stderr)
     try:
+        if lock.is_locked:
+            with user_errors(OSError):
+                for path in folder.glob(f"{TEMPORARY}checkpoint-*"):
+                    shutil.rmtree(path)
         yield
     finally:
         # Before the release, after which it may be another's.

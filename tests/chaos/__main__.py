@@ -26,9 +26,13 @@ def outcomes(bench: Bench, rng: random.Random, *, quick: bool) -> Iterator[Outco
     """All faults; ``quick``: one of every kind."""
     bench.combinations["foreign"] = [*bench.combinations[BASE], "--seed", "1"]
     foreign = bench.reference("foreign") / "checkpoint-4"
-    whole = list(damages(bench.reference(BASE) / "checkpoint-4", foreign, rng, regions=1 if quick else 12))
-    for kind, damage in rng.sample(whole, 5) if quick else whole:
-        yield bench.damaged(BASE, kind, damage)
+    for combination in (BASE,) if quick else (BASE, *OTHERS):
+        folder = bench.reference(combination) / "checkpoint-4"
+        of_another = foreign if combination == BASE else bench.reference(combination) / "checkpoint-6"
+        continued: set[str] = set()
+        for kind, damage in damages(folder, of_another, rng, regions=1 if quick else 12):
+            yield bench.damaged(combination, kind, damage, continued=combination == BASE and kind not in continued)
+            continued.add(kind)
     yield bench.locked(BASE)
     for _ in range(1 if quick else 4):
         for number in STOPS[:1] if quick else STOPS:
@@ -39,16 +43,10 @@ def outcomes(bench: Bench, rng: random.Random, *, quick: bool) -> Iterator[Outco
         yield bench.limited(BASE, rng.choice((0, 100, 1000, 20_000, 40_000)))
         yield bench.removed(BASE, "remove", rng)
         yield bench.removed(BASE, "replace", rng)
-    for combination in [BASE] if quick else [*bench.combinations, *[BASE] * 10]:
-        for later in (False, True):
-            yield from bench.killed(combination, rng, 1, later=later)
+    for combination in [BASE] if quick else list(bench.combinations):
+        yield from bench.killed(combination, rng)
         if not quick:
             yield bench.stopped(combination, rng.choice(STOPS), rng)
-    for combination in () if quick else OTHERS:
-        folder = bench.reference(combination) / "checkpoint-4"
-        several = list(damages(folder, bench.reference(combination) / "checkpoint-6", rng, regions=4))
-        for kind, damage in rng.sample(several, 20):
-            yield bench.damaged(combination, kind, damage)
 
 
 def main() -> int:

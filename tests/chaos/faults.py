@@ -117,20 +117,17 @@ class Bench:
         how = difference(end(self.reference(combination)), end(folder))
         return not how, how
 
-    def killed(self, combination: str, rng: random.Random, kills: int, *, later: bool) -> Iterator[Outcome]:
-        """SIGKILL before a write, or at any time after one; several times until the end."""
+    def killed(self, combination: str, rng: random.Random) -> Iterator[Outcome]:
+        """SIGKILL before a write, then at any time after another, then the rest."""
         self.reference(combination)
-        folder, kind = self.folder(), f"SIGKILL {'at any time' if later else 'within writes'}"
-        for _ in range(kills):
+        folder = self.folder()
+        for kind, after in (("SIGKILL within writes", 0.0), ("SIGKILL at any time", rng.uniform(0, 0.15))):
             before, _ = checkpoint.newest_whole(checkpoint.checkpoints(folder)[::-1])
-            at = rng.randint(1, max(1, self.events[combination] // kills))
-            after = rng.uniform(0, 0.15) if later else 0.0
+            at = rng.randint(1, self.events[combination] // 2)
             run = self.server.run(self.line(combination), folder, at=at, signals=[signal.SIGKILL], after=after)
-            lost = step_of(before) - resumed(run) if run.out else 0
-            if run.status == 0:
-                return
-            yield Outcome(kind, run.status == -signal.SIGKILL, lost, None, run.err)
-        yield self.finish(kind + ", continued", combination, folder)
+            lost = step_of(before) - resumed(run) if "resumed" in run.out else 0
+            yield Outcome(kind, run.status in (-signal.SIGKILL, 0), lost, None, f"{combination}: {run.err}")
+        yield self.finish("continued after SIGKILL", combination, folder)
 
     def stopped(self, combination: str, number: int, rng: random.Random, *, twice: bool = False) -> Outcome:
         """A signal that a run saves at, and no update is lost."""
@@ -182,18 +179,25 @@ class Bench:
         noticed = in_one_line(run) and "another run" in run.err
         return self.finish("second run", combination, folder, noticed=noticed, told=run.err)
 
-    def damaged(self, combination: str, kind: str, damage: Any) -> Outcome:
-        """Damage to the newest of two checkpoints; ``damage`` gets its folder and the other's."""
+    def damaged(self, combination: str, kind: str, damage: Any, *, continued: bool) -> Outcome:
+        """Damage to the newest of two checkpoints; ``damage`` gets its folder and the other's.
+
+        Args:
+            continued: whether to run on. Which checkpoint is taken is known without.
+        """
         folder = self.folder()
         shutil.copytree(self.reference(combination), folder)
         shutil.rmtree(folder / "checkpoint-6")
         damage(folder / "checkpoint-4", folder / "checkpoint-2")
+        found, passed_over = checkpoint.newest_whole(checkpoint.find("auto", folder))
+        # Without its state.json it is none.
+        noticed = bool(passed_over) or not (folder / "checkpoint-4" / "state.json").is_file()
+        if not continued:
+            return Outcome(kind, noticed, 2 - step_of(found), None, f"{combination}: {found}")
         run = self.server.run(self.line(combination), folder)
-        passed_over = "warning: passed over" in run.out or "warning: set aside" in run.out
+        told = "warning: passed over" in run.out or "warning: set aside" in run.out
         same, how = self.compare(combination, folder, run)
-        harmless = same and resumed(run) == 4
-        lost = 2 - resumed(run) if passed_over else 4 - resumed(run)
-        return Outcome(kind, passed_over or harmless, lost, same, f"{combination}: {how}")
+        return Outcome(kind, noticed and told, 2 - resumed(run), same, f"{combination}: {how}")
 
 
 def damages(folder: Path, foreign: Path, rng: random.Random, *, regions: int) -> Iterator[tuple[str, Any]]:

@@ -28,12 +28,12 @@ def check(outcome: Outcome) -> None:
 
 def test_one_fault_of_every_kind(bench: Bench) -> None:
     rng = random.Random(0)
-    for outcome in bench.killed(BASE, rng, 1, later=False):
+    for outcome in bench.killed(BASE, rng):
         check(outcome)
     check(bench.stopped(BASE, signal.SIGTERM, rng))
     check(bench.refused(BASE, errno.ENOSPC, rng))
     check(bench.locked(BASE))
-    check(bench.damaged(BASE, "bit flipped", lambda new, old: flip(new / "optimizer.pt", 1000, rng)))
+    check(bench.damaged(BASE, "bit flipped", lambda new, old: flip(new / "optimizer.pt", 1000, rng), continued=True))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 import train_llama
 from lowrank_optim.pretrain import checkpoint, launch, report, steps, trainer
@@ -238,6 +240,19 @@ def test_one_run_owns_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="Cannot write"), launch.own(tmp_path / "file" / "run"):
         pass
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    def refuse(self: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    # Perhaps those of another run.
+    left = tmp_path / "run" / ".tmp-checkpoint-4-0123abcd"
+    left.mkdir(parents=True)
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    with launch.own(tmp_path / "run"):
+        assert left.is_dir()
+    assert capfd.readouterr().err.startswith("warning: nothing keeps a second run out of")
 
 
 def test_the_newest_whole_checkpoint(line: list[str], tmp_path: Path, capfd: Any) -> None:
