@@ -314,8 +314,8 @@ class StepInBackward:
         for p in self._params():
             if p.grad is not None and p is not newer:
                 raise RuntimeError(
-                    f"{self.optimizer.entry(p).name or 'A parameter'} of shape {tuple(p.shape)} has a gradient that no "
-                    "hook saw: it replaced another one in a group; remove() the handle and attach the optimizer anew"
+                    f"{self.optimizer._name(p)} of shape {tuple(p.shape)} has a gradient that no hook saw: it replaced "
+                    "another one in a group; remove() the handle and attach the optimizer anew"
                 )
         self.abandon()
 

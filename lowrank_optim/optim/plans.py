@@ -227,13 +227,17 @@ class PlannedOptimizer(Optimizer):
     def explain(self) -> list[Explanation]:
         """Which parameter gets which method and why, in the order of the groups.
 
-        A state that was made for another rank and is rebuilt in the next step is reported as it is.
+        A state that was made for another rank and is rebuilt in the next step is reported as it is. Of a parameter that
+        is split over processes it says how: see :class:`lowrank_optim.optim.sharding.Layout`.
         """
         rows: list[Explanation] = []
         for group in self.param_groups:
             for p in group["params"]:
                 name = self.entry(p).name or f"param.{len(rows)}"
-                rows.append(Explanation(name, tuple(p.shape), *self._explain(p, group)))
+                method, reason = self._explain(p, group)
+                layout = self.layout(p, *self._view_and_parts(p, group), group)
+                reason = reason if layout is None else f"{reason}; over processes: {layout.split}"
+                rows.append(Explanation(name, tuple(p.shape), method, reason))
         return rows
 
     def _explain(self, param: Tensor, group: Group) -> tuple[str, str]:
