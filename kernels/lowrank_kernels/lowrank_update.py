@@ -10,19 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lowrank_kernels._support import check_operand, check_scales
-from lowrank_kernels.rounding import (
-    join_24_bits,
-    random_bits,
-    round_to_bfloat16,
-    round_to_nearest,
-    split_24_bits,
-)
-from lowrank_kernels.tiles import (
-    add_product,
-    grouped_tile,
-    rescaled,
-    tile_options,
-)
+from lowrank_kernels.rounding import join_24_bits, store_rounded
+from lowrank_kernels.tiles import add_product, grouped_tile, rescaled, tile_options
 from lowrank_optim.ops.chunks import as_batch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -50,16 +39,8 @@ def move(
         grad = tl.load(grad, mask=mask, other=0.0)
         value += rescaled(grad, rows, columns, row_scale_ptr, column_scale_ptr, m, n, ONE_ROW_SCALE)
 
-    if ROUNDING == "nearest":
-        tl.store(weight, round_to_nearest(value, weight_ptr.dtype.element_ty), mask=mask)
-    else:
-        bits = random_bits(position + start, tl.zeros_like(product).to(tl.int32) + key)
-        if ROUNDING == "stochastic":
-            tl.store(weight, round_to_bfloat16(value, bits), mask=mask)
-        else:
-            high, correction = split_24_bits(value, bits)
-            tl.store(weight, high, mask=mask)
-            tl.store(correction_ptr + position, correction, mask=mask)
+    correction = weight if correction_ptr is None else correction_ptr + position
+    store_rounded(weight, correction, value, position + start, key, mask, ROUNDING)
 
 
 @triton.jit
