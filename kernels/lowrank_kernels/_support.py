@@ -1,4 +1,4 @@
-"""What kernels and wrappers share, checks of their operands, and where the stored entries of a tile of a sparse matrix stand.
+"""What kernels and wrappers share, checks of operands, and where the stored entries of a tile of a sparse matrix stand.
 
 For the packings see ``lowrank_optim.ops.support``. Entries are sorted by position. A tile finds its share of each of
 its rows by bisection, so that neither atomics nor an order of their own are needed.

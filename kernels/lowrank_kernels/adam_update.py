@@ -1,4 +1,4 @@
-"""Triton twin of ``lowrank_optim.ops.adam_update``: the kernels of Adam's direction, which move the weight themselves."""
+"""Triton twin of ``lowrank_optim.ops.adam_update``: the kernels of Adam's direction move the weight themselves."""
 
 from __future__ import annotations
 

@@ -26,7 +26,9 @@ _TICKETS: dict[tuple[torch.device, int], Tensor] = {}
 
 def tickets(device: torch.device, matrices: int) -> Tensor:
     """Zeros int32 (at least ``matrices``,), which a kernel leaves as zeros; kernels of one stream share them."""
-    stream = torch.cuda.current_stream(device).cuda_stream if torch.cuda.is_initialized() else 0  # type: ignore[no-untyped-call]
+    # A fake tensor's device has no driver.
+    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.current_stream(device).cuda_stream if initialized else 0
     found = _TICKETS.get((device, stream))
     if found is None or found.numel() < matrices:
         found = _TICKETS[device, stream] = torch.zeros(matrices, dtype=torch.int32, device=device)

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lowrank_optim.ops.project import project
 from lowrank_optim.ops.row_norms import row_norms
-from lowrank_optim.optim.finite import verdict
+from lowrank_optim.optim import finite
+from lowrank_optim.optim.finite import is_finite, verdict
 from lowrank_optim.optim.full_rank import step_full_rank_
 from lowrank_optim.optim.options import check_names
 from lowrank_optim.optim.parts import Group, Norms, Refresh, Rule, Scalar, State, Step, Update
@@ -129,37 +131,49 @@ class LowRankOptimizer(PlannedOptimizer):
             is_scheduled = scheduled(state, group, plan.place)
             if not self.refresh(plan, grad, group, is_scheduled=is_scheduled):
                 return
-        self._step_low(plan, param, subspace.project(grad, state, group), grad, group)
+        if subspace.makes_basis(group):
+            basis = subspace.basis(grad, state, group)
+            self._step_low(plan, param, project(grad, basis), grad, group, basis)
+        else:
+            self._step_low(plan, param, subspace.project(grad, state, group), grad, group)
 
-    def _step_low(self, plan: Plan, param: Tensor, low: Tensor, grad: Tensor | None, group: Group) -> None:
+    def _step_low(
+        self, plan: Plan, param: Tensor, low: Tensor, grad: Tensor | None, group: Group, basis: Tensor | None = None
+    ) -> None:
         (subspace, rule, lift), state = plan.parts, plan.state
         assert subspace is not None
-        ok = self._admit(low if grad is None or subspace.sees_all(group) else grad)
-        if ok is False:
-            return
-        if isinstance(ok, Tensor):
-            low = torch.where(ok, low, rule.missing(low, state, group))
+        of_grad = row_norms(grad) if lift.needs_norms and grad is not None else None
+        if of_grad is not None and not finite.host_looks(low.device):
+            # They tell it as well as a sum.
+            ok: bool | Tensor = of_grad
+        else:
+            ok = self._admit(low if grad is None or subspace.sees_all(group) else grad)
+            if ok is False:
+                return
+        if isinstance(ok, Tensor) and (lift.reads_low or not rule.masks):
+            low = torch.where(is_finite(ok), low, rule.missing(low, state, group))
         state["step"] += 1
         size, decay = self.step_size(plan, param, group)
-        norms = None
-        if lift.needs_norms and grad is not None:
-            of_low = torch.empty(2, *low.shape[:-1], dtype=low.dtype.to_real(), device=low.device)
-            direction = rule.direction(low, state, group, of_low)
-            of_grad = row_norms(grad)
-            if isinstance(ok, Tensor):
-                # In a stack the other matrices must not move either.
-                of_grad = torch.where(ok, of_grad, torch.inf)
-            norms = Norms(of_low[0].unsqueeze(-1), of_low[1].unsqueeze(-1), of_grad)
-        else:
-            direction, size = self.direction(rule, low, state, group, size)
         # What is read of a weight here is its shape and dtype: that of an int8 weight has no values.
         weight = subspace.orient(as_matrices(param, plan.view), state)
+        told: dict[str, Any] = {"ok": ok} if rule.masks else {}
+        if of_grad is not None:
+            of_low = torch.empty(2, *low.shape[:-1], dtype=low.dtype.to_real(), device=low.device)
+            direction = rule.direction(low, state, group, of_low, **told)
+            norms: Norms | None = Norms(of_low, of_grad)
+        else:
+            if rule.masks and lift.passes_direction and subspace.factored:
+                told["dtype"] = weight.dtype
+            direction, size = self.direction(rule, low, state, group, size, **told)
+            norms = None
         step = Step(weight if grad is None else grad, low, direction, norms, ok, subspace)
         update = lift.update(step, state, group)
-        basis = None
-        if update.low is not None:
+        if update.low is None:
+            basis = None
+        else:
             if subspace.factored:
-                basis = subspace.basis(weight, state, group)
+                if basis is None or basis.dtype != weight.dtype:
+                    basis = subspace.basis(weight, state, group)
             else:
                 update = update._replace(low=None, full=expand(update.low, update, step, state, group))
         sign = 1.0 if group["maximize"] else -1.0
@@ -170,10 +184,11 @@ class LowRankOptimizer(PlannedOptimizer):
         lift.after(step, state, group)
 
     def _step_full_rank(self, plan: Plan, param: Tensor, grad: Tensor, group: Group) -> None:
-        ok = self._admit(grad)
+        state, rule = plan.state, plan.parts.rule
+        # Where nobody looks, values that are updated each for itself are looked at one by one.
+        ok = True if rule.elementwise and not finite.host_looks(grad.device) else self._admit(grad)
         if ok is False:
             return
-        state, rule = plan.state, plan.parts.rule
         state["step"] += 1
         size, decay = self.step_size(plan, param, group)
         sign = 1.0 if group["maximize"] else -1.0
@@ -194,9 +209,15 @@ class LowRankOptimizer(PlannedOptimizer):
         """1 - lr weight_decay."""
         return 1.0 if group["weight_decay"] == 0 else 1 - lr * group["weight_decay"]
 
-    def direction(self, rule: Rule, low: Tensor, state: State, group: Group, size: Scalar) -> tuple[Tensor, Scalar]:
-        """The direction, and the step size that it is still to be multiplied with."""
-        return rule.direction(low, state, group), size
+    def direction(
+        self, rule: Rule, low: Tensor, state: State, group: Group, size: Scalar, **told: Any
+    ) -> tuple[Tensor, Scalar]:
+        """The direction, and the step size that it is still to be multiplied with.
+
+        Args:
+            told: what a rule that ``masks`` also takes.
+        """
+        return rule.direction(low, state, group, **told), size
 
     def add_direction_(
         self, target: Tensor, rule: Rule, grad: Tensor, state: State, group: Group, size: Scalar, sign: float

@@ -53,6 +53,10 @@ class LazyInt4(TopSingular):
             "overlaps": Slot((group["queue_size"],), torch.float32, fill=torch.nan),
         }
 
+    def makes_basis(self, group: Group) -> bool:
+        """It comes from 4 bits."""
+        return True
+
     def basis(self, like: Tensor, state: State, group: Group) -> Tensor:
         """The (..., d, rank) basis from 4 bits, in the dtype of ``like``."""
         values = dequantize_int4(
