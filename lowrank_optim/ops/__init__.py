@@ -37,6 +37,11 @@ def _guarded(twin: Callable[..., object], index: int) -> Callable[..., object]:
     return on_its_device
 
 
+def is_gpu(device: torch.device) -> bool:
+    """Whether kernels run there."""
+    return device.type == "cuda"
+
+
 def _is_elsewhere(device: torch.device) -> bool:
     """Whether a GPU is not the current one. A compiler sets the device itself; a fake tensor's has no driver."""
     index = device.index
@@ -62,8 +67,7 @@ def pick(eager: F, backend: str | None, device: torch.device) -> F:
     """
     if backend == "eager":
         return eager
-    # Read once: the attribute takes as long as the rest of this function.
-    on_gpu = device.type == "cuda"
+    on_gpu = is_gpu(device)
     if backend is None and not on_gpu:
         return eager
     # Before the import: a kernel that is decorated without TRITON_INTERPRET=1 never runs in the interpreter.

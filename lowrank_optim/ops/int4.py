@@ -44,9 +44,11 @@ def quantize_int4_(codes: Tensor, scale: Tensor, zero: Tensor, values: Tensor, *
     codes.copy_(code[..., 0::2] | (code[..., 1::2] << 4))
 
 
-def dequantize_int4(codes: Tensor, scale: Tensor, zero: Tensor, columns: int, *, group_size: int) -> Tensor:
-    """The fp32 (..., rows, columns) values that :func:`quantize_int4_` wrote."""
+def dequantize_int4(
+    codes: Tensor, scale: Tensor, zero: Tensor, columns: int, *, group_size: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The (..., rows, columns) values that :func:`quantize_int4_` wrote, computed in fp32."""
     code = torch.stack((codes & LARGEST, codes >> 4), dim=-1).flatten(-2)[..., :columns].to(torch.float32)
     count = code.shape[-2] * columns
     zeros, scales = (t.to(torch.float32).repeat_interleave(group_size, -1)[..., :count] for t in (zero, scale))
-    return code.sub_(zeros.reshape(code.shape)).mul_(scales.reshape(code.shape))
+    return code.sub_(zeros.reshape(code.shape)).mul_(scales.reshape(code.shape)).to(dtype)
