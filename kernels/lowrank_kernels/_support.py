@@ -19,6 +19,11 @@ INDICES = (torch.int32, torch.int64)
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; triton's takes ten times as long, and a launch takes it several times."""
+    return -(-a // b)
+
+
 def check_operand(
     name: str,
     tensor: Tensor | None,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import all_finite, check_operand, check_scalar
+from lowrank_kernels._support import all_finite, cdiv, check_operand, check_scalar
 from lowrank_kernels.adam_direction import SCALARS, STAYS, adam, check_verdict, move_elements
 from lowrank_kernels.rounding import round_to_nearest
 from lowrank_optim.ops.blockwise import BLOCK, GREATEST_SCALE, LEAST_SCALE, search_tables
@@ -138,7 +138,7 @@ def adam8bit_direction(
     direction = torch.empty(shape, dtype=torch.float32 if dtype is None else dtype, device=device)
     if n:
         tables = search_tables(device)
-        adam8bit_direction_kernel[(triton.cdiv(n, BLOCK * BLOCKS),)](
+        adam8bit_direction_kernel[(cdiv(n, BLOCK * BLOCKS),)](
             grad.contiguous(), exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale, direction, ok, None,
             None, *tables[True], *tables[False], 0, 0 if ok is None else ok.numel(), n, beta1, beta2, 1 - beta1,
             1 - beta2, eps, 1.0, 1.0, EPS_ON_DEVICE=isinstance(eps, Tensor), **STAYS, **FORMAT,
@@ -154,7 +154,7 @@ def check_codes(
     grad: Tensor, exp_avg: Tensor, exp_avg_scale: Tensor, exp_avg_sq: Tensor, exp_avg_sq_scale: Tensor
 ) -> None:
     """Raise ValueError where codes and scales are not those of moments of the gradient's shape."""
-    shape, device, blocks = grad.shape, grad.device, (triton.cdiv(grad.numel(), BLOCK),)
+    shape, device, blocks = grad.shape, grad.device, (cdiv(grad.numel(), BLOCK),)
     check_operand("grad", grad, shape, device, contiguous=False)
     check_operand("exp_avg_codes", exp_avg, shape, device, (torch.uint8,))
     check_operand("exp_avg_scale", exp_avg_scale, blocks, device, (torch.float32,))

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import all_finite, check_operand, check_scalar
+from lowrank_kernels._support import all_finite, cdiv, check_operand, check_scalar
 from lowrank_kernels.rounding import join_24_bits, random_bits, round_to_bfloat16, round_to_nearest, store_rounded
 
 # Elementwise and bandwidth-bound: 1024 elements a program keep 4 warps at 8 values a thread.
@@ -149,7 +149,7 @@ def adam_direction(
     rows = exp_avg.numel() // columns
     width = min(256, triton.next_power_of_2(columns))
     height = BLOCK // width
-    programs = triton.cdiv(rows, height)
+    programs = cdiv(rows, height)
     adam_direction_kernel[(min(programs, LOOKING) if norms is not None else programs,)](
         grad.contiguous(), exp_avg, exp_avg_sq, direction, norms, ok, None, None, *(keys or (0, 0)), 0, start,
         0 if ok is None else ok.numel(), rows, columns, beta1, beta2, 1 - beta1, 1 - beta2, eps, 1.0, 1.0,

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lowrank_kernels._support import check_operand, check_scalar
+from lowrank_kernels._support import cdiv, check_operand, check_scalar
 from lowrank_kernels.adam8bit_direction import BLOCKS, FORMAT, adam8bit_direction_kernel, check_codes
 from lowrank_kernels.adam_direction import BLOCK, SCALARS, adam_direction_kernel, check_moments
 from lowrank_kernels.lowrank_update import DTYPES, on_device
@@ -44,7 +44,7 @@ def adam_update_(
     if exp_avg_scale is None or exp_avg_sq_scale is None:
         check_moments(grad, exp_avg, exp_avg_sq, eps, keys)
         if n:
-            adam_direction_kernel[(triton.cdiv(n, BLOCK),)](
+            adam_direction_kernel[(cdiv(n, BLOCK),)](
                 grad.contiguous(), exp_avg, exp_avg_sq, None, None, None, weight, correction, *(keys or (0, 0)), word,
                 0, 0, n, 1, *numbers, KEYS_ON_DEVICE=keys is not None and isinstance(keys[0], Tensor), **flags,
                 ROWS=BLOCK, COLUMNS=1,
@@ -54,7 +54,7 @@ def adam_update_(
     check_scalar("eps", eps, device, SCALARS)
     if n:
         tables = search_tables(device)
-        adam8bit_direction_kernel[(triton.cdiv(n, QUANTIZED * BLOCKS),)](
+        adam8bit_direction_kernel[(cdiv(n, QUANTIZED * BLOCKS),)](
             grad.contiguous(), exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale, None, None, weight, correction,
             *tables[True], *tables[False], word, 0, n, *numbers, **flags, **FORMAT,
         )  # fmt: skip

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import check_operand
+from lowrank_kernels._support import cdiv, check_operand
 from lowrank_kernels.rounding import round_to_nearest
 from lowrank_optim.ops.int4 import group_count, packed_shape
 
@@ -60,7 +60,7 @@ def dequantize_int4(
         raise ValueError(f"Invalid codes: {rows} x {columns} values, expected fewer than 2^31 - {BLOCK}")
     out = torch.empty(*batch, rows, columns, dtype=dtype, device=device)
     if out.numel():
-        dequantize_int4_kernel[(triton.cdiv(size, BLOCK), matrices)](
+        dequantize_int4_kernel[(cdiv(size, BLOCK), matrices)](
             codes, scale, zero, out, size, columns, rows * packed, packed, groups, group_size, BLOCK=BLOCK
         )
     return out

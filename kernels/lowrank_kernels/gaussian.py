@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import check_scalar
+from lowrank_kernels._support import cdiv, check_scalar
 from lowrank_kernels.rounding import random_bits
 
 BLOCK = 1024
@@ -81,7 +81,7 @@ def gaussian(
     check_scalar("key", key, device, (torch.int32,))
     out = torch.empty(*batch, rows, columns, dtype=dtype, device=device)
     if out.numel():
-        gaussian_kernel[(triton.cdiv(half, BLOCK), matrices)](
+        gaussian_kernel[(cdiv(half, BLOCK), matrices)](
             out, key, first, size, scale, half, KEY_ON_DEVICE=isinstance(key, Tensor), BLOCK=BLOCK
         )
     return out

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import all_finite, check_operand, check_scalar
+from lowrank_kernels._support import all_finite, cdiv, check_operand, check_scalar
 from lowrank_kernels.lowrank_update import on_device
 from lowrank_kernels.rounding import round_to_nearest
 from lowrank_optim.ops.limited_scale import DEAD as LEAST_SHARE
@@ -161,7 +161,7 @@ def limited_scale(
     if not rows * matrices:
         return scale, left
     options = launch_options(rank)
-    tiles = triton.cdiv(rows, options["ROWS"])
+    tiles = cdiv(rows, options["ROWS"])
     seen = on_device(device, seen)
     limited_scale_kernel[(1 if left is None else min(tiles, PROGRAMS), matrices)](
         norms, grad_norms, update_norm, image, low, direction, scale, left, tickets(device, matrices), rows, rank,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import check_operand, check_scales
+from lowrank_kernels._support import cdiv, check_operand, check_scales
 from lowrank_kernels.rounding import join_24_bits, store_rounded
 from lowrank_kernels.tiles import add_product, grouped_tile, rescaled, tile_options
 from lowrank_optim.ops.chunks import as_batch
@@ -191,7 +191,7 @@ def lowrank_update_(
     row_scale, column_scale = (None if x is None else x.contiguous() for x in (row_scale, column_scale))
     alpha, decay, grad_alpha = (on_device(device, x) for x in (alpha, decay, grad_alpha))
     options = launch_options(weight.dtype, rank)
-    tiles = triton.cdiv(m, options["BLOCK_M"]) * triton.cdiv(n, options["BLOCK_N"])
+    tiles = cdiv(m, options["BLOCK_M"]) * cdiv(n, options["BLOCK_N"])
     lowrank_update_kernel[(tiles, weight.shape[0])](
         weight, left, right, grad, row_scale, column_scale, correction, 0 if key is None else key, alpha, decay,
         grad_alpha, m, n, rank, *weight.stride(), *strides(left), *strides(right), *strides(grad), ONE_ROW_SCALE=one,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import FLOATING, check_operand, check_scales
+from lowrank_kernels._support import FLOATING, cdiv, check_operand, check_scales
 from lowrank_kernels.lowrank_update import COLUMNS, ROWS, absent, gradient, halves, on_device, strides
 from lowrank_kernels.rounding import random_bits
 from lowrank_kernels.tiles import add_product, grouped_tile, rescaled
@@ -188,7 +188,7 @@ def lowrank_update_int8_(
     row_scale, column_scale = (None if x is None else x.contiguous() for x in (row_scale, column_scale))
     alpha, decay, grad_alpha = (on_device(device, x) for x in (alpha, decay, grad_alpha))
     options = launch_options(None if left is None else left.dtype, rank, gradient=grad is not None)
-    tiles = triton.cdiv(m, options["BLOCK_M"]) * triton.cdiv(n, GROUP)
+    tiles = cdiv(m, options["BLOCK_M"]) * cdiv(n, GROUP)
     lowrank_update_int8_kernel[(tiles,)](
         codes, scale, left, right, grad, row_scale, column_scale, key, alpha, decay, grad_alpha, m, n, rank,
         *strides(left)[-2:], *strides(right)[-2:], *strides(grad)[-2:],

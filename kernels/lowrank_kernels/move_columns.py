@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import check_operand
+from lowrank_kernels._support import cdiv, check_operand
 from lowrank_optim.ops.move_columns import move_columns_ as eager
 
 # Values of a program; a longer row stays with torch.
@@ -51,7 +51,7 @@ def move_columns_(matrix: Tensor, source: Tensor) -> None:
         return
     if matrix.numel():
         lines = BLOCK // block
-        grid = (triton.cdiv(rows, lines), math.prod(batch))
+        grid = (cdiv(rows, lines), math.prod(batch))
         move_columns_kernel[grid](matrix, source.contiguous(), rows, r, ROWS=lines, BLOCK=block, num_warps=8)
 
 

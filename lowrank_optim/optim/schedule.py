@@ -26,11 +26,17 @@ def scheduled(state: State, group: Group, place: int) -> bool:
     evenly over the places of the parameters.
     """
     # A tensor is read from the device: a capturable step should run inside of a CUDA graph, where nothing is due.
-    step = int(state["step"])
+    return until_refresh(int(state["step"]), state, group, place) == 0
+
+
+def until_refresh(step: int, state: State, group: Group, place: int) -> int:
+    """How many updates come after ``step`` of them before one is scheduled to refresh, 0 if the next one is."""
+    if step == 0:
+        return 0
     # A lazy subspace keeps a gap of its own.
     gap: int = state["gap"] if "gap" in state else group["update_proj_gap"]
     offset = int(gap * (place * 0.6180339887498949 % 1.0)) if group["stagger"] else 0
-    return bool(step == 0 or (step + offset) % gap == 0)
+    return -(step + offset) % gap
 
 
 def largest(grad: Tensor, batch: tuple[int, ...]) -> list[float]:

@@ -181,7 +181,7 @@ class TopSingular(Oriented):
 
     def basis(self, like: Tensor, state: State, group: Group) -> Tensor:
         basis: Tensor = state["basis"]
-        return basis.to(like.dtype)
+        return basis if basis.dtype == like.dtype else basis.to(like.dtype)
 
     def keep_basis_(self, basis: Tensor, state: State, group: Group) -> None:
         """Overwrite the basis that is kept."""
