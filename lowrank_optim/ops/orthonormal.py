@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.project import project
+
 
 def orthonormalize(matrix: Tensor) -> Tensor:
     """Q of the QR factorisation whose R has a positive diagonal, (..., d, rank): columns keep order and direction.
@@ -35,6 +37,20 @@ def orthonormalize(matrix: Tensor) -> Tensor:
     return basis
 
 
+def orthonormalize_blind(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`orthonormalize` without a look at the device: always twice, and never by reflections.
+
+    Returns:
+        Q, and whether it can be trusted, bool (..., 1, 1): orthonormal, hence finite.
+    """
+    one = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    for _ in range(2):
+        matrix = matrix @ _inverse_factor(matrix.mH @ matrix, one)
+    error = (matrix.mH @ matrix - one).abs().amax((-2, -1), keepdim=True)
+    # In fp32 a thousandth is a hundred times what two passes leave where they converge.
+    return matrix, error < 1e-3
+
+
 def _reflected(matrix: Tensor) -> Tensor:
     """The same by Householder reflections."""
     reflections, scales = torch.geqrf(matrix)
@@ -58,6 +74,13 @@ def normalize_(tensor: Tensor) -> None:
     tensor.div_(largest.clamp_min_(torch.finfo(tensor.dtype).tiny)[..., None, None])
 
 
+def sketch_again(tall: Tensor, start: Tensor) -> Tensor:
+    """Aᴴ A Q up to a factor, (..., d, rank), in fp32 or wider; arguments as for :func:`subspace_iteration`."""
+    sketch = project(tall, start)
+    normalize_(sketch)
+    return project(tall.mH, sketch)
+
+
 def subspace_iteration(tall: Tensor, start: Tensor, *, iterations: int = 1) -> Tensor:
     """Turn ``start`` towards the dominant right-singular subspace of a matrix: Q <- qr(Aᴴ A Q).
 
@@ -65,17 +88,15 @@ def subspace_iteration(tall: Tensor, start: Tensor, *, iterations: int = 1) -> T
     The columns keep their order and sign as far as the subspace stands still.
 
     Args:
-        tall: A, shape (..., rows, d), fp32 or wider.
-        start: Q, shape (..., d, rank); need not be orthonormal.
+        tall: A, shape (..., rows, d).
+        start: Q, shape (..., d, rank), in the dtype of A or wider; need not be orthonormal.
 
     Returns:
         Orthonormal (..., d, rank).
     """
     basis = start
     for _ in range(iterations):
-        sketch = tall @ basis
-        normalize_(sketch)
-        basis = orthonormalize(tall.mH @ sketch)
+        basis = orthonormalize(sketch_again(tall, basis))
     return basis
 
 
@@ -86,7 +107,7 @@ def range_finder(tall: Tensor, rank: int, generator: torch.Generator, *, iterati
     oversampling of rank/8 + 8 columns.
 
     Args:
-        tall: A, shape (..., rows, d), fp32 or wider.
+        tall: A, shape (..., rows, d).
         rank: columns of the result, at most d.
         generator: a CPU generator, so that every device draws the same sketch; all matrices of a batch share it.
         iterations: power iterations; 0 is the plain range finder.
@@ -96,10 +117,12 @@ def range_finder(tall: Tensor, rank: int, generator: torch.Generator, *, iterati
     """
     rows, d = tall.shape[-2:]
     columns = min(d, rank + rank // 8 + 8)
-    sketch = torch.randn(rows, columns, generator=generator, dtype=tall.real.dtype, device="cpu")
-    start = tall.mH @ sketch.to(device=tall.device, dtype=tall.dtype)
+    wide = torch.promote_types(tall.dtype, torch.float32)
+    sketch = torch.randn(rows, columns, generator=generator, dtype=wide.to_real(), device="cpu")
+    sketch = sketch.to(device=tall.device, dtype=wide).expand(*tall.shape[:-2], rows, columns)
+    start = project(tall.mH, sketch)
     basis = subspace_iteration(tall, orthonormalize(start), iterations=iterations)
-    low = tall @ basis
+    low = project(tall, basis)
     normalize_(low)
     gram = low.mH @ low
     # Which would not converge, for the whole batch.

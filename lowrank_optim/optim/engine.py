@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any, overload
 
 import torch
@@ -75,11 +75,47 @@ class LowRankOptimizer(PlannedOptimizer):
 
     def _step_params(self) -> None:
         with without_autocast():
+            if not torch.compiler.is_compiling():
+                self._look()
             for group in self.param_groups:
                 key = None if torch.compiler.is_compiling() else self._key(group)
                 for p in group["params"]:
                     if p.grad is not None:
                         self.update_param(p, p.grad, group, key)
+
+    def _look(self) -> None:
+        """Read at once what the refreshes of the coming step want to know of the device, and how the last ones ended.
+
+        Not where the host looks anyway or steps are counted on the device, nor of a gradient that the lift changes.
+        """
+        due = []
+        self._sizes.clear()
+        for group in self.param_groups:
+            if group["capturable"]:
+                continue
+            for p in group["params"]:
+                plan = self._plans.get(p)
+                if plan is None or p.grad is None or p.grad.layout is not torch.strided or p.grad.numel() == 0:
+                    continue
+                if finite.host_looks(p.device):
+                    continue
+                subspace, _, lift = plan.parts
+                if subspace is not None and not lift.changes_gradient and refresh_due(plan.state, group, plan.place):
+                    grad = subspace.orient(as_matrices(p.grad, plan.view), plan.state)
+                    due.append((plan.place, largest(grad, plan.view.batch)))
+        if not due:
+            return
+        unread, self._unread = self._unread, []
+        found = [sizes for _, sizes in due] + [renewed.view(-1) for _, renewed in unread]
+        values = torch.cat([one.to(found[0].device, torch.float64) for one in found]).tolist()
+        parts = [values[end - len(one) : end] for one, end in zip(found, accumulate(map(len, found)))]
+        self._sizes = {place: sizes for (place, _), sizes in zip(due, parts)}
+        for (state, _), renewed in zip(unread, parts[len(due) :]):
+            # What was not renewed starts anew, as a matrix without a basis does.
+            missed = sum(1 << i for i, good in enumerate(renewed) if not good)
+            if missed:
+                state["waiting"] |= missed
+                self._warn_once("kept an old basis because no new one could be computed")
 
     def _works_on_the_host(self) -> bool:
         """Whether the coming step allocates a state or renews a basis, of which a compiler makes little.
@@ -237,7 +273,9 @@ class LowRankOptimizer(PlannedOptimizer):
         subspace, state = plan.parts.subspace, plan.state
         assert subspace is not None
         start = time.perf_counter()
-        sizes = largest(grad, plan.view.batch)
+        sizes = self._sizes.pop(plan.place, None)
+        if sizes is None:
+            sizes = largest(grad, plan.view.batch).tolist()
         if not all(size < float("inf") for size in sizes):
             self._warn_once("skipped an update because of a non-finite gradient")
             return False
@@ -248,10 +286,14 @@ class LowRankOptimizer(PlannedOptimizer):
             return True
         result = subspace.refresh(grad, state, group, which)
         self.transport(plan, result, group)
-        if not result.renewed:
+        renewed = result.renewed
+        if isinstance(renewed, Tensor):
+            self._unread.append((state, renewed))
+            renewed = True
+        elif not renewed:
             self._warn_once("kept an old basis because no new one could be computed")
         self.refresh_seconds += time.perf_counter() - start
-        return result.renewed or started
+        return renewed or started
 
     def transport(self, plan: Plan, result: Refresh, group: Group) -> None:
         """Move the moments into a new basis."""

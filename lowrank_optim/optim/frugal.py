@@ -56,12 +56,12 @@ class Restarting(Oriented):
         A stack begins anew as a whole, and not when only some of its matrices see their first gradient.
         """
         result = super().refresh(grad, state, group, which)
-        if not (result.renewed and group["reset_moments"]):
+        if result.renewed is False or not group["reset_moments"]:
             return result
         if isinstance(which.warm, Tensor) and which.usable is not None and not bool((which.usable & which.warm).any()):
-            return Refresh(renewed=True)
+            return result._replace(overlap=None)
         shape = (*grad.shape[:-2], state["rank"])
-        return Refresh(renewed=True, overlap=torch.full(shape, -1, dtype=torch.int64, device=grad.device))
+        return result._replace(overlap=torch.full(shape, -1, dtype=torch.int64, device=grad.device))
 
 
 class CosineColumns(Columns):

@@ -58,6 +58,7 @@ class GeneralizedErrorFeedback(Lift):
     the error, in ``error``, is what the new subspace leaves of it.
     """
 
+    changes_gradient = True
     options = {"error_feedback": Option(flag, True)}
 
     def reads_gradient(self, group: Group) -> bool:

@@ -128,13 +128,14 @@ class Which(NamedTuple):
 class Refresh(NamedTuple):
     """Result of a refresh.
 
-    renewed: False where no basis could be computed and the old one stays.
+    renewed: False where no basis could be computed and the old one stays; or bool (..., 1, 1) on the device, one a
+        matrix.
     overlap: how the moments move into the new basis, None where they stay as they are: old_basisᴴ new_basis
         (..., rank, rank), or, for bases made of columns, int64 (..., rank) with the old column of each new one, -1 for
         none.
     """
 
-    renewed: bool
+    renewed: bool | Tensor
     overlap: Tensor | None = None
 
 
@@ -294,6 +295,9 @@ class Lift(Part):
     passes_direction: ClassVar[bool] = False
     # Whether `update` reads ``step.low``, which then holds zeros where the gradient is not finite.
     reads_low: ClassVar[bool] = False
+
+    # Whether `before` may return another tensor than the gradient.
+    changes_gradient: ClassVar[bool] = False
 
     def reads_gradient(self, group: Group) -> bool:
         """Whether an update takes more of the gradient than its projection."""

@@ -82,13 +82,17 @@ class PlannedOptimizer(Optimizer):
             # Groups in the manner of the published packages: the key "rank" switches the method on.
             filled["rank"] = None
         self._plans: dict[Tensor, Plan] = {}
+        # Of the coming refreshes, by place: the largest magnitudes of their gradients, where these are known.
+        self._sizes: dict[int, list[float]] = {}
+        # Refreshes of which only the device knows whether they went well.
+        self._unread: list[tuple[State, Tensor]] = []
         self._checked: dict[int, tuple[Any, ...]] = {}
         super().__init__(groups, filled)
         self._warn_if_nothing_is_compressed()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans, self._checked = {}, {}
+        self._plans, self._checked, self._sizes, self._unread = {}, {}, {}, []
         self._entries = None
         # Options that came after the optimizer was pickled.
         for name, option in self.known_options().items():

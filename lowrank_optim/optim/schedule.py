@@ -39,8 +39,8 @@ def until_refresh(step: int, state: State, group: Group, place: int) -> int:
     return -(step + offset) % gap
 
 
-def largest(grad: Tensor, batch: tuple[int, ...]) -> list[float]:
-    """The largest magnitude in every matrix of a batch, NaN where one is; reads them from the device at once."""
+def largest(grad: Tensor, batch: tuple[int, ...]) -> Tensor:
+    """The largest magnitude in every matrix of a batch, (matrices,), NaN where one is."""
     values = torch.view_as_real(grad) if grad.is_complex() else grad
     values = values.reshape(*batch, -1) if batch else values
     if batch:
@@ -48,8 +48,7 @@ def largest(grad: Tensor, batch: tuple[int, ...]) -> list[float]:
     else:
         # Unlike abs(), aminmax makes no copy of the gradient.
         extremes = torch.stack(torch.aminmax(values))
-    sizes: list[float] = extremes.abs().amax(0).view(-1).tolist()
-    return sizes
+    return extremes.abs().amax(0).view(-1)
 
 
 def select_matrices(

@@ -36,6 +36,7 @@ class ErrorFeedback(Lift):
     ``state_dtype`` says; or ``error.codes`` and ``error.scale`` hold it in linear blockwise int8.
     """
 
+    changes_gradient = True
     passes_direction = True
     options = {"error_feedback": Option(one_of(*ERROR_FEEDBACKS), None)}
 
