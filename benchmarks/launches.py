@@ -14,6 +14,7 @@ import argparse
 import importlib
 import pkgutil
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +36,17 @@ from lowrank_optim.optim import finite
 from lowrank_optim.optim.subspaces import fixed_basis
 
 # Of what is neither a view nor an allocation, nor asks for a dtype or a profiler.
-NO_KERNEL = ("prim::", "empty", "new_empty", "empty_like", "empty_strided", "lift_fresh", "detach", "promote_types", "profiler::")
+NO_KERNEL = (
+    "prim::",
+    "empty",
+    "new_empty",
+    "empty_like",
+    "empty_strided",
+    "lift_fresh",
+    "detach",
+    "promote_types",
+    "profiler::",
+)
 # What Triton's kernels read and write; what else they get they read, or write.
 IN_PLACE = (
     *("exp_avg_ptr", "exp_avg_sq_ptr", "exp_avg_scale_ptr", "exp_avg_sq_scale_ptr", "weight_ptr", "correction_ptr"),
@@ -198,8 +209,9 @@ def as_on_a_gpu() -> Iterator[None]:
             torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
-def host_seconds(method: str, *, steps: int = 20, matrices: int = 56, **options: Any) -> float:
-    """CPU time of a step a matrix, the median of some steps."""
+@contextmanager
+def prepared(method: str, matrices: int, **options: Any) -> Iterator[Callable[[], object]]:
+    """A step between refreshes on tiny matrices, as on a GPU."""
     with as_on_a_gpu():
         params = [nn.Parameter(torch.zeros(16, 16)) for _ in range(matrices)]
         for p in params:
@@ -208,7 +220,35 @@ def host_seconds(method: str, *, steps: int = 20, matrices: int = 56, **options:
         for p in params:
             state = optimizer.plan_of(p, optimizer.param_groups[0]).state
             state["step"], state["waiting"] = 1, 0
-        return _median(optimizer.step, steps) / matrices
+        yield optimizer.step
+
+
+def host_seconds(method: str, *, steps: int = 20, matrices: int = 56, **options: Any) -> float:
+    """CPU time of a step a matrix, the median of some steps."""
+    with prepared(method, matrices, **options) as step:
+        return _median(step, steps) / matrices
+
+
+def host_calls(method: str, **options: Any) -> float:
+    """Calls of functions, Python's and torch's, that a matrix more adds to a step: host time that no load changes."""
+
+    def calls(matrices: int) -> int:
+        with prepared(method, matrices, **options) as step:
+            step()
+            found = 0
+
+            def count(frame: Any, event: str, argument: Any) -> None:
+                nonlocal found
+                found += event in ("call", "c_call")
+
+            sys.setprofile(count)
+            try:
+                step()
+            finally:
+                sys.setprofile(None)
+            return found
+
+    return (calls(9) - calls(1)) / 8
 
 
 def floor_seconds(*, steps: int = 20, matrices: int = 56) -> float:
@@ -247,10 +287,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"| {row.name} | {len(names)} | {row.most} | {moved / size:.1f} | {', '.join(names)} |")
     if options.host:
         torch.set_num_threads(1)
-        print("\n| host, kernels stubbed | µs a matrix |\n|---|---:|")
-        print(f"| two products of torch alone | {1e6 * floor_seconds():.1f} |")
+        print("\n| host, kernels stubbed | µs a matrix | calls a matrix |\n|---|---:|---:|")
+        print(f"| two products of torch alone | {1e6 * floor_seconds():.1f} | 3 |")
         for method in HOST:
-            print(f"| {method} | {1e6 * host_seconds(method):.1f} |")
+            print(f"| {method} | {1e6 * host_seconds(method):.1f} | {host_calls(method):.0f} |")
 
 
 if __name__ == "__main__":

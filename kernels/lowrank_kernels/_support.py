@@ -24,6 +24,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def power_of_2(n: int) -> int:
+    """The least one that is at least n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def check_operand(
     name: str,
     tensor: Tensor | None,

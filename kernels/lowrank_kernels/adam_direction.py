@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import all_finite, cdiv, check_operand, check_scalar
+from lowrank_kernels._support import all_finite, cdiv, check_operand, check_scalar, power_of_2
 from lowrank_kernels.rounding import join_24_bits, random_bits, round_to_bfloat16, round_to_nearest, store_rounded
 
 # Elementwise and bandwidth-bound: 1024 elements a program keep 4 warps at 8 values a thread.
@@ -109,9 +109,7 @@ def adam_direction_kernel(
                 narrow = round_to_nearest(direction, direction_ptr.dtype.element_ty)
                 tl.store(direction_ptr + offsets, narrow, mask=mask)
             else:
-                move_elements(
-                    weight_ptr, correction_ptr, offsets, mask, direction, alpha, decay, key_weight, ROUNDING
-                )
+                move_elements(weight_ptr, correction_ptr, offsets, mask, direction, alpha, decay, key_weight, ROUNDING)
             if exp_avg_ptr.dtype.element_ty == tl.bfloat16:
                 none = tl.zeros((ROWS, COLUMNS), dtype=tl.int32)
                 exp_avg = round_to_bfloat16(exp_avg, random_bits(start + offsets, none + key))
@@ -147,7 +145,7 @@ def adam_direction(
     # Norms want rows; without them every element is one, so that no program is left with half a row.
     columns = 1 if norms is None else exp_avg.shape[-1]
     rows = exp_avg.numel() // columns
-    width = min(256, triton.next_power_of_2(columns))
+    width = 1 if norms is None else min(256, power_of_2(columns))
     height = BLOCK // width
     programs = cdiv(rows, height)
     adam_direction_kernel[(min(programs, LOOKING) if norms is not None else programs,)](

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from lowrank_kernels._support import cdiv, check_operand, check_scalar

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import all_finite, cdiv, check_operand, check_scalar
+from lowrank_kernels._support import all_finite, cdiv, check_operand, check_scalar, power_of_2
 from lowrank_kernels.lowrank_update import on_device
 from lowrank_kernels.rounding import round_to_nearest
 from lowrank_optim.ops.limited_scale import DEAD as LEAST_SHARE
@@ -173,7 +173,7 @@ def limited_scale(
 
 def launch_options(rank: int) -> dict[str, Any]:
     """Rows and columns that a program works on at a time: 2048 values, or without a direction some rows' scales."""
-    columns = min(256, triton.next_power_of_2(max(1, rank)))
+    columns = min(256, power_of_2(max(1, rank)))
     return {"BLOCK": BLOCK, "ROWS": 2048 // columns, "COLUMNS": columns, "num_warps": 8}
 
 

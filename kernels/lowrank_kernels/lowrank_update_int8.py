@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import FLOATING, cdiv, check_operand, check_scales
+from lowrank_kernels._support import FLOATING, cdiv, check_operand, check_scales, power_of_2
 from lowrank_kernels.lowrank_update import COLUMNS, ROWS, absent, gradient, halves, on_device, strides
 from lowrank_kernels.rounding import random_bits
 from lowrank_kernels.tiles import add_product, grouped_tile, rescaled
@@ -23,7 +23,7 @@ def moved(
     product, rows, columns, codes_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, step, decay, grad_alpha,
     m, n, grad_stride_m, grad_stride_n, ONE_ROW_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """decay weight + product + grad_alpha rescaled grad in fp32, for some columns of a group; 0 outside of the weight."""
+    """decay weight + product + grad_alpha rescaled grad, fp32, for some columns of a group; 0 outside of the weight."""
     mask = (rows < m)[:, None] & (columns < n)[None, :]
     code = tl.load(codes_ptr + rows[:, None] * n + columns[None, :], mask=mask, other=0)
     value = code.to(tl.float32) * step[:, None] * decay + tl.where(mask, product, 0.0)
@@ -133,8 +133,8 @@ def lowrank_update_int8_kernel(
         m, n, grad_stride_m, grad_stride_n, ONE_ROW_SCALE,
     )  # fmt: skip
     v2, v3, largest_right = moved_half(
-        right_half, rows, first + 2 * QUARTER, codes_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, step, decay, grad_alpha,
-        m, n, grad_stride_m, grad_stride_n, ONE_ROW_SCALE,
+        right_half, rows, first + 2 * QUARTER, codes_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, step, decay,
+        grad_alpha, m, n, grad_stride_m, grad_stride_n, ONE_ROW_SCALE,
     )  # fmt: skip
     step = tl.div_rn(tl.maximum(largest, largest_right), tl.full((BLOCK_M,), 127.0, tl.float32))
     tl.store(scale, step, mask=rows < m)
@@ -210,7 +210,7 @@ def launch_options(dtype: torch.dtype | None, rank: int, *, gradient: bool) -> d
         gradient: whether there is a gradient term.
     """
     options: dict[str, Any] = {"BLOCK_N": GROUP, "PRECISION": "tf32", "num_warps": 8, "num_stages": 4}
-    options["BLOCK_K"] = min(32, max(16, triton.next_power_of_2(rank)))
+    options["BLOCK_K"] = min(32, max(16, power_of_2(rank)))
     if dtype is None:
         return {**options, "BLOCK_M": 4, "num_warps": 4}
     if dtype != torch.float32:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import cdiv, check_operand
+from lowrank_kernels._support import cdiv, check_operand, power_of_2
 from lowrank_optim.ops.move_columns import move_columns_ as eager
 
 # Values of a program; a longer row stays with torch.
@@ -45,7 +45,7 @@ def move_columns_(matrix: Tensor, source: Tensor) -> None:
     """
     *batch, rows, r = matrix.shape
     check_operand("source", source, (*batch, r), matrix.device, (torch.int64,), contiguous=False)
-    block = triton.next_power_of_2(r)
+    block = power_of_2(r)
     if block > BLOCK or not matrix.is_contiguous() or matrix.is_complex():
         eager(matrix, source)
         return

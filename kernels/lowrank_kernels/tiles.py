@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lowrank_kernels._support import power_of_2
 from lowrank_kernels.rounding import INTERPRETED
 
 
@@ -28,7 +29,7 @@ def tile_options(dtype: torch.dtype, rank: int | None = None) -> dict[str, Any]:
         options = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": step, "PRECISION": "tf32", "num_warps": 8}
         options["num_stages"] = 3
     if rank is not None:
-        options["BLOCK_K"] = min(options["BLOCK_K"], max(16, triton.next_power_of_2(rank)))
+        options["BLOCK_K"] = min(options["BLOCK_K"], max(16, power_of_2(rank)))
     return options
 
 

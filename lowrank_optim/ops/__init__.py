@@ -7,7 +7,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,16 +17,16 @@ BACKENDS = (None, "eager", "triton")
 
 
 @functools.cache
-def _triton_twin(name: str) -> Callable[..., object] | ImportError:
+def _triton_twin(name: str) -> Any:
     try:
         module = importlib.import_module(f"lowrank_kernels.{name.removesuffix('_')}")
-        return cast("Callable[..., object]", getattr(module, name))
+        return getattr(module, name)
     except ImportError as error:
         return error
 
 
 @functools.cache
-def _guarded(twin: Callable[..., object], index: int) -> Callable[..., object]:
+def _guarded(twin: Any, index: int) -> Any:
     """Triton launches on the current device, wherever the operands live."""
 
     @functools.wraps(twin)
@@ -78,4 +78,6 @@ def pick(eager: F, backend: str | None, device: torch.device) -> F:
         if backend is None:
             return eager
         raise RuntimeError(f"backend='triton' has no kernel {eager.__name__!r} here: {twin}") from twin
-    return cast("F", _guarded(twin, device.index) if on_gpu and _is_elsewhere(device) else twin)
+    # Not a call of typing.cast, which is as long as the rest: this runs several times a matrix and step.
+    found: F = _guarded(twin, device.index) if on_gpu and _is_elsewhere(device) else twin
+    return found

@@ -75,21 +75,21 @@ class LowRankOptimizer(PlannedOptimizer):
 
     def _step_params(self) -> None:
         with without_autocast():
-            if not torch.compiler.is_compiling():
-                self._look()
+            self._looks, self._sizes = True, {}
             for group in self.param_groups:
                 key = None if torch.compiler.is_compiling() else self._key(group)
                 for p in group["params"]:
                     if p.grad is not None:
                         self.update_param(p, p.grad, group, key)
+            self._looks = False
 
     def _look(self) -> None:
-        """Read at once what the refreshes of the coming step want to know of the device, and how the last ones ended.
+        """Read at once what all refreshes of this step want to know of the device, and how the last ones ended.
 
         Not where the host looks anyway or steps are counted on the device, nor of a gradient that the lift changes.
         """
+        self._looks = False
         due = []
-        self._sizes.clear()
         for group in self.param_groups:
             if group["capturable"]:
                 continue
@@ -207,12 +207,10 @@ class LowRankOptimizer(PlannedOptimizer):
         update = lift.update(step, state, group)
         if update.low is None:
             basis = None
-        else:
-            if subspace.factored:
-                if basis is None or basis.dtype != weight.dtype:
-                    basis = subspace.basis(weight, state, group)
-            else:
-                update = update._replace(low=None, full=expand(update.low, update, step, state, group))
+        elif not subspace.factored:
+            update = update._replace(low=None, full=expand(update.low, update, step, state, group))
+        elif basis is None or basis.dtype != weight.dtype:
+            basis = subspace.basis(weight, state, group)
         sign = 1.0 if group["maximize"] else -1.0
         write_(
             param, plan.view, update, step.grad, basis, state, group,
@@ -273,6 +271,8 @@ class LowRankOptimizer(PlannedOptimizer):
         subspace, state = plan.parts.subspace, plan.state
         assert subspace is not None
         start = time.perf_counter()
+        if self._looks:
+            self._look()
         sizes = self._sizes.pop(plan.place, None)
         if sizes is None:
             sizes = largest(grad, plan.view.batch).tolist()

@@ -265,9 +265,7 @@ class Rule(Part):
         """What stands for the low-rank gradient where that is not finite."""
         return 0.0
 
-    def update_(
-        self, weight: Tensor, grad: Tensor, state: State, group: Group, *, size: Scalar, decay: Scalar
-    ) -> bool:
+    def update_(self, weight: Tensor, grad: Tensor, state: State, group: Group, *, size: Scalar, decay: Scalar) -> bool:
         """weight = decay weight + size direction(grad), rounded as the group says, where one kernel makes all of it.
 
         Values of the gradient that are not finite count as zeros. False where there is no such kernel.

@@ -73,8 +73,8 @@ class ReplayedStep:
         """What a graph holds, and would not notice a change of."""
         found: list[Any] = []
         for group in self.optimizer.param_groups:
-            lr = group["lr"]
-            found.append((self.optimizer._key(group), group["weight_decay"], id(lr) if isinstance(lr, Tensor) else None))
+            lr = id(group["lr"]) if isinstance(group["lr"], Tensor) else None
+            found.append((self.optimizer._key(group), group["weight_decay"], lr))
             for p in group["params"]:
                 found.append((p.data_ptr(), None if p.grad is None else p.grad.data_ptr()))
         return tuple(found)
@@ -101,7 +101,7 @@ class ReplayedStep:
         groups = self.optimizer.param_groups
         rates = [group["lr"] for group in groups]
         device = groups[0]["params"][0].device
-        self._rates = [None if lr is None or isinstance(lr, Tensor) else torch.tensor(lr, device=device) for lr in rates]
+        self._rates = [torch.tensor(lr, device=device) if isinstance(lr, (int, float)) else None for lr in rates]
         graph = torch.cuda.CUDAGraph()
         try:
             for group, rate in zip(groups, self._rates, strict=True):

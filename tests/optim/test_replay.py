@@ -1,4 +1,4 @@
-"""A step that replays a CUDA graph makes the updates of one that does not; here a recorded call stands for the graph."""
+"""A step that replays a CUDA graph makes the same updates; here a recorded call stands for the graph."""
 
 from __future__ import annotations
 

@@ -81,9 +81,7 @@ class Adam(Rule):
                 return
         super().add_direction_(target, grad, state, group, alpha=alpha)
 
-    def update_(
-        self, weight: Tensor, grad: Tensor, state: State, group: Group, *, size: Scalar, decay: Scalar
-    ) -> bool:
+    def update_(self, weight: Tensor, grad: Tensor, state: State, group: Group, *, size: Scalar, decay: Scalar) -> bool:
         """One kernel for contiguous weights of at most 32 bits."""
         if not (self._has_kernels(weight, group) and weight.is_contiguous()) or weight.dtype == torch.float64:
             return False
