@@ -107,8 +107,9 @@ def limited_scale_kernel(
         if WHOLE:
             scale = tl.zeros((ROWS,), dtype=tl.float32) + one_phi * factor
         else:
-            low = tl.load(norms_ptr + first_row + row, mask=inside, other=0.0)
-            scale = tl.load(direction_norms_ptr + first_row + row, mask=inside, other=0.0) / (low + GUARD) * factor
+            of_low = tl.load(norms_ptr + first_row + row, mask=inside, other=0.0)
+            of_direction = tl.load(direction_norms_ptr + first_row + row, mask=inside, other=0.0)
+            scale = of_direction / (of_low + GUARD) * factor
         # NaN times zero is NaN.
         scale = tl.where(finite, scale, 0.0)
         tl.store(scale_ptr + first_row + row, scale, mask=inside)
@@ -118,10 +119,9 @@ def limited_scale_kernel(
                 column = first + tl.arange(0, COLUMNS)
                 at = place[:, None] + column[None, :]
                 mask = inside[:, None] & (column < rank)[None, :]
-                low = tl.load(low_ptr + at, mask=mask, other=0.0)
-                direction = tl.load(direction_ptr + at, mask=mask, other=0.0)
-                rescaled = tl.where(scale[:, None] != 0, scale[:, None] * low, 0.0)
-                left = alpha * direction - inner * rescaled
+                low_tile = tl.load(low_ptr + at, mask=mask, other=0.0)
+                rescaled = tl.where(scale[:, None] != 0, scale[:, None] * low_tile, 0.0)
+                left = alpha * tl.load(direction_ptr + at, mask=mask, other=0.0) - inner * rescaled
                 tl.store(left_ptr + at, round_to_nearest(left, left_ptr.dtype.element_ty), mask=mask)
     if LIMITS:
         # All programs must have read the previous norm: the last one to come here writes the new one.
