@@ -158,9 +158,9 @@ def _limited_scale(size: Size, device: torch.device) -> Case:
 
 def _dequantize_int4(size: Size, device: torch.device) -> Case:
     values = _random(size.columns, size.rank, device=device)
-    groups = group_count(*values.shape, BLOCK)
+    groups = group_count(size.columns, size.rank, BLOCK)
     tensors = {
-        "codes": torch.zeros(packed_shape(*values.shape), dtype=torch.uint8, device=device),
+        "codes": torch.zeros(packed_shape(size.columns, size.rank), dtype=torch.uint8, device=device),
         "scale": torch.zeros(groups, device=device),
         "zero": torch.zeros(groups, dtype=torch.uint8, device=device),
     }

@@ -2,10 +2,11 @@
 
     python -m benchmarks.launches [--host]
 
-Launches: the step runs on fake CUDA tensors; calls of ATen that are neither views nor allocations are counted, and
-Triton's kernels are stubs that count. Bytes: of all tensors that a launch reads or writes. ``--host``: microseconds of
-a step a matrix on tiny tensors, kernels stubbed, as on a GPU where the host looks at nothing; nothing of it is CUDA's
-own launch. A step between refreshes of a captured graph, once it replays, costs the host one launch for all matrices.
+writes ``results/launches.json``, from which ``benchmarks.table`` draws the table of docs/kernels.md. Launches:
+the step runs on fake CUDA tensors; calls of ATen that are neither views nor allocations are counted, and Triton's
+kernels are stubs that count. Bytes: of all tensors that a launch reads, or writes. Calls: of functions on the host, a
+matrix and step between refreshes. ``--host``: also its microseconds on tiny tensors, kernels stubbed, as on a GPU where
+the host looks at nothing; nothing of them is CUDA's own launch.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import pkgutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -29,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lowrank_optim
+from benchmarks.common import read_result, write_result
 from lowrank_optim import nn as layers
 from lowrank_optim import ops
 from lowrank_optim.ops import blockwise
@@ -55,7 +58,7 @@ IN_PLACE = (
 NEVER = 10**9
 
 
-Report = Callable[[str, int], None]
+Report = Callable[[str, int, int], None]
 
 
 class Row(NamedTuple):
@@ -73,30 +76,31 @@ class Row(NamedTuple):
 MATRIX = (4096, 4096)
 ROWS = [
     Row("GaLore", "GaLoreAdamW", MATRIX, 256, 4),
-    Row("GaLore, wide", "GaLoreAdamW", (4096, 11008), 256, 4),
+    Row("GaLore, 4096 x 11008", "GaLoreAdamW", (4096, 11008), 256, 4),
     Row("GaLore, stochastic", "GaLoreAdamW", MATRIX, 256, 4, {"weight_rounding": "stochastic"}),
     Row("GaLore, 8-bit", "GaLoreAdamW8bit", MATRIX, 256, 4),
     Row("Fira", "FiraAdamW", MATRIX, 256, 5),
     Row("APOLLO", "APOLLOAdamW", MATRIX, 256, 6),
-    Row("APOLLO-Mini", "APOLLOMini", MATRIX, 1, 6),
+    Row("APOLLO-Mini, rank 1", "APOLLOMini", MATRIX, 1, 6),
     Row("DCT between selections", "DCTAdamW", MATRIX, 256, 6, {"update_proj_gap": NEVER}),
     Row("Q-GaLore, int8 weights", "QGaLoreAdamW8bit", MATRIX, 256, 5, {}, True),
-    Row("embedding, not compressed", "GaLoreAdamW", (32000, 4096), None, 2),
-    Row("embedding, int8 moments", "GaLoreAdamW8bit", (32000, 4096), None, 2),
-    Row("embedding, compensated", "GaLoreAdamW", (32000, 4096), None, 2, {"weight_rounding": "compensated"}),
+    Row("embedding 32000 x 4096, not compressed", "GaLoreAdamW", (32000, 4096), None, 2),
+    Row("the same, int8 moments", "GaLoreAdamW8bit", (32000, 4096), None, 2),
+    Row("the same, compensated", "GaLoreAdamW", (32000, 4096), None, 2, {"weight_rounding": "compensated"}),
 ]
 
 
 class Launches(NamedTuple):
-    """What one step launched, in order, and the bytes that it read and wrote."""
+    """What one step launched, in order, the bytes that it read and wrote, and those of them that are moments."""
 
     names: list[str]
     moved: int
+    moments: int
 
 
-class _Count(TorchDispatchMode):
+class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, report: Report) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.report = report
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -104,7 +108,7 @@ class _Count(TorchDispatchMode):
         name, returns = func._schema.name.removeprefix("aten::"), func._schema.returns
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
         if not view and not name.startswith(NO_KERNEL):
-            self.report(name, _size((args, kwargs, out)) + (_size(out) if func._schema.is_mutable else 0))
+            self.report(name, _size((args, kwargs, out)) + (_size(out) if func._schema.is_mutable else 0), 0)
         return out
 
 
@@ -123,8 +127,10 @@ class _Kernel:
         return self._launch
 
     def _launch(self, *args: Any, **kwargs: Any) -> None:
-        twice = [value for name, value in zip(self.arguments, args) if name in IN_PLACE]
-        self.report(self.name, _size(args) + _size(twice))
+        given = dict(zip(self.arguments, args))
+        twice = [value for name, value in given.items() if name in IN_PLACE]
+        moments = [value for name, value in given.items() if name.startswith("exp_avg")]
+        self.report(self.name, _size(args) + _size(twice), 2 * _size(moments))
 
 
 @contextmanager
@@ -163,10 +169,10 @@ def parameter(row: Row, device: str) -> tuple[nn.Parameter, object]:
 
 def launches(row: Row) -> Launches:
     """Of one step between refreshes."""
-    found: list[tuple[str, int]] = []
+    found: list[tuple[str, int, int]] = []
 
-    def report(name: str, moved: int) -> None:
-        found.append((name, moved))
+    def report(*launch: Any) -> None:
+        found.append(launch)
 
     # Tables that are made once for a device would be fake ones, of no use later.
     kept = [mock.patch.dict(table) for table in (blockwise._TABLES, fixed_basis.BUILT)]
@@ -183,7 +189,8 @@ def launches(row: Row) -> Launches:
         del holder
     tickets = importlib.import_module("lowrank_kernels.limited_scale")
     tickets._TICKETS.clear()
-    return Launches([name for name, _ in found], sum(moved for _, moved in found))
+    names, moved, moments = zip(*found)
+    return Launches(list(names), sum(moved), sum(moments))
 
 
 @contextmanager
@@ -276,21 +283,60 @@ def _median(call: Callable[[], object], steps: int) -> float:
 HOST = ("GaLoreAdamW", "GaLoreAdamW8bit", "FiraAdamW", "APOLLOAdamW", "DCTAdamW")
 
 
+PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
+BEGIN = "<!-- table:launches -->"
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """The Markdown of what :func:`main` wrote."""
+    lines = ["| a step of | launches | bytes a value of the weight | of these moments | |", "|---|---:|---:|---:|---|"]
+    for row in figures["rows"]:
+        moved, moments = (row[key] / row["values"] for key in ("moved", "moments"))
+        names = ", ".join(row["launches"])
+        lines.append(f"| {row['name']} | {len(row['launches'])} | {moved:.1f} | {moments:.2g} | {names} |")
+    calls = ", ".join(f"{method} {count:.0f}" for method, count in figures["calls"].items())
+    return "\n".join(
+        (
+            *lines,
+            "",
+            f"Between refreshes; weights in bf16, {MATRIX[0]} x {MATRIX[1]} if nothing else is said, rank 256.",
+            f"Calls of functions on the host, a matrix: {calls}.",
+            f"Made by `{figures['command']}` and `python -m benchmarks.table`.",
+        )
+    )
+
+
+def current() -> str:
+    """The table from the figures in ``results``.
+
+    Raises:
+        ValueError: nothing was counted.
+    """
+    figures = read_result("launches")
+    if figures is None:
+        raise ValueError("Invalid results: no launches.json, run python -m benchmarks.launches")
+    return table(figures)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.launches", description=__doc__.partition("\n")[0])
     parser.add_argument("--host", action="store_true", help="also measure the time of the host")
     options = parser.parse_args(argv)
-    print("| a step of | launches | at most | bytes a value of the weight | |\n|---|---:|---:|---:|---|")
+    torch.set_num_threads(1)
+    rows = []
     for row in ROWS:
-        names, moved = launches(row)
-        size = row.shape[0] * row.shape[1]
-        print(f"| {row.name} | {len(names)} | {row.most} | {moved / size:.1f} | {', '.join(names)} |")
+        names, moved, moments = launches(row)
+        values = row.shape[0] * row.shape[1]
+        rows.append({"name": row.name, "launches": names, "moved": moved, "moments": moments, "values": values})
+    calls = {method: host_calls(method) for method in HOST}
+    path = write_result("launches", torch.device("cpu"), {"rows": rows, "calls": calls})
+    print(current())
     if options.host:
-        torch.set_num_threads(1)
-        print("\n| host, kernels stubbed | µs a matrix | calls a matrix |\n|---|---:|---:|")
-        print(f"| two products of torch alone | {1e6 * floor_seconds():.1f} | 3 |")
+        print("\n| host, kernels stubbed | µs a matrix |\n|---|---:|")
+        print(f"| two products of torch alone | {1e6 * floor_seconds():.1f} |")
         for method in HOST:
-            print(f"| {method} | {1e6 * host_seconds(method):.1f} | {host_calls(method):.0f} |")
+            print(f"| {method} | {1e6 * host_seconds(method):.1f} |")
+    print(path)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,8 @@ def lowrank_update_(
     product_only = grad is None and not isinstance(alpha, Tensor) and not isinstance(decay, Tensor)
     in_place = not rounds and (weight.dtype not in NARROW or (product_only and weight.device.type != "cpu"))
     if in_place and product_only and left is not None and right is not None and weight.ndim == 2:
-        weight.addmm_(left.to(weight.dtype), right.to(weight.dtype).mH, beta=decay, alpha=alpha)
+        beta, alpha = float(decay), float(alpha)
+        weight.addmm_(left.to(weight.dtype), right.to(weight.dtype).mH, beta=beta, alpha=alpha)
         return
     batch = as_batch("weight", weight)
     sides = _matrices(left=left, right=right)

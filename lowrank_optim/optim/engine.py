@@ -191,8 +191,9 @@ class LowRankOptimizer(PlannedOptimizer):
         state["step"] += 1
         size, decay = self.step_size(plan, param, group)
         # What is read of a weight here is its shape and dtype: that of an int8 weight has no values.
-        known = grad is not None and grad.dtype == param.dtype
-        weight = grad if known else subspace.orient(as_matrices(param, plan.view), state)
+        weight = grad
+        if weight is None or weight.dtype != param.dtype:
+            weight = subspace.orient(as_matrices(param, plan.view), state)
         told: dict[str, Any] = {"ok": ok} if rule.masks else {}
         if of_grad is not None:
             of_low = torch.empty(2, *low.shape[:-1], dtype=low.dtype.to_real(), device=low.device)

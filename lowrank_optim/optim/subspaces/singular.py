@@ -167,8 +167,8 @@ class TopSingular(Oriented):
         """
         start = self.basis(grad, state, group)
         if group["refresh"] == "power" and which.warm is True and not finite.host_looks(grad.device):
-            basis, trusted = orthonormalize_blind(sketch_again(grad, start))
-            result = self.replace_basis_(torch.where(trusted, basis, start), state, group, which)
+            turned, trusted = orthonormalize_blind(sketch_again(grad, start))
+            result = self.replace_basis_(torch.where(trusted, turned, start), state, group, which)
             return result._replace(renewed=trusted if which.usable is None else trusted | ~which.usable)
         basis = top_basis(
             grad, state["rank"], group["refresh"], state, left=bool(state["left"]), which=which, start=start,
