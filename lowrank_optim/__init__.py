@@ -6,7 +6,7 @@ from lowrank_optim.optim.dct import DCTAdamW
 from lowrank_optim.optim.fira import FiraAdamW
 from lowrank_optim.optim.frugal import FRUGALAdamW
 from lowrank_optim.optim.galore import GaLoreAdamW, GaLoreAdamW8bit
-from lowrank_optim.optim.groups import low_rank_groups
+from lowrank_optim.optim.groups import long_side, low_rank_groups
 from lowrank_optim.optim.in_backward import step_in_backward
 from lowrank_optim.optim.ldadam import LDAdamW
 from lowrank_optim.optim.loro import LOROAdamW, factor_groups
@@ -29,6 +29,7 @@ __all__ = [
     "SSTAdamW",
     "Trion",
     "factor_groups",
+    "long_side",
     "low_rank_groups",
     "spectral_groups",
     "step_in_backward",

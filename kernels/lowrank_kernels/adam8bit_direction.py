@@ -37,7 +37,7 @@ def quantize(
     return code.to(tl.uint8), scale
 
 
-@triton.jit(do_not_specialize=["key_weight"])
+@triton.jit(do_not_specialize=["key_weight", "start"])
 def adam8bit_direction_kernel(
     grad_ptr,  # (n,) R, any floating dtype
     exp_avg_ptr,  # (n,) codes of M, modified in place
@@ -55,6 +55,7 @@ def adam8bit_direction_kernel(
     unsigned_table_ptr,
     unsigned_bounds_ptr,
     key_weight,  # of the random bits that round W: an int32, or a pointer to one
+    start,  # position of the first element among all that share the key
     looked,
     n,
     beta1,
@@ -102,7 +103,7 @@ def adam8bit_direction_kernel(
     if weight_ptr is None:
         tl.store(direction_ptr + offsets, round_to_nearest(direction, direction_ptr.dtype.element_ty), mask=mask)
     else:
-        move_elements(weight_ptr, correction_ptr, offsets, mask, direction, alpha, decay, key_weight, ROUNDING)
+        move_elements(weight_ptr, correction_ptr, offsets, mask, direction, alpha, decay, key_weight, start, ROUNDING)
     # A last block that is not full must not get its scale from what is past the end.
     exp_avg = tl.where(mask, exp_avg, 0.0)
     code, scale = quantize(exp_avg, signed_table_ptr, signed_bounds_ptr, LEAST_SCALE, GREATEST_SCALE, SIGNED=True)
@@ -140,7 +141,7 @@ def adam8bit_direction(
         tables = search_tables(device)
         adam8bit_direction_kernel[(cdiv(n, BLOCK * BLOCKS),)](
             grad.contiguous(), exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale, direction, ok, None,
-            None, *tables[True], *tables[False], 0, 0 if ok is None else ok.numel(), n, beta1, beta2, 1 - beta1,
+            None, *tables[True], *tables[False], 0, 0, 0 if ok is None else ok.numel(), n, beta1, beta2, 1 - beta1,
             1 - beta2, eps, 1.0, 1.0, EPS_ON_DEVICE=isinstance(eps, Tensor), **STAYS, **FORMAT,
         )  # fmt: skip
     if norms is not None:
@@ -164,7 +165,14 @@ def check_codes(
 
 def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
     """Low-rank gradients and whole steps: label, kernel, signature, constants, options."""
-    types = {"exp_avg_ptr": "*u8", "exp_avg_sq_ptr": "*u8", "n": "i32", "looked": "i32", "key_weight": "i32"}
+    types = {
+        "exp_avg_ptr": "*u8",
+        "exp_avg_sq_ptr": "*u8",
+        "n": "i32",
+        "looked": "i32",
+        "key_weight": "i32",
+        "start": "i32",
+    }
     types |= {"signed_table_ptr": "*i32", "unsigned_table_ptr": "*i32", "direction_ptr": "*bf16"}
     cases: list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]] = []
     for label, grad, rounding in (

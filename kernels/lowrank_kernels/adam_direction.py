@@ -30,7 +30,7 @@ def adam(grad, exp_avg, exp_avg_sq, beta1, beta2, one_minus_beta1, one_minus_bet
 
 @triton.jit
 def move_elements(
-    weight_ptr, correction_ptr, offsets, mask, direction, alpha, decay, key, ROUNDING: tl.constexpr
+    weight_ptr, correction_ptr, offsets, mask, direction, alpha, decay, key, start, ROUNDING: tl.constexpr
 ):  # fmt: skip
     """weight = decay weight + alpha direction, for some elements."""
     value = tl.load(weight_ptr + offsets, mask=mask, other=0.0)
@@ -38,7 +38,7 @@ def move_elements(
         value = join_24_bits(value, tl.load(correction_ptr + offsets, mask=mask, other=0))
     value = value.to(tl.float32) * decay + direction * alpha
     correction = weight_ptr + offsets if correction_ptr is None else correction_ptr + offsets
-    store_rounded(weight_ptr + offsets, correction, value, offsets, key, mask, ROUNDING)
+    store_rounded(weight_ptr + offsets, correction, value, start + offsets, key, mask, ROUNDING)
 
 
 @triton.jit(do_not_specialize=["key", "key_sq", "start", "key_weight"])
@@ -109,7 +109,9 @@ def adam_direction_kernel(
                 narrow = round_to_nearest(direction, direction_ptr.dtype.element_ty)
                 tl.store(direction_ptr + offsets, narrow, mask=mask)
             else:
-                move_elements(weight_ptr, correction_ptr, offsets, mask, direction, alpha, decay, key_weight, ROUNDING)
+                move_elements(
+                    weight_ptr, correction_ptr, offsets, mask, direction, alpha, decay, key_weight, start, ROUNDING
+                )
             if exp_avg_ptr.dtype.element_ty == tl.bfloat16:
                 none = tl.zeros((ROWS, COLUMNS), dtype=tl.int32)
                 exp_avg = round_to_bfloat16(exp_avg, random_bits(start + offsets, none + key))

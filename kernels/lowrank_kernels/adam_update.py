@@ -19,7 +19,7 @@ def adam_update_(
     weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, exp_avg_scale: Tensor | None = None,
     exp_avg_sq_scale: Tensor | None = None, *, beta1: float, beta2: float, eps: float | Tensor, alpha: float | Tensor,
     decay: float | Tensor = 1.0, keys: tuple[int | Tensor, int | Tensor] | None = None,
-    key: int | Tensor | None = None, correction: Tensor | None = None,
+    key: int | Tensor | None = None, correction: Tensor | None = None, start: int = 0,
 ) -> None:  # fmt: skip
     """See ``lowrank_optim.ops.adam_update``; weights of at most 32 bits, computed in fp32.
 
@@ -45,7 +45,7 @@ def adam_update_(
         if n:
             adam_direction_kernel[(cdiv(n, BLOCK),)](
                 grad.contiguous(), exp_avg, exp_avg_sq, None, None, None, weight, correction, *(keys or (0, 0)), word,
-                0, 0, n, 1, *numbers, KEYS_ON_DEVICE=keys is not None and isinstance(keys[0], Tensor), **flags,
+                start, 0, n, 1, *numbers, KEYS_ON_DEVICE=keys is not None and isinstance(keys[0], Tensor), **flags,
                 ROWS=BLOCK, COLUMNS=1,
             )  # fmt: skip
         return
@@ -55,7 +55,7 @@ def adam_update_(
         tables = search_tables(device)
         adam8bit_direction_kernel[(cdiv(n, QUANTIZED * BLOCKS),)](
             grad.contiguous(), exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale, None, None, weight, correction,
-            *tables[True], *tables[False], word, 0, n, *numbers, **flags, **FORMAT,
+            *tables[True], *tables[False], word, start, 0, n, *numbers, **flags, **FORMAT,
         )  # fmt: skip
 
 

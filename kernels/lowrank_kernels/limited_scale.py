@@ -15,6 +15,8 @@ from lowrank_kernels.lowrank_update import on_device
 from lowrank_kernels.rounding import round_to_nearest
 from lowrank_optim.ops.limited_scale import DEAD as LEAST_SHARE
 from lowrank_optim.ops.limited_scale import GUARD as SMALL
+from lowrank_optim.ops.limited_scale import limited_scale as eager
+from lowrank_optim.ops.orthonormal import Sums
 
 GUARD, DEAD = tl.constexpr(SMALL), tl.constexpr(LEAST_SHARE)
 BLOCK = 1024
@@ -137,12 +139,19 @@ def limited_scale(
     norms: Tensor, grad_norms: Tensor, update_norm: Tensor, *, gamma: float | None, inner: float = 0.0,
     seen: float | Tensor = 1.0, strength: float = 1.0, whole: bool = False, image: Tensor | None = None,
     low: Tensor | None = None, direction: Tensor | None = None, alpha: float = 1.0, dtype: torch.dtype | None = None,
+    sums: Sums | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """See ``lowrank_optim.ops.limited_scale``; all in fp32 but ``left``, all contiguous.
+    """See ``lowrank_optim.ops.limited_scale``; all in fp32 but ``left``, all contiguous; what other processes have a
+    part of stays with torch.
 
     Raises:
         ValueError: an operand of another shape, dtype, device or layout than the norms ask for.
     """
+    if sums is not None:
+        return eager(
+            norms, grad_norms, update_norm, gamma=gamma, inner=inner, seen=seen, strength=strength, whole=whole,
+            image=image, low=low, direction=direction, alpha=alpha, dtype=dtype, sums=sums,
+        )  # fmt: skip
     fp32, device = (torch.float32,), norms.device
     _, *batch, rows = norms.shape
     rank = 0 if low is None else low.shape[-1]

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim.nn import Int8Linear
+from lowrank_optim.pretrain.batches import Batch
 from lowrank_optim.pretrain.build import build_network
 from lowrank_optim.pretrain.config import Resolved
-from lowrank_optim.pretrain.data import Batch
 
 
 def materialize(run: Resolved, config: Any, device: str) -> Any:

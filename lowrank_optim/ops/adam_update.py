@@ -13,7 +13,7 @@ def adam_update_(
     weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, exp_avg_scale: Tensor | None = None,
     exp_avg_sq_scale: Tensor | None = None, *, beta1: float, beta2: float, eps: float | Tensor, alpha: float | Tensor,
     decay: float | Tensor = 1.0, keys: tuple[int | Tensor, int | Tensor] | None = None,
-    key: int | Tensor | None = None, correction: Tensor | None = None,
+    key: int | Tensor | None = None, correction: Tensor | None = None, start: int = 0,
 ) -> None:  # fmt: skip
     """Move a weight and both moments, computing in fp32 and rounding once::
 
@@ -31,18 +31,19 @@ def adam_update_(
         keys: of the random bits that round bfloat16 moments.
         key, correction: how a bfloat16 weight is rounded, as for
             :func:`lowrank_optim.ops.lowrank_update.lowrank_update_`.
+        start: position of the first element in the counter of the random bits.
     """
     grad = grad.nan_to_num(0.0, 0.0, 0.0)
     if exp_avg_scale is None or exp_avg_sq_scale is None:
-        direction = adam_direction(grad, exp_avg, exp_avg_sq, beta1=beta1, beta2=beta2, eps=eps, keys=keys)
+        direction = adam_direction(grad, exp_avg, exp_avg_sq, beta1=beta1, beta2=beta2, eps=eps, keys=keys, start=start)
     else:
         moments = exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale
         direction = adam8bit_direction(grad, *moments, beta1=beta1, beta2=beta2, eps=eps)
     value = weight if correction is None else join_24_bits(weight, correction)
     value = value.to(direction.dtype) * decay + direction * alpha
     if correction is not None:
-        value, low = split_24_bits(value, 0 if key is None else key)
+        value, low = split_24_bits(value, 0 if key is None else key, start)
         correction.copy_(low)
     elif key is not None:
-        value = round_to_bfloat16(value, key)
+        value = round_to_bfloat16(value, key, start)
     weight.copy_(value)

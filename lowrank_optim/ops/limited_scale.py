@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.orthonormal import Sums
+
 # The published guard of both divisions.
 GUARD = 1e-8
 # A previous norm below this share of the direction's own norm says nothing about the present one.
@@ -17,6 +19,7 @@ def limited_scale(
     norms: Tensor, grad_norms: Tensor, update_norm: Tensor, *, gamma: float | None, inner: float = 0.0,
     seen: float | Tensor = 1.0, strength: float = 1.0, whole: bool = False, image: Tensor | None = None,
     low: Tensor | None = None, direction: Tensor | None = None, alpha: float = 1.0, dtype: torch.dtype | None = None,
+    sums: Sums | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Scales f of the rows of an update f (G - inner R Pᴴ), and what is to be projected back beside f G::
 
@@ -40,17 +43,19 @@ def limited_scale(
         image: ||r Pᴴ||² (..., rows, 1); None for ||r||², which it is for an orthonormal P.
         low, direction: R and N (..., rows, rank), where ``left`` is wanted; N may be overwritten.
         dtype: of ``left``; None for that of N.
+        sums: where all of these are some rows of the whole.
 
     Returns:
         f (..., rows, 1), and left, None without ``low``.
     """
     of_low, of_direction = norms.unsqueeze(-1)
-    size = norm_of(of_direction)
-    phi = (size / (norm_of(of_low) + GUARD)).expand_as(of_low) if whole else of_direction / (of_low + GUARD)
+    size = norm_of(of_direction, sums)
+    phi = (size / (norm_of(of_low, sums) + GUARD)).expand_as(of_low) if whole else of_direction / (of_low + GUARD)
     square = of_low.square()
     # The difference of nearly equal numbers where hardly anything lies outside: never below zero.
     outside = (grad_norms.square() - 2 * inner * square + inner**2 * (square if image is None else image)).clamp_min_(0)
-    found = (phi.square() * outside).sum((-2, -1), keepdim=True).sqrt_() * seen
+    total = (phi.square() * outside).sum((-2, -1), keepdim=True)
+    found = (total if sums is None else sums.sum_(total)).sqrt_() * seen
     # A comparison is one operation on the device, isfinite() four.
     finite = (found < math.inf).all()
     factor = torch.full_like(found, strength)
@@ -73,6 +78,8 @@ def limited_scale(
     return scale, left if dtype is None else left.to(dtype)
 
 
-def norm_of(rows: Tensor) -> Tensor:
-    """The norm of every matrix, (..., 1, 1), from the norms of its rows."""
+def norm_of(rows: Tensor, sums: Sums | None) -> Tensor:
+    """The norm of every matrix, (..., 1, 1), from the norms of its rows, of which a process may have some."""
+    if sums is not None:
+        return sums.sum_(rows.square().sum((-2, -1), keepdim=True)).sqrt_()
     return torch.linalg.vector_norm(rows, dim=(-2, -1), keepdim=True)

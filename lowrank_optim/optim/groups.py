@@ -73,6 +73,42 @@ def matches(target: str, name: str) -> bool:
     return target == "all" or target in name or re.fullmatch(target, name) is not None
 
 
+def long_side(param: nn.Parameter) -> Any:
+    """A ``shard_placement_fn`` for ``fully_shard``: splits every matrix along its longer side.
+
+    ::
+
+        fully_shard(layer, shard_placement_fn=long_side)
+
+    The side that a method compresses stays whole on every process, so that projection and update need no other process.
+    FSDP2 splits axes other than the first into equal parts only; where the number of processes does not divide the
+    columns it splits the rows.
+
+    Args:
+        param: a matrix, or a stack (..., m, n) of matrices. Others are split along their first axis.
+
+    Returns:
+        ``torch.distributed.tensor.Shard`` of one of the last two axes, or None for FSDP2's own choice, the first axis.
+    """
+    from torch.distributed import get_world_size
+    from torch.distributed.tensor import Shard
+
+    if param.ndim < 2:
+        return None
+    axis = param.ndim - 2 if param.shape[-2] >= param.shape[-1] else param.ndim - 1
+    return Shard(axis) if axis > 0 and param.shape[axis] % get_world_size() == 0 else None
+
+
+def check_flattened(params: Iterable[Tensor]) -> None:
+    """Raise ValueError on a parameter of FullyShardedDataParallel, whose shape is gone."""
+    for param in params:
+        if getattr(param, "_fsdp_flattened", False):
+            raise ValueError(
+                f"Invalid params: FullyShardedDataParallel has flattened a parameter to shape {tuple(param.shape)}, "
+                "which leaves no matrix to compress; use torch.distributed.fsdp.fully_shard (FSDP2)"
+            )
+
+
 def _named_group(named: list[Named], **options: Any) -> dict[str, Any]:
     return {
         "params": [p for _, p, _ in named],

@@ -59,6 +59,7 @@ class GeneralizedErrorFeedback(Lift):
     """
 
     changes_gradient = True
+    splits = frozenset({"rows"})
     options = {"error_feedback": Option(flag, True)}
 
     def reads_gradient(self, group: Group) -> bool:

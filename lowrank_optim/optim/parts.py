@@ -15,6 +15,8 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.orthonormal import Sums
+
 State: TypeAlias = dict[str, Any]
 Group: TypeAlias = dict[str, Any]
 Scalar: TypeAlias = float | Tensor
@@ -119,10 +121,12 @@ class Which(NamedTuple):
 
     usable: bool (..., 1, 1), those to renew; None for all.
     warm: whether there is a basis already: True, False, or bool (..., 1, 1).
+    sums: where the gradient is some rows of the whole.
     """
 
     usable: Tensor | None = None
     warm: bool | Tensor = True
+    sums: Sums | None = None
 
 
 class Refresh(NamedTuple):
@@ -183,8 +187,14 @@ class Subspace(Part):
     factored: ClassVar[bool] = True
     # Whether the basis comes from the gradient, so that a zero gradient gives none.
     follows_gradient: ClassVar[bool] = True
+    # Whether the basis has orthonormal columns, so that a gradient which is projected back has the same projection.
+    orthonormal: ClassVar[bool] = False
     # How a refresh is made from sums over micro-batches; None: it takes a whole gradient.
     accumulation: ClassVar[Accumulation | None] = None
+    # Along which axes of an oriented gradient, "rows" or "columns", it may be split over processes for a projection.
+    splits: ClassVar[frozenset[str]] = frozenset()
+    # Whether a refresh can do with the rows of one process and sums over all; else it gets all rows.
+    refreshes_rows: ClassVar[bool] = False
 
     def compresses(self, shape: tuple[int, ...], group: Group) -> bool:
         """Whether a parameter of this view is compressed; else it gets the full-rank rule."""
@@ -248,6 +258,8 @@ class Rule(Part):
     # Whether `direction` also takes ``ok``, the verdict on the gradient, which then need not be masked, and ``dtype``,
     # that of its result.
     masks: ClassVar[bool] = False
+    # Whether every row is treated for itself; else a process gets all rows of a low-rank gradient.
+    rowwise: ClassVar[bool] = False
 
     def slots(self, shape: tuple[int, ...], view: View, group: Group, along: str | None) -> Slots:
         """What it keeps for (low-rank) gradients of ``shape``, whose first axis runs along ``along`` of the weight."""
@@ -293,9 +305,10 @@ class Lift(Part):
     passes_direction: ClassVar[bool] = False
     # Whether `update` reads ``step.low``, which then holds zeros where the gradient is not finite.
     reads_low: ClassVar[bool] = False
-
     # Whether `before` may return another tensor than the gradient.
     changes_gradient: ClassVar[bool] = False
+    # As of a subspace, for the whole update.
+    splits: ClassVar[frozenset[str]] = frozenset()
 
     def reads_gradient(self, group: Group) -> bool:
         """Whether an update takes more of the gradient than its projection."""
@@ -334,6 +347,8 @@ class Step(NamedTuple):
     norms: where the lift needs them.
     ok: whether the gradient is finite, a bool or a tensor as :func:`lowrank_optim.optim.finite.verdict` tells it.
     subspace: projects back.
+    shape: of the whole oriented weight, of which a process may have some rows or columns.
+    sums: where all of these are some rows of the whole.
     """
 
     grad: Tensor
@@ -342,6 +357,8 @@ class Step(NamedTuple):
     norms: Norms | None
     ok: bool | Tensor
     subspace: Subspace
+    shape: tuple[int, ...]
+    sums: Sums | None = None
 
 
 def add_(target: Tensor, direction: Tensor, alpha: Scalar) -> None:

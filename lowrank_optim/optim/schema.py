@@ -26,6 +26,7 @@ OWN = frozenset(
             "gap",
             "overlaps",
             "pending",
+            "first",
         ),
         *("exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "error", "momentum", "update_norm"),
         *("reset_step", "updates", "weight_correction", "batch"),

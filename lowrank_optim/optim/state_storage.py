@@ -7,12 +7,13 @@ back to :func:`store_moment_`. With ``state_dtype="float32"`` that is the stored
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops import int8_blocks
 from lowrank_optim.ops.blockwise import BLOCK, dequantize, quantize_
 from lowrank_optim.ops.rounding import mix_key, round_to_bfloat16
 from lowrank_optim.optim.finite import is_finite
@@ -29,6 +30,9 @@ UNSIGNED = frozenset({"exp_avg_sq"})
 # Each use of random bits of one parameter in one step has a number of its own, "sum" one for every micro-batch.
 SALTS = {"weight": 0, "exp_avg": 1, "exp_avg_sq": 2, "momentum": 3, "error": 4, "basis": 5, "sketch": 6, "sum": 7}
 
+# The number of the first row, in the state of a parameter of which this process has some rows.
+FIRST = "first"
+
 # Values that are computed on at a time where they are stored in fewer bits: some ten fp32 temporaries of 8 MB each.
 SLICE = 2**21
 
@@ -36,6 +40,15 @@ SLICE = 2**21
 def rounding_key(state: State, role: str) -> int | Tensor:
     """The key of the random bits that round one tensor of a parameter in the current step."""
     return mix_key(state["seed"], state["step"], SALTS[role])
+
+
+def position(state: State, tensor: Tensor) -> int:
+    """Where the first element of a tensor stands in the counter of the random bits that round it."""
+    if "start" in state:
+        start: int = state["start"]
+        return start
+    first: int = state.get(FIRST, 0)
+    return first * math.prod(tensor.shape[1:])
 
 
 def moment_slots(key: str, shape: tuple[int, ...], dtype: torch.dtype, state_dtype: str, along: str | None) -> Slots:
@@ -79,8 +92,8 @@ def store_moment_(state: State, key: str, moment: Tensor) -> None:
     if stored is None:
         quantize_(state[f"{key}.codes"], state[f"{key}.scale"], moment, signed=key not in UNSIGNED)
     elif stored.dtype == torch.bfloat16:
-        start = state.get("start", 0)
-        stored.copy_(round_to_bfloat16(moment.to(torch.float32), rounding_key(state, key), start))
+        random_key = rounding_key(state, key)
+        stored.copy_(round_to_bfloat16(moment.to(torch.float32), random_key, position(state, moment)))
     else:
         stored.copy_(moment)
 
@@ -100,6 +113,50 @@ def replace_moment_(state: State, key: str, values: Tensor, ok: bool | Tensor) -
             torch.where(is_finite(ok), state[part], old, out=state[part])
 
 
+def scale_slot(codes: Slot) -> Slot:
+    """The scales of the codes of a moment, or of an error in linear int8."""
+    block = BLOCK if codes.dtype == torch.uint8 else int8_blocks.BLOCK
+    return Slot((-(-math.prod(codes.shape) // block),), torch.float32)
+
+
+def decode(state: Mapping[str, Any], key: str) -> Tensor:
+    """The values of ``key.codes`` and ``key.scale`` in fp32, in the shape of the codes."""
+    codes, scale = state[f"{key}.codes"], state[f"{key}.scale"]
+    if codes.dtype == torch.uint8:
+        return dequantize(codes, scale, signed=key not in UNSIGNED)
+    return int8_blocks.dequantize(codes, scale, torch.float32)
+
+
+def holds_codes(state: Mapping[str, Any], key: str, slot: Slot) -> bool:
+    """Whether a state has a moment as codes, one a value."""
+    codes, scale = (state.get(f"{key}.{part}") for part in ("codes", "scale"))
+    return isinstance(codes, Tensor) and isinstance(scale, Tensor) and codes.shape == slot.shape
+
+
+def recoded(state: Mapping[str, Any], slots: Slots) -> State:
+    """A saved state whose moments are values where ``slots`` has codes, or the reverse, as ``slots`` has them.
+
+    Values that were decoded become the same codes again.
+    """
+    found = dict(state)
+    for name, slot in slots.items():
+        key, _, suffix = name.partition(".")
+        values = state.get(key)
+        if suffix == "codes" and isinstance(slot, Slot) and isinstance(values, Tensor) and values.shape == slot.shape:
+            del found[key]
+            codes = torch.empty(slot.shape, dtype=slot.dtype, device=values.device)
+            scale = torch.empty(scale_slot(slot).shape, dtype=torch.float32, device=values.device)
+            if slot.dtype == torch.uint8:
+                quantize_(codes, scale, values, signed=key not in UNSIGNED)
+            else:
+                int8_blocks.quantize_(codes, scale, values.contiguous())
+            found.update({name: codes, f"{key}.scale": scale})
+        elif not suffix and isinstance(slot, Slot) and holds_codes(state, key, slot):
+            found[key] = decode(state, key)
+            del found[f"{key}.codes"], found[f"{key}.scale"]
+    return found
+
+
 def slices(state: State, *tensors: Tensor) -> Iterator[tuple[State, tuple[Tensor, ...]]]:
     """Tensors and the state of their elements in flat slices; all at once where they are small or not contiguous.
 
@@ -110,13 +167,13 @@ def slices(state: State, *tensors: Tensor) -> Iterator[tuple[State, tuple[Tensor
         state: of one parameter.
         tensors: of one shape, that of the moments.
     """
-    numel = tensors[0].numel()
+    numel, first = tensors[0].numel(), position(state, tensors[0])
     if numel <= SLICE or not all(t.shape == tensors[0].shape and t.is_contiguous() for t in tensors):
         yield state, tensors
         return
     for start in range(0, numel, SLICE):
         stop = min(start + SLICE, numel)
-        part: dict[str, Any] = {**state, "start": start}
+        part: dict[str, Any] = {**state, "start": first + start}
         for key, value in state.items():
             if key.endswith(".scale"):
                 part[key] = value[start // BLOCK : -(-stop // BLOCK)]

@@ -16,7 +16,7 @@ from lowrank_optim.ops.lowrank_update import lowrank_update_
 from lowrank_optim.ops.lowrank_update_int8 import lowrank_update_int8_
 from lowrank_optim.ops.rounding import join_24_bits, round_to_bfloat16, split_24_bits
 from lowrank_optim.optim.parts import Group, Scalar, Slot, Slots, State, Update, View
-from lowrank_optim.optim.state_storage import rounding_key
+from lowrank_optim.optim.state_storage import position, rounding_key
 from lowrank_optim.optim.views import as_matrices
 
 WEIGHT_ROUNDINGS = ("nearest", "stochastic", "compensated")
@@ -99,7 +99,7 @@ def writable(param: Tensor, state: dict[str, Any], weight_rounding: str) -> Iter
     if weight_rounding == "nearest" or param.dtype != torch.bfloat16:
         yield param
         return
-    start = state.get("start", 0)
+    start = position(state, param)
     # Rounding reinterprets bits by position, so the copy is contiguous even where the parameter is not.
     if weight_rounding == "stochastic":
         value = param.to(torch.float32, memory_format=torch.contiguous_format)

@@ -44,8 +44,11 @@ class Options:
         "stdlib",
         "data",
         "stdlib (the Python standard library's own text, offline), c4 (allenai/c4 en, streamed), a hub name "
-        "NAME[:CONFIG], or a folder or file of .json.gz, .jsonl, .json or .txt[.gz] shards",
+        "NAME[:CONFIG], a file or folder of .txt, .md, .jsonl, .json (each also as .gz or .zst), .parquet or .arrow, "
+        "or a folder that lowrank-train tokenize wrote; files and folders named train, validation or test are those "
+        "splits",
     )
+    text_field: str = option("text", "data", "entry of a JSON object or table row that holds its text")
     tokenizer: str | None = option(
         None,
         "data",
@@ -53,10 +56,20 @@ class Options:
         "tokens, trained on the data and cached",
     )
     seq_len: int | None = option(None, "data", "tokens per sequence (published: 256)")
-    pack: bool = option(
-        False,
+    pack: bool | None = option(
+        None,
         "data",
-        "concatenate documents and cut the stream into sequences, instead of truncating and padding each document",
+        "concatenate documents and cut the stream into sequences, instead of truncating and padding each document, as "
+        "published; default: yes, except for text of the hub",
+    )
+    max_bad_documents: int = option(
+        10,
+        "data",
+        "broken lines and other unreadable documents that are left out with a warning, each time the text is read; one "
+        "more and the run saves and stops",
+    )
+    allow_changed_data: bool = option(
+        False, "data", "resume although files of the text are new, gone or changed; what changed is said"
     )
     model: str = option("llama_tiny", "model", "a preset (llama_9m … llama_13b) or a LLaMA config.json")
     dtype: str = option(
@@ -181,6 +194,7 @@ class Resolved(Options):
     """Options with every published value filled in, see :func:`lowrank_optim.pretrain.recipes.resolve`."""
 
     seq_len: int
+    pack: bool
     warmup_steps: int
     grad_clip: float
     max_steps: int

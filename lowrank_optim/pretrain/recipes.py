@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from lowrank_optim.pretrain.config import OPTIMIZER_OF, Options, Resolved, UserError
 from lowrank_optim.pretrain.optimizers import accepted_arguments, parse_optimizer_args
 from lowrank_optim.pretrain.parameterizations import RESTARTS, published
+from lowrank_optim.pretrain.shards import is_hub_name
 
 # Used by every baseline script of this family whose learning rate is known; GaLore's own grid was
 # {1e-2, 5e-3, 1e-3, 5e-4, 1e-4} and its choice was never released.
@@ -82,6 +83,7 @@ def resolve(options: Options, *, hidden_size: int, processes: int) -> Resolved:
     if options.parameterization is not None:
         _fill_parameterization(options, values, default, hidden_size)
     default("restarts", "none")
+    default("pack", not is_hub_name(options.dataset))
     default("accumulate", 1 if options.batch_size else math.ceil(budget.sequences / budget.batch_size / processes))
     for name in ("max_steps", "batch_size", "grad_clip", "seq_len", "eval_every", "save_every"):
         default(name, getattr(budget, name))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import signal
+from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_optim.pretrain import checkpoint, report
+from lowrank_optim.pretrain.batches import Batch, State
 from lowrank_optim.pretrain.build import build, restarts_for
 from lowrank_optim.pretrain.command_line import write_options
 from lowrank_optim.pretrain.config import Options, UserError, user_errors
@@ -20,6 +21,7 @@ from lowrank_optim.pretrain.data import load_data, read_ahead
 from lowrank_optim.pretrain.launch import catch_signals, run_folder, start_accelerator
 from lowrank_optim.pretrain.metrics import Metrics
 from lowrank_optim.pretrain.sizes import kept_bytes
+from lowrank_optim.pretrain.sources import Saved
 from lowrank_optim.pretrain.steps import evaluate
 from lowrank_optim.pretrain.update import Updater
 
@@ -44,20 +46,26 @@ class Trainer:
         self.accelerator = start_accelerator(options, self.folder)
         self.leads, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        # What is wrong with the options is said before the data is read, what is wrong with that before the model takes
+        # memory.
+        with user_errors(ImportError):
+            run, config, *_ = build(options, "meta", processes=self.world)
+        self.progress = checkpoint.read_state(found, run, processes=self.world) if found else checkpoint.Progress()
+        saved = Saved(checkpoint.read_fingerprint(found), found) if found else None
+        with self.accelerator.main_process_first():
+            self.text = load_data(run, vocab_size=config.vocab_size, rank=self.rank, world=self.world, saved=saved)
         with user_errors(ImportError):
             self.run, self.config, self.model, self.optimizer = build(options, self.device, processes=self.world)
             restarts = restarts_for(self.run, self.model, self.optimizer)
             self.update = Updater(self.run, self.model, self.optimizer, restarts=restarts, processes=self.accelerator)
         device = report.device_name(self.device)
         self.say(report.banner(self.run, self.config, self.model, world=self.world, device=device))
-        self.progress, self.position, fingerprint = checkpoint.Progress(), None, None
-        if found:
-            self.progress, fingerprint = checkpoint.read_state(found, self.run, processes=self.world)
-        with self.accelerator.main_process_first():
-            self.text = load_data(self.run, vocab_size=self.config.vocab_size, rank=self.rank, world=self.world)
+        self.position = None
         self.say(f"data       {self.text.description}\nfolder     {self.folder}")
         if found:
-            self._resume(found, fingerprint)
+            self.position = checkpoint.load_(found, self.update, rank=self.rank)
+            self.say(f"resumed    {found} after {self.progress.step} updates")
+        self.saved = self.progress.step
         self.sizes: dict[str, int] | None = None
         self.evaluated, self.skipped = math.nan, 0
 
@@ -97,21 +105,21 @@ class Trainer:
         self.accelerator.end_training()
         return 0
 
-    def _resume(self, found: Path, fingerprint: str | None) -> None:
-        if fingerprint != self.text.fingerprint:
-            raise UserError(f"Cannot resume {found}: the data or the tokenizer is not what it was saved with")
-        self.position = checkpoint.load_(found, self.update, rank=self.rank)
-        self.say(f"resumed    {found} after {self.progress.step} updates")
-
     def _advance(self, stream: Any, meter: report.Meter, bar: Any, stop: list[int]) -> bool:
         """One update with what is due after it; whether the run stops before its end."""
         run, progress = self.run, self.progress
         # All micro-batches of an update first: its loss is a mean over all of their tokens.
-        update = list(islice(stream, run.accumulate))
+        update, error = _read(stream, run.accumulate)
         batches = [batch for batch, _ in update]
+        counts = torch.tensor([sum(batch.targets for batch in batches), len(stop), int(error is not None)])
+        tokens, stopping, failed = self._total(counts).tolist()
+        if failed:
+            # No process gets further than the one that cannot read on.
+            if progress.step > self.saved:
+                self._save()
+            raise error or UserError("Another process cannot read its data")
+        self._say_epoch(update[-1][1]["epoch"])
         self.position = update[-1][1]
-        counts = torch.tensor([sum(batch.targets for batch in batches), len(stop)])
-        tokens, stopping = self._total(counts).tolist()
         made = self.update(batches, tokens, stepped=self._measure)
         if made.made:
             self.skipped = 0
@@ -121,7 +129,7 @@ class Trainer:
         for restart in self.update.restarts:
             restart.after_step(progress.step)
         progress.tokens += tokens
-        row = {"loss": made.loss, "lr": made.lr, "grad_norm": made.grad_norm}
+        row = {"loss": made.loss, "lr": made.lr, "grad_norm": made.grad_norm, "epoch": self.position["epoch"]}
         row["tokens_per_second"] = meter.update(progress.step, tokens)
         self._log(row)
         bar.set_postfix_str(f"loss {made.loss:.3f}", refresh=False)
@@ -135,6 +143,10 @@ class Trainer:
         if ends or stopping or (run.save_every and progress.step % run.save_every == 0):
             self._save()
         return bool(stopping) and not ends
+
+    def _say_epoch(self, epoch: int) -> None:
+        if self.position is not None and epoch != self.position.get("epoch"):
+            self.say(f"data       the text begins anew at update {self.progress.step + 1}, epoch {epoch + 1}")
 
     def _leave_out(self, loss: float, norm: float) -> None:
         self.skipped += 1
@@ -189,4 +201,14 @@ class Trainer:
                 fingerprint=self.text.fingerprint,
             )
             self.say(f"saved      {path}")
+        self.saved = self.progress.step
         self.accelerator.wait_for_everyone()
+
+
+def _read(stream: Iterator[tuple[Batch, State]], number: int) -> tuple[list[tuple[Batch, State]], Exception | None]:
+    """The micro-batches of one update, or why there are none."""
+    try:
+        return list(islice(stream, number)), None
+    # Whatever it is, the other processes must learn of it before they wait for this one.
+    except Exception as error:
+        return [], error

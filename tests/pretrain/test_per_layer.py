@@ -14,7 +14,7 @@ import yaml
 
 import train_llama
 from lowrank_optim.pretrain import checkpoint
-from lowrank_optim.pretrain.data import Batch
+from lowrank_optim.pretrain.batches import Batch
 from lowrank_optim.pretrain.llama import build_config, build_model, checkpoint_activations_
 from lowrank_optim.pretrain.steps import loss_sum
 from tests.pretrain.test_train import rows, weights

@@ -38,6 +38,7 @@ class ErrorFeedback(Lift):
 
     changes_gradient = True
     passes_direction = True
+    splits = frozenset({"rows"})
     options = {"error_feedback": Option(one_of(*ERROR_FEEDBACKS), None)}
 
     def reads_gradient(self, group: Group) -> bool:

@@ -32,6 +32,7 @@ class Momentum(Lift):
     """
 
     changes_gradient = True
+    splits = frozenset({"rows"})
     options = {
         "momentum": Option(number(0.0, 1.0, high_open=True), 0.95),
         "scaling": Option(one_of(*SCALINGS), "kj"),
@@ -47,7 +48,7 @@ class Momentum(Lift):
         return total
 
     def update(self, step: Step, state: State, group: Group) -> Update:
-        rows, columns = step.grad.shape[-2:]
+        rows, columns = step.shape[-2:]
         if state["left"]:
             rows, columns = columns, rows
         return Update(step.direction, scale=update_scale(rows, columns, group["scaling"]))

@@ -20,6 +20,7 @@ class GrowthLimiter(Lift):
     """
 
     needs_norms = True
+    splits = frozenset({"rows", "columns"})
     options = {"limiter_gamma": Option(optional(number(1.0)), 1.01)}
 
     def slots(self, view: View, shape: tuple[int, ...], group: Group) -> Slots:
@@ -32,4 +33,4 @@ class GrowthLimiter(Lift):
         operation = pick(limited_scale, group["backend"], of_low.device)
         if of_low.dtype != torch.float32 or torch.compiler.is_compiling():
             operation = limited_scale
-        return operation(of_low, of_grad, state["update_norm"], gamma=group["limiter_gamma"], **options)
+        return operation(of_low, of_grad, state["update_norm"], gamma=group["limiter_gamma"], sums=step.sums, **options)

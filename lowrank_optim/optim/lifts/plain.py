@@ -10,6 +10,7 @@ class Unscaled(Lift):
     """W += size project_back(N)."""
 
     passes_direction = True
+    splits = frozenset({"rows", "columns"})
 
     def reads_gradient(self, group: Group) -> bool:
         return False

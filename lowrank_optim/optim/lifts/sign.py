@@ -14,6 +14,7 @@ class SignOutside(Lift):
     """
 
     reads_low = True
+    splits = frozenset({"rows"})
     options = {"inactive_lr_scale": Option(number(), 1.0)}
 
     def update(self, step: Step, state: State, group: Group) -> Update:

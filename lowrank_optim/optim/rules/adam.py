@@ -17,7 +17,15 @@ from lowrank_optim.ops.row_norms import row_norms
 from lowrank_optim.optim.finite import zero_unless
 from lowrank_optim.optim.options import number
 from lowrank_optim.optim.parts import Group, Option, Rule, Scalar, Slots, State, View
-from lowrank_optim.optim.state_storage import SLICE, load_moment, moment_slots, rounding_key, slices, store_moment_
+from lowrank_optim.optim.state_storage import (
+    SLICE,
+    load_moment,
+    moment_slots,
+    position,
+    rounding_key,
+    slices,
+    store_moment_,
+)
 from lowrank_optim.optim.validation import check_range
 
 MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
@@ -42,6 +50,7 @@ class Adam(Rule):
 
     elementwise = True
     masks = True
+    rowwise = True
     options = {"betas": Option(check_betas), "eps": Option(number())}
 
     def slots(self, shape: tuple[int, ...], view: View, group: Group, along: str | None) -> Slots:
@@ -93,6 +102,7 @@ class Adam(Rule):
             weight, grad, *stored, beta1=beta1, beta2=beta2, eps=self._eps(state, group), alpha=size, decay=decay,
             keys=self._keys(state), key=None if rounding == "nearest" else rounding_key(state, "weight"),
             correction=state["weight_correction"] if rounding == "compensated" else None,
+            start=position(state, weight),
         )  # fmt: skip
         return True
 
@@ -123,7 +133,7 @@ class Adam(Rule):
             return by_blocks(low, *stored, beta1=beta1, beta2=beta2, eps=eps, norms=norms, ok=told, dtype=dtype)
         return pick(adam_direction, group["backend"], low.device)(
             low, state["exp_avg"], state["exp_avg_sq"], beta1=beta1, beta2=beta2, eps=eps, keys=self._keys(state),
-            start=state.get("start", 0), norms=norms, ok=told, dtype=dtype,
+            start=position(state, low), norms=norms, ok=told, dtype=dtype,
         )  # fmt: skip
 
     def _keys(self, state: State) -> tuple[int | Tensor, int | Tensor] | None:

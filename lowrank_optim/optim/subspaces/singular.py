@@ -61,21 +61,25 @@ def top_basis(
         which: matrices of the batch; what is not usable may come out as anything.
         start: the previous basis (..., d, rank), for "power".
     """
-    wide = torch.promote_types(tall.dtype, torch.float32)
+    sums = which.sums
+    if refresh == "svd":
+        tall = tall.to(torch.promote_types(tall.dtype, torch.float32))
+        if sums is not None:
+            tall, sums = sums.gather(tall, tall.ndim - 2), None
     basis: Tensor | None = None
     generator = torch.Generator(device="cpu")
     seed = state["seed"] * 1_000_003 + 2 * int(state["step"])
     if refresh == "svd":
-        basis = _svd_basis(tall.to(wide), rank, left, selection, generator.manual_seed(seed))
+        basis = _svd_basis(tall, rank, left, selection, generator.manual_seed(seed))
     elif refresh == "power" and start is not None and which.warm is not False:
-        basis = subspace_iteration(tall, start)
+        basis = subspace_iteration(tall, start, sums=sums)
         if isinstance(which.warm, Tensor):
-            basis = keep_where(which.warm, basis, range_finder(tall, rank, generator.manual_seed(seed)))
+            basis = keep_where(which.warm, basis, range_finder(tall, rank, generator.manual_seed(seed), sums=sums))
     for attempt in range(2):
         if basis is not None and usable(basis, which):
             return basis
         try:
-            basis = range_finder(tall, rank, generator.manual_seed(seed + attempt))
+            basis = range_finder(tall, rank, generator.manual_seed(seed + attempt), sums=sums)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             basis = None
     return basis if basis is not None and usable(basis, which) else None
@@ -141,6 +145,9 @@ class TopSingular(Oriented):
     """
 
     accumulation: ClassVar[Accumulation | None] = HalfIterations()
+    orthonormal = True
+    splits = frozenset({"rows", "columns"})
+    refreshes_rows = True
     options = {
         "proj_type": Option(one_of(*SIDES), "std"),
         "refresh": Option(one_of(*REFRESHES), "power"),
@@ -167,7 +174,7 @@ class TopSingular(Oriented):
         """
         start = self.basis(grad, state, group)
         if group["refresh"] == "power" and which.warm is True and not finite.host_looks(grad.device):
-            turned, trusted = orthonormalize_blind(sketch_again(grad, start))
+            turned, trusted = orthonormalize_blind(sketch_again(grad, start, which.sums))
             result = self.replace_basis_(torch.where(trusted, turned, start), state, group, which)
             return result._replace(renewed=trusted if which.usable is None else trusted | ~which.usable)
         basis = top_basis(
