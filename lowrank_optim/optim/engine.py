@@ -195,7 +195,7 @@ class LowRankOptimizer(PlannedOptimizer):
             norms = Norms(of_low[0].unsqueeze(-1), of_low[1].unsqueeze(-1), of_grad)
         else:
             direction, size = self.direction(rule, low, state, group, size)
-        # What is read of a weight here is its shape and dtype: that of an int8 weight has no values.
+        # What is read of a weight here is its shape and dtype: that of a quantized weight has no values.
         weight = subspace.orient(as_matrices(param, plan.view), state)
         sums, shape = None, tuple(weight.shape)
         if layout is not None and layout.split != "whole":
@@ -302,16 +302,15 @@ class LowRankOptimizer(PlannedOptimizer):
         saved = super().state_dict()
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         ids = chain.from_iterable(group["params"] for group in saved["param_groups"])
-        state = {}
+        state = dict(saved["state"])
         for key, param in zip(ids, params):
-            if key in saved["state"]:
+            if key in state:
                 group = self.entry(param).group
                 view, parts = self._view_and_parts(param, group)
                 slots, layout = self._slots(param, group, view, parts), self.layout(param, view, parts, group)
-                state[key] = saved["state"][key] | absent(self.state[param], slots)
+                state[key] = state[key] | absent(self.state[param], slots)
                 if layout is not None:
                     state[key] = layout.wrap(state[key], slots)
-        state.update((key, value) for key, value in saved["state"].items() if key not in state)
         return {**saved, "state": state, "format_version": FORMAT_VERSION}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -346,13 +345,9 @@ class LowRankOptimizer(PlannedOptimizer):
             return {**incoming, "param_groups": renamed, "state": {}}
 
         def put_state(_: Optimizer) -> None:
-            self._plans.clear()
-            self._checked.clear()
-            self._entries = None
+            # Torch has called __setstate__, which forgot the plans and completed the groups.
             self.state.update(loaded)
             for group in self.param_groups:
-                for name, value in self.defaults.items():
-                    group.setdefault(name, value)
                 for p in group["params"]:
                     if p in loaded:
                         self.plan_of(p, group)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,14 +26,16 @@ def low_rank_groups(
             regular expression, matches fully: GaLore's published choice is ``("attn", "mlp")``. Embeddings, heads,
             routers, norms, biases and vectors stay full-rank even then; convolutions are taken only then.
         options: the low-rank group's hyper-parameters (``rank=128, update_proj_gap=200, ...``); what is
-            absent takes the optimizer's value.
+            absent takes the optimizer's value. A ``rank`` for every low-rank parameter by its name, as
+            :func:`lowrank_optim.allocate_ranks` makes them, gives a group for every rank.
 
     Returns:
         Two groups with ``params``, ``param_names`` and ``param_roles``, the low-rank one first; the second has
         ``rank: None`` and is left out where it would be empty.
 
     Raises:
-        ValueError: a target that matches no parameter, or a model without a hidden matrix.
+        ValueError: a target that matches no parameter, a model without a hidden matrix, or ranks of other parameters
+            than the low-rank ones.
     """
     known = roles(model)
     named = [(name, p, known[name]) for name, p in model.named_parameters() if p.requires_grad]
@@ -50,10 +52,24 @@ def low_rank_groups(
     if missed or not low:
         some = ", ".join(name for name, _, role in named if role in HIDDEN | ON_REQUEST) or "none"
         raise ValueError(f"Invalid targets: {missed or targets} match no matrix; candidates: {some[:300]}")
-    groups: list[dict[str, Any]] = [_named_group(low, **options)]
+    groups: list[dict[str, Any]] = []
+    if isinstance(options.get("rank"), Mapping):
+        for rank, rows in _by_rank(low, options.pop("rank")):
+            groups.append(_named_group(rows, rank=rank, **options))
+    else:
+        groups.append(_named_group(low, **options))
     if full:
         groups.append(_named_group(full, rank=None))
     return groups
+
+
+def _by_rank(low: list[Named], ranks: Mapping[str, int]) -> list[tuple[int, list[Named]]]:
+    names = {name for name, _, _ in low}
+    if names != set(ranks):
+        lacking = sorted(names - set(ranks))
+        found = f"{lacking[0]!r} has none" if lacking else f"{min(set(ranks) - names)!r} is not a low-rank parameter"
+        raise ValueError(f"Invalid rank: {found}, expected one for every low-rank parameter")
+    return [(rank, [row for row in low if ranks[row[0]] == rank]) for rank in sorted(set(ranks.values()))]
 
 
 def as_targets(targets: str | Iterable[str] | None) -> list[str]:

@@ -55,8 +55,9 @@ def step_in_backward(
     where a refresh is due. Only the first basis comes from the first micro-batch alone.
 
     The whole gradient is summed in ``p.grad``, and freed in the last micro-batch's backward pass, for full-rank
-    parameters and where an update reads it: Fira, APOLLO, FRUGAL, Trion, LDAdam, error feedback, tensors and
-    ``proj_type="full"``, ``refresh="svd"``, DCTAdamW with ``update_proj_gap=1`` or ``ell_norm=1``.
+    parameters and where an update reads it: Fira, APOLLO, FRUGAL, Trion, LDAdam, Alice, methods without a basis (Muon,
+    FOAM, LoRAPre, SinkGD, SCALE, RACS), error feedback, tensors and ``proj_type="full"``, ``refresh="svd"``, DCTAdamW
+    with ``update_proj_gap=1`` or ``ell_norm=1``.
 
     Args:
         optimizer: any of this package. Parameters that are unfrozen or added later are updated too.
@@ -314,8 +315,8 @@ class StepInBackward:
         for p in self._params():
             if p.grad is not None and p is not newer:
                 raise RuntimeError(
-                    f"{self.optimizer.entry(p).name or 'A parameter'} of shape {tuple(p.shape)} has a gradient that no "
-                    "hook saw: it replaced another one in a group; remove() the handle and attach the optimizer anew"
+                    f"{self.optimizer._name(p)} of shape {tuple(p.shape)} has a gradient that no hook saw: it replaced "
+                    "another one in a group; remove() the handle and attach the optimizer anew"
                 )
         self.abandon()
 

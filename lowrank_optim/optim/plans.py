@@ -133,6 +133,8 @@ class PlannedOptimizer(Optimizer):
             option.check(name, group[name])
         for part in (*(part for part in self.triple if part is not None), *self.others):
             part.check(group)
+        if group["state_dtype"] == "int4" and group["backend"] == "triton":
+            raise ValueError("Invalid backend: 'triton' with state_dtype='int4', expected None or 'eager': no kernel")
         check_flattened(group["params"])
         for p in group["params"]:
             check_storable(p, group["weight_rounding"])
@@ -213,7 +215,8 @@ class PlannedOptimizer(Optimizer):
             shape = (*param.shape, 2) if param.is_complex() else tuple(param.shape)
             slots.update(parts.rule.slots(shape, view, group, "elements"))
         else:
-            slots["waiting"] = Number(0)
+            if subspace.refreshes:
+                slots["waiting"] = Number(0)
             slots.update(subspace.slots(view, group))
             along = subspace.kept_axis(view, group) if parts.rule.rowwise else None
             slots.update(parts.rule.slots(subspace.low_shape(view, group), view, group, along))
@@ -227,21 +230,25 @@ class PlannedOptimizer(Optimizer):
     def explain(self) -> list[Explanation]:
         """Which parameter gets which method and why, in the order of the groups.
 
-        A state that was made for another rank and is rebuilt in the next step is reported as it is.
+        A state that was made for another rank and is rebuilt in the next step is reported as it is. Of a parameter that
+        is split over processes it says how: see :class:`lowrank_optim.optim.sharding.Layout`.
         """
         rows: list[Explanation] = []
         for group in self.param_groups:
             for p in group["params"]:
                 name = self.entry(p).name or f"param.{len(rows)}"
-                rows.append(Explanation(name, tuple(p.shape), *self._explain(p, group)))
+                method, reason = self._explain(p, group)
+                layout = self.layout(p, *self._view_and_parts(p, group), group)
+                reason = reason if layout is None else f"{reason}; over processes: {layout.split}"
+                rows.append(Explanation(name, tuple(p.shape), method, reason))
         return rows
 
     def _explain(self, param: Tensor, group: Group) -> tuple[str, str]:
         view, parts = self._view_and_parts(param, group)
-        if group["rank"] is None:
-            role = self._role(param, group)
-            return "full-rank", "its group has no rank" if role is None or role in HIDDEN else describe(role)
         if parts.subspace is None:
+            if group["rank"] is None:
+                role = self._role(param, group)
+                return "full-rank", "its group has no rank" if role is None or role in HIDDEN else describe(role)
             if param.ndim < 2:
                 return "full-rank", "fewer than two dimensions"
             return "full-rank", f"its smaller side does not exceed {group['rank']}"
@@ -250,12 +257,13 @@ class PlannedOptimizer(Optimizer):
         present = self.state.get(param, {}).get("rank", rank)
         if present != rank:
             return f"rank {present}", f"its state has rank {present}; the next step rebuilds it with rank {rank}"
+        method, limit = subspace.describe(view.shape, group), max(rank, 1)
         if view.kind == "matrix":
-            return f"rank {rank}", f"its smaller side exceeds {rank}"
+            return method, f"its smaller side exceeds {limit}"
         if view.kind == "stack":
-            return f"rank {rank}", f"a stack of {view.matrices} matrices whose smaller side exceeds {rank}"
-        how = f"as a matrix {view.shape[0]} x {view.shape[1]}" if parts.subspace.flattens else "along its long axes"
-        return f"rank {rank}", f"a convolution, compressed {how}"
+            return method, f"a stack of {view.matrices} matrices whose smaller side exceeds {limit}"
+        how = f"as a matrix {view.shape[0]} x {view.shape[1]}" if subspace.flattens else "along its long axes"
+        return method, f"a convolution, compressed {how}"
 
     def init_state(self, param: Tensor, group: Group) -> State:
         """Create the state of one parameter; this only allocates, so it works on the meta device."""

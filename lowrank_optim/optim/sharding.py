@@ -264,12 +264,21 @@ def shards_of(param: Any) -> Shards:
 
 
 def layout_of(param: Tensor, view: View, parts: Parts, group: Group) -> Layout | None:
-    """How a parameter is stepped; None for one that is a plain tensor."""
+    """How a parameter is stepped; None for one that is a plain tensor.
+
+    Raises:
+        ValueError: moments of 4 bits, two of which share a byte that a split may part.
+    """
     if not isinstance(param, DTensor):
         return None
+    if group["state_dtype"] == "int4":
+        raise ValueError(
+            "Invalid state_dtype: 'int4' for a sharded parameter, expected 'int8', 'bfloat16' or 'float32'"
+        )
     shards, subspace = shards_of(param), parts.subspace
     batch = len(view.batch)
-    if shards.group is None:
+    # Two codes a byte do not split along every axis.
+    if shards.group is None or group["state_dtype"] == "int4":
         return Layout(shards, "whole", batch)
     if subspace is None:
         return Layout(shards, "elements" if parts.rule.elementwise else "whole", batch)

@@ -13,21 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.ops import int8_blocks
+from lowrank_optim.ops import blockwise4, int8_blocks
 from lowrank_optim.ops.blockwise import BLOCK, dequantize, quantize_
 from lowrank_optim.ops.rounding import mix_key, round_to_bfloat16
 from lowrank_optim.optim.parts import Slot, Slots, State
 
-STATE_DTYPES = ("float32", "bfloat16", "int8")
+STATE_DTYPES = ("float32", "bfloat16", "int8", "int4")
 
 # As in bitsandbytes: below this number of values 8 bits save nothing.
 MIN_8BIT_SIZE = 4096
+
+# A moment in few bits is its codes and its scales, under keys that end like this: 8 bits, 4 bits.
+CODES = (".codes", ".scale")
+NIBBLES = (".nibbles", ".nibble_scale")
 
 # Moments that are never negative use the unsigned map, which has twice as many codes for them.
 UNSIGNED = frozenset({"exp_avg_sq"})
 
 # Each use of random bits of one parameter in one step has a number of its own, "sum" one for every micro-batch.
-SALTS = {"weight": 0, "exp_avg": 1, "exp_avg_sq": 2, "momentum": 3, "error": 4, "basis": 5, "sketch": 6, "sum": 7}
+SALTS = {
+    **{"start": -1, "weight": 0, "exp_avg": 1, "exp_avg_sq": 2, "momentum": 3, "error": 4, "basis": 5, "sketch": 6},
+    "sum": 7,
+}
 
 # The number of the first row, in the state of a parameter of which this process has some rows.
 FIRST = "first"
@@ -41,6 +48,11 @@ def rounding_key(state: State, role: str) -> int | Tensor:
     return mix_key(state["seed"], state["step"], SALTS[role])
 
 
+def spread_rounding(state: State, role: str) -> dict[str, int | Tensor]:
+    """Key and step of the random bits that are spread evenly over the steps, for what is stored in 4 bits."""
+    return {"key": mix_key(state["seed"], 0, SALTS[role]), "step": state["step"]}
+
+
 def position(state: State, tensor: Tensor) -> int:
     """Where the first element of a tensor stands in the counter of the random bits that round it."""
     if "start" in state:
@@ -51,20 +63,40 @@ def position(state: State, tensor: Tensor) -> int:
 
 
 def moment_slots(key: str, shape: tuple[int, ...], dtype: torch.dtype, state_dtype: str, along: str | None) -> Slots:
-    """A zero moment under ``key``, or its ``key.codes`` and ``key.scale``.
+    """A zero moment under ``key``, or its codes and scales.
 
-    Complex moments, and with int8 those of fewer than 4096 values, keep ``dtype``.
+    Complex moments, and with int8 and int4 those of fewer than 4096 values, keep ``dtype``; rows of an odd length,
+    which two codes a byte do not fill, are int8 with int4.
     """
     numel = math.prod(shape)
-    if dtype.is_complex or state_dtype == "float32" or (state_dtype == "int8" and numel < MIN_8BIT_SIZE):
+    few_bits = state_dtype in ("int8", "int4")
+    if dtype.is_complex or state_dtype == "float32" or (few_bits and numel < MIN_8BIT_SIZE):
         return {key: Slot(shape, dtype, along)}
     if state_dtype == "bfloat16":
         return {key: Slot(shape, torch.bfloat16, along)}
     # A scale of 0 makes every code a zero.
+    if state_dtype == "int4" and shape[-1] % 2 == 0:
+        codes, scale = NIBBLES
+        return {
+            f"{key}{codes}": Slot((*shape[:-1], shape[-1] // 2), torch.uint8, None if along == "elements" else along),
+            f"{key}{scale}": Slot((blockwise4.block_count(numel),), torch.float32),
+        }
+    codes, scale = CODES
     return {
-        f"{key}.codes": Slot(shape, torch.uint8, along),
-        f"{key}.scale": Slot((-(-numel // BLOCK),), torch.float32),
+        f"{key}{codes}": Slot(shape, torch.uint8, along),
+        f"{key}{scale}": Slot((-(-numel // BLOCK),), torch.float32),
     }
+
+
+def is_int4(state: State, key: str) -> bool:
+    """Whether a moment is stored in 4 bits."""
+    return f"{key}{NIBBLES[0]}" in state
+
+
+def _stored(state: State, key: str) -> tuple[str, str]:
+    """The keys of the codes and scales of a moment."""
+    codes, scale = NIBBLES if is_int4(state, key) else CODES
+    return f"{key}{codes}", f"{key}{scale}"
 
 
 def load_moment(state: State, key: str, dtype: torch.dtype) -> Tensor:
@@ -77,19 +109,26 @@ def load_moment(state: State, key: str, dtype: torch.dtype) -> Tensor:
     """
     moment = state.get(key)
     if moment is None:
-        moment = dequantize(state[f"{key}.codes"], state[f"{key}.scale"], signed=key not in UNSIGNED)
+        codes, scale = (state[name] for name in _stored(state, key))
+        read = blockwise4.dequantize if is_int4(state, key) else dequantize
+        moment = read(codes, scale, signed=key not in UNSIGNED)
     elif moment.dtype != torch.bfloat16:
         return moment
     return moment.to(torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32)
 
 
 def store_moment_(state: State, key: str, moment: Tensor) -> None:
-    """Put back what :func:`load_moment` returned; bfloat16 is rounded stochastically, int8 to the nearest code."""
+    """Put back what :func:`load_moment` returned; bfloat16 and int4 are rounded stochastically, int8 to the nearest."""
     stored = state.get(key)
     if stored is moment:
         return
     if stored is None:
-        quantize_(state[f"{key}.codes"], state[f"{key}.scale"], moment, signed=key not in UNSIGNED)
+        codes, scale = (state[name] for name in _stored(state, key))
+        if is_int4(state, key):
+            bits, start = spread_rounding(state, key), position(state, moment)
+            blockwise4.quantize_(codes, scale, moment, signed=key not in UNSIGNED, start=start, **bits)
+        else:
+            quantize_(codes, scale, moment, signed=key not in UNSIGNED)
     elif stored.dtype == torch.bfloat16:
         random_key = rounding_key(state, key)
         stored.copy_(round_to_bfloat16(moment.to(torch.float32), random_key, position(state, moment)))
@@ -106,7 +145,7 @@ def replace_moment_(state: State, key: str, values: Tensor, ok: bool | Tensor) -
         store_moment_(state, key, torch.where(ok, values, moment, out=moment))
     else:
         # Codes of what codes stand for are not always the same codes.
-        before = {part: state[part].clone() for part in (f"{key}.codes", f"{key}.scale")}
+        before = {part: state[part].clone() for part in _stored(state, key)}
         store_moment_(state, key, values)
         for part, old in before.items():
             torch.where(ok, state[part], old, out=state[part])
@@ -174,8 +213,12 @@ def slices(state: State, *tensors: Tensor) -> Iterator[tuple[State, tuple[Tensor
         stop = min(start + SLICE, numel)
         part: dict[str, Any] = {**state, "start": first + start}
         for key, value in state.items():
-            if key.endswith(".scale"):
+            if key.endswith(CODES[1]):
                 part[key] = value[start // BLOCK : -(-stop // BLOCK)]
+            elif key.endswith(NIBBLES[1]):
+                part[key] = value[start // blockwise4.BLOCK : blockwise4.block_count(stop)]
+            elif key.endswith(NIBBLES[0]):
+                part[key] = value.view(-1)[start // 2 : stop // 2]
             elif isinstance(value, Tensor) and value.numel() == numel and value.is_contiguous():
                 part[key] = value.view(-1)[start:stop]
         yield part, tuple(t.view(-1)[start:stop] for t in tensors)

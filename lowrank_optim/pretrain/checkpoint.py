@@ -39,10 +39,10 @@ NEEDED = ("optimizer.pt", "processes.pt")
 FACTORED = "factored.safetensors"
 # A resumed run must continue the one that was saved; how long it runs and what it reports may change.
 FIXED = (
-    *("dataset", "tokenizer", "seq_len", "pack", "model", "dtype", "optimizer", "optimizer_args", "lr"),
+    *("dataset", "text_field", "tokenizer", "seq_len", "pack", "model", "dtype", "optimizer", "optimizer_args", "lr"),
     *("weight_decay", "grad_clip", "batch_size", "accumulate", "seed"),
     *("parameterization", "parameterization_args", "restarts", "restart_args", "per_layer", "weights"),
-    "accumulate_dtype",
+    *("accumulate_dtype", "ranks"),
 )
 
 # What reading a damaged state.json raises.
@@ -67,7 +67,7 @@ def save(
     *,
     tokenizer: PreTrainedTokenizerBase,
     processes: list[dict[str, Any]],
-    fingerprint: str,
+    fingerprint: Any,
 ) -> Path:
     """Write ``folder/checkpoint-<step>`` in one rename, then drop the oldest beyond ``run.keep`` (0 = none).
 
@@ -240,8 +240,20 @@ def set_aside(folder: Path, step: int, mark: str) -> list[Path]:
     return moved
 
 
-def read_state(path: Path, options: Resolved, *, processes: int) -> tuple[Progress, str]:
-    """The progress of a checkpoint and the fingerprint of its data, once its run is the one of ``options``.
+def read_fingerprint(path: Path) -> Any:
+    """What a checkpoint says of its data.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        return _read(path)["fingerprint"]
+    except (OSError, *UNREADABLE) as error:
+        raise UserError(f"Broken checkpoint: {path / STATE} ({error!r})") from error
+
+
+def read_state(path: Path, options: Resolved, *, processes: int) -> Progress:
+    """The progress of a checkpoint, once its run is the one of ``options``.
 
     Raises:
         UserError: an option that shapes the run differs, or the file cannot be read.
@@ -253,13 +265,13 @@ def read_state(path: Path, options: Resolved, *, processes: int) -> tuple[Progre
         changed = {name: (saved[name], now[name]) for name in FIXED if saved[name] != now[name]}
         if state["processes"] != processes:
             changed["processes"] = (state["processes"], processes)
-        progress, fingerprint = _progress(state["progress"]), str(state["fingerprint"])
+        progress = _progress(state["progress"])
     except (OSError, *UNREADABLE) as error:
         raise UserError(f"Broken checkpoint: {path / STATE} ({error!r})") from error
     if changed:
         what = ", ".join(f"{name} was {old!r} and is now {new!r}" for name, (old, new) in changed.items())
         raise UserError(f"Cannot resume {path}: {what}")
-    return progress, fingerprint
+    return progress
 
 
 def load_(path: Path, update: Updater, *, rank: int) -> Any:

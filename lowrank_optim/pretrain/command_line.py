@@ -15,11 +15,11 @@ from lowrank_optim.pretrain.config import Options, UserError
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}
 HINTS = get_type_hints(Options)
 # What belongs to one invocation and not to the run that it describes.
-TRANSIENT = ("config", "resume", "dry_run")
+TRANSIENT = ("config", "resume", "dry_run", "allow_changed_data")
 POSITIVE = ("checkpoint_every", "seq_len", "batch_size", "accumulate", "max_steps", "log_every")
 NOT_NEGATIVE = (
     *("weight_decay", "warmup_steps", "grad_clip", "seed", "eval_every", "eval_batches", "save_every"),
-    *("keep", "sample_tokens", "max_time", "loss_limit"),
+    *("keep", "sample_tokens", "max_bad_documents", "max_time", "loss_limit"),
 )
 
 

@@ -132,7 +132,7 @@ def own(folder: Path) -> Iterator[None]:
 class Stopped(Exception):  # noqa: N818
     """The run is to end before its time with all that is done saved, then with ``error`` or ``status``."""
 
-    def __init__(self, reason: str, status: int, error: UserError | None = None) -> None:
+    def __init__(self, reason: str, status: int, error: Exception | None = None) -> None:
         super().__init__(reason)
         self.status, self.error = status, error
 
@@ -178,7 +178,7 @@ class Stop:
         self.looked = time.monotonic()
         self.save_seconds = self.looked - began
 
-    def cause(self, error: UserError | None = None) -> Stopped:
+    def cause(self, error: Exception | None = None) -> Stopped:
         """Why to stop, once it is known that it is so, here or on another process."""
         if error:
             return Stopped(str(error), 2, error)

@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lowrank_optim.pretrain.checkpoint import Progress
-from lowrank_optim.pretrain.config import Resolved
+from lowrank_optim.pretrain.config import QUANTIZED, Resolved
 from lowrank_optim.pretrain.steps import perplexity_of
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def banner(options: Resolved, config: LlamaConfig, model: nn.Module, *, world: i
     shape = f"hidden {config.hidden_size}, {config.num_hidden_layers} layers, vocabulary {config.vocab_size:,}"
     shown = {k: v for k, v in asdict(options).items() if v not in (None, False, []) and k != "dry_run"}
     layers = " ".join([options.parameterization or "dense", *options.parameterization_args])
-    layers += " with int8 weights" * (options.weights == "int8")
+    layers += f" with {options.weights} weights" if options.weights in QUANTIZED else ""
     restarts = " ".join([f", restarts {options.restarts}", *options.restart_args] * (options.restarts != "none"))
     shown["optimizer_args"] = " ".join(options.optimizer_args) or "its defaults"
     return "\n".join(

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from lowrank_optim.ops.linear_cross_entropy import linear_cross_entropy
 from lowrank_optim.optim.in_backward import vector_norm
-from lowrank_optim.pretrain.data import IGNORED, Batch
+from lowrank_optim.pretrain.batches import IGNORED, Batch
 
 
 def loss_sum(model: Any, batch: Batch, *, chunked: bool = False) -> Tensor:

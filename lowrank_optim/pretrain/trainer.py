@@ -23,6 +23,7 @@ from lowrank_optim.pretrain.divergence import PATIENCE
 from lowrank_optim.pretrain.launch import Stop, Stopped, start_accelerator
 from lowrank_optim.pretrain.metrics import Metrics
 from lowrank_optim.pretrain.sizes import kept_bytes
+from lowrank_optim.pretrain.sources import Saved
 from lowrank_optim.pretrain.steps import evaluate
 from lowrank_optim.pretrain.update import Updater
 
@@ -45,21 +46,26 @@ class Trainer:
         self.accelerator = start_accelerator(options, self.folder)
         self.leads, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        # What is wrong with the options is said before the data is read, what is wrong with that before the model takes
+        # memory.
+        with user_errors(ImportError):
+            run, config, *_ = build(options, "meta", processes=self.world)
+        found = self._choose(candidates, digests=run.verify)
+        self.progress = checkpoint.read_state(found, run, processes=self.world) if found else checkpoint.Progress()
+        saved = Saved(checkpoint.read_fingerprint(found), found) if found else None
+        with self.accelerator.main_process_first():
+            self.text = load_data(run, vocab_size=config.vocab_size, rank=self.rank, world=self.world, saved=saved)
         with user_errors(ImportError):
             self.run, self.config, self.model, self.optimizer = build(options, self.device, processes=self.world)
             restarts = restarts_for(self.run, self.model, self.optimizer)
             self.update = Updater(self.run, self.model, self.optimizer, restarts=restarts, processes=self.accelerator)
         device = report.device_name(self.device)
         self.say(report.banner(self.run, self.config, self.model, world=self.world, device=device))
-        self.progress, self.position, fingerprint = checkpoint.Progress(), None, None
-        found = self._choose(candidates, digests=self.run.verify)
-        if found:
-            self.progress, fingerprint = checkpoint.read_state(found, self.run, processes=self.world)
-        with self.accelerator.main_process_first():
-            self.text = load_data(self.run, vocab_size=self.config.vocab_size, rank=self.rank, world=self.world)
         self.say(f"data       {self.text.description}\nfolder     {self.folder}")
+        self.position = None
         if found:
-            self._resume(found, fingerprint)
+            self.position = checkpoint.load_(found, self.update, rank=self.rank)
+            self.say(f"resumed    {found} after {self.progress.step} updates")
         # The update whose checkpoint this folder has already.
         self.saved = self.progress.step if found and found.parent == folder else None
         self.sizes: dict[str, int] | None = None
@@ -119,12 +125,6 @@ class Trainer:
         broadcast_object_list(chosen)
         return chosen[0]
 
-    def _resume(self, found: Path, fingerprint: str | None) -> None:
-        if fingerprint != self.text.fingerprint:
-            raise UserError(f"Cannot resume {found}: the data or the tokenizer is not what it was saved with")
-        self.position = checkpoint.load_(found, self.update, rank=self.rank)
-        self.say(f"resumed    {found} after {self.progress.step} updates")
-
     def _open_folder(self) -> None:
         step = self.progress.step
         if self.leads:
@@ -153,6 +153,7 @@ class Trainer:
         except Stopped:
             checkpoint.set_random_state(random_state)
             raise
+        self._say_epoch(update[-1][1]["epoch"])
         self.position = update[-1][1]
         if not made.made:
             where = " where gradients were not finite" if run.per_layer else ""
@@ -163,7 +164,7 @@ class Trainer:
         for restart in self.update.restarts:
             restart.after_step(progress.step)
         progress.tokens += tokens
-        row = {"loss": made.loss, "lr": made.lr, "grad_norm": made.grad_norm}
+        row = {"loss": made.loss, "lr": made.lr, "grad_norm": made.grad_norm, "epoch": self.position["epoch"]}
         row["tokens_per_second"] = meter.update(progress.step, tokens)
         self._log(row)
         with suppress(OSError):
@@ -192,13 +193,16 @@ class Trainer:
         Raises:
             Stopped: it is not to be made, here or on another process.
         """
-        failed: UserError | None = None
+        failed: Exception | None = None
         update: list[Any] = []
         try:
             # A stream may hang; where others take part in an update, they must agree before it is left.
             with self.stop.interrupting(self.world == 1):
                 update = list(islice(stream, self.run.accumulate))
-        except UserError as error:
+        except Stopped:
+            raise
+        # Whatever it is, the other processes must learn of it before they wait for this one.
+        except Exception as error:
             failed = error
         ends = bool(failed) or self.stop.is_due()
         counts = torch.tensor([sum(batch.targets for batch, _ in update), int(ends)])
@@ -206,6 +210,10 @@ class Trainer:
         if ending:
             raise self.stop.cause(failed)
         return update, tokens
+
+    def _say_epoch(self, epoch: int) -> None:
+        if self.position is not None and epoch != self.position.get("epoch"):
+            self.say(f"data       the text begins anew at update {self.progress.step + 1}, epoch {epoch + 1}")
 
     def _look(self) -> None:
         """Between two micro-batches."""
@@ -240,7 +248,7 @@ class Trainer:
         if found is None or rollbacks:
             kept = f" since a rollback; {found} is the last good checkpoint" if found else ""
             raise UserError(f"{what}{kept}: lower --lr")
-        self.progress, _ = checkpoint.read_state(found, self.run, processes=self.world)
+        self.progress = checkpoint.read_state(found, self.run, processes=self.world)
         checkpoint.load_(found, self.update, rank=self.rank)
         self.progress.rollbacks = self.metrics.rollbacks = rollbacks + 1
         self.saved = self.progress.step

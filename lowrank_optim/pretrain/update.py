@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from lowrank_optim.nn.restarts import Restart
 from lowrank_optim.pretrain import steps
+from lowrank_optim.pretrain.batches import Batch
 from lowrank_optim.pretrain.build import start_in_backward
 from lowrank_optim.pretrain.config import Resolved
-from lowrank_optim.pretrain.data import Batch
 from lowrank_optim.pretrain.schedule import build_schedule
 from lowrank_optim.pretrain.steps import LossSum
 

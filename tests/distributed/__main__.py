@@ -3,8 +3,9 @@
     python -m tests.distributed [--worlds 2 4] [--dtypes float64 float32] [--only GaLore]
 
 prints for every row of ``tests/optimizers.py`` how far the parameters are from those of one process after 20 updates,
-as a share of the largest value, once as ``fully_shard`` splits them by itself and once with ``long_side``; then the
-same for runs that torch.distributed.checkpoint saved on 2 processes and that go on on 1, 2 and 4.
+as a share of the largest value: split as ``fully_shard`` does by itself, with ``long_side``, and with it on a mesh of
+two copies (HSDP); then the same for runs that torch.distributed.checkpoint saved on 2 processes and that go on on 1, 2
+and 4.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import tempfile
 
 from tests.distributed.fsdp import PLACEMENTS, compare, fewer_bits, limit, resharded
 from tests.distributed.processes import run
-from tests.optimizers import IDS, VARIANTS, WITHOUT_RANK
+from tests.optimizers import IDS, VARIANTS
+
+# Their groups are the layers of a model.
+OF_LAYERS = ("LOROAdamW", "SSTAdamW")
 
 
 def main() -> int:
@@ -24,11 +28,13 @@ def main() -> int:
     parser.add_argument("--placements", nargs="+", default=list(PLACEMENTS))
     parser.add_argument("--only", default="")
     options = parser.parse_args()
-    rows = [i for i, name in enumerate(IDS) if options.only in name and VARIANTS[i][0] not in WITHOUT_RANK]
+    rows = [i for i, name in enumerate(IDS) if options.only in name and VARIANTS[i][0] not in OF_LAYERS]
     missed = 0
     for world in options.worlds:
         for dtype in options.dtypes:
             for placement in options.placements:
+                if placement == "replicated" and world < 4:
+                    continue
                 print(f"\n{world} processes, {dtype}, {placement}")
                 results = run(compare, world, rows, dtype, placement, start="fork")[0]
                 for i, (error, splits) in zip(rows, results):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
@@ -13,8 +15,17 @@ import lowrank_optim
 from tests.distributed.model import difference, model, train
 from tests.optimizers import VARIANTS, build
 
-PLACEMENTS = {"first axis": None, "long side": lowrank_optim.long_side}
+# How the model is split; "replicated" is a mesh of two copies of it, each split over half of the processes.
+PLACEMENTS = ("first axis", "long side", "replicated")
 UPDATES = 20
+
+
+def shard(whole: nn.Module, placement: str = "long side") -> None:
+    """Split a model over all processes."""
+    mesh = None
+    if placement == "replicated":
+        mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("copies", "parts"))
+    fully_shard(whole, mesh=mesh, shard_placement_fn=None if placement == "first axis" else lowrank_optim.long_side)
 
 
 def fewer_bits(row: int) -> bool:
@@ -37,7 +48,7 @@ def compare(rank: int, world: int, rows: list[int], dtype: str, placement: str) 
     for row in rows:
         name, options = VARIANTS[row]
         alone, shared = model(getattr(torch, dtype)), model(getattr(torch, dtype))
-        fully_shard(shared, shard_placement_fn=PLACEMENTS[placement])
+        shard(shared, placement)
         first, second = (build(name, one.named_parameters(), **options) for one in (alone, shared))
         for one, optimizer in ((alone, first), (shared, second)):
             train(one, optimizer, range(UPDATES), getattr(torch, dtype))
@@ -67,7 +78,7 @@ def resharded(rank: int, world: int, rows: list[int], folder: str, begin: bool) 
     for row in rows:
         name, options = VARIANTS[row]
         alone, shared = model(torch.float64), model(torch.float64)
-        fully_shard(shared, shard_placement_fn=lowrank_optim.long_side)
+        shard(shared)
         first, second = (build(name, one.named_parameters(), **options) for one in (alone, shared))
         train(alone, first, range(5), torch.float64)
         if begin:

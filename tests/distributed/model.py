@@ -11,7 +11,7 @@ EXAMPLES = 64
 
 
 class Model(nn.Module):
-    """Tall, wide and square matrices, with rows that no number of processes divides, and shards that are empty."""
+    """Matrices, a convolution and stacked experts, with sides that no number of processes divides, and empty shards."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,10 +21,13 @@ class Model(nn.Module):
         self.square = nn.Linear(20, 20, bias=False)
         # Six rows: over four processes one gets none.
         self.probe = nn.Linear(20, 6)
+        self.convolution = nn.Conv1d(8, 20, 3)
+        self.experts = nn.Parameter(0.1 * torch.randn(3, 20, 10))
         self.gain = nn.Parameter(torch.ones(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.square(self.wide(x) + self.down(torch.tanh(self.up(x[:, :20]))))
+        mixed = self.convolution(x.view(-1, 8, 6)).mean(-1) + (x[:, None, None, :10] @ self.experts.mT).mean((1, 2))
+        hidden = self.square(self.wide(x) + self.down(torch.tanh(self.up(x[:, :20]))) + mixed)
         loss: Tensor = (self.probe(hidden) * self.gain).square().mean() + hidden.pow(2).mean()
         return loss
 

@@ -52,6 +52,7 @@ def everything(rank: int, world: int, folder: str) -> dict[str, Any]:
     found["hook"], found["saved traffic"] = low_rank_traffic(rank, world)
     found["reducer"] = own_reducer(rank, world)
     found["words"] = refusals()
+    found["explained"] = {row.name: row.reason for row in build("DCTAdamW", sharded().named_parameters()).explain()}
     return found
 
 
@@ -117,9 +118,10 @@ def low_rank_traffic(rank: int, world: int) -> tuple[float, float]:
         sum(alone(part) / world for part in parts).backward()
         wrapped(parts[rank]).backward()
         first.step(), second.step()
-    # By hand: what is compressed goes as rows x rank, but for updates 1 and 7.
+    # By hand: what is compressed goes as rows x rank, but all of it in updates 1 and 7.
     full = sum(p.numel() for p in shared.parameters())
-    low = sum(p.numel() if p.ndim < 2 else max(p.shape) * 4 for p in shared.parameters())
+    low = sum(max(p.shape) * 4 if p.ndim == 2 else p.numel() for p in shared.parameters() if p is not shared.experts)
+    low += 3 * 20 * 4
     assert traffic.sent == 8 * (2 * full + 10 * low), (traffic.sent, full, low)
     assert traffic.whole == 8 * 12 * full
     return difference(alone, shared), traffic.whole / traffic.sent
@@ -162,6 +164,11 @@ def refusals() -> list[str]:
     with pytest.raises(ValueError) as split:
         lowrank_optim.SSTAdamW(lowrank_optim.spectral_groups(layers))
     said.append(str(split.value))
+    parted = list(sharded().named_parameters())
+    optimizer = build("GaLoreAdamW", parted, state_dtype="int4")
+    with pytest.raises(ValueError) as nibbles:
+        optimizer.slots_of(parted[0][1], optimizer.param_groups[0])
+    said.append(str(nibbles.value))
     return said
 
 
@@ -197,10 +204,19 @@ def test_per_layer_updates_with_a_process_group(results):
 
 
 def test_words(results):
-    drift, flat, split = results["words"]
+    drift, flat, split, nibbles = results["words"]
+    assert "Invalid state_dtype: 'int4' for a sharded parameter" in nibbles
     assert "split over processes" in split
     assert "process_group" in drift
     assert "fully_shard" in flat
+
+
+def test_explain_says_how_a_parameter_is_split(results):
+    said = {name: reason.rpartition(": ")[2] for name, reason in results["explained"].items()}
+    assert said["up.weight"] == "rows"
+    assert said["up.bias"] == "elements"
+    # 53 columns are not to be halved, so its rows are split, which DCT-AdamW compresses.
+    assert said["down.weight"] == "whole"
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_optim.pretrain.data import Batch
+from lowrank_optim.pretrain.batches import Batch
 from lowrank_optim.pretrain.llama import build_config, build_model
 from lowrank_optim.pretrain.steps import clip_gradients_, evaluate, loss_sum
 

@@ -17,6 +17,7 @@ from lowrank_optim.optim.options import number
 from lowrank_optim.optim.parts import Group, Option, Rule, Scalar, Slots, State, View
 from lowrank_optim.optim.state_storage import (
     SLICE,
+    is_int4,
     load_moment,
     moment_slots,
     position,
@@ -62,7 +63,8 @@ class Adam(Rule):
 
     def direction(self, low: Tensor, state: State, group: Group, norms: Tensor | None = None) -> Tensor:
         """M / (sqrt(V) + eps)."""
-        if norms is not None or "exp_avg.codes" not in state or low.numel() <= SLICE or self._has_kernels(low, group):
+        whole = "exp_avg.codes" not in state and not is_int4(state, "exp_avg")
+        if norms is not None or whole or low.numel() <= SLICE or self._has_kernels(low, group):
             return self._direction(low, state, group, norms)
         direction = torch.empty(low.shape, dtype=torch.promote_types(low.dtype, torch.float32), device=low.device)
         for part, (some, out) in slices(state, low.contiguous(), direction):
@@ -113,7 +115,8 @@ class Adam(Rule):
             store_moment_(state, key, moment)
 
     def _has_kernels(self, low: Tensor, group: Group) -> bool:
-        if group["backend"] is None and (low.dtype == torch.float64 or low.is_complex()):
+        wide = low.dtype == torch.float64 or low.is_complex()
+        if group["state_dtype"] == "int4" or (group["backend"] is None and wide):
             return False
         return pick(adam_direction, group["backend"], low.device) is not adam_direction
 
