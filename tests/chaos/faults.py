@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock
 
-from lowrank_optim.pretrain import checkpoint
+from lowrank_optim.pretrain import checkpoint, manifest
 from lowrank_optim.pretrain.launch import LOCK
 from lowrank_optim.pretrain.metrics import read_metrics
 from tests.chaos.server import Run, Server
@@ -188,16 +188,20 @@ class Bench:
         folder = self.folder()
         shutil.copytree(self.reference(combination), folder)
         shutil.rmtree(folder / "checkpoint-6")
+        before = manifest.of_folder(folder / "checkpoint-4")
         damage(folder / "checkpoint-4", folder / "checkpoint-2")
+        # The same tokenizer, for instance, from another run.
+        harmless = manifest.of_folder(folder / "checkpoint-4") == before
         found, passed_over = checkpoint.newest_whole(checkpoint.find("auto", folder))
         # Without its state.json it is none.
-        noticed = bool(passed_over) or not (folder / "checkpoint-4" / "state.json").is_file()
+        noticed = harmless or bool(passed_over) or not (folder / "checkpoint-4" / "state.json").is_file()
+        whole = 4 if harmless else 2
         if not continued:
-            return Outcome(kind, noticed, 2 - step_of(found), None, f"{combination}: {found}")
+            return Outcome(kind, noticed, whole - step_of(found), None, f"{combination}: {found}")
         run = self.server.run(self.line(combination), folder)
         told = "warning: passed over" in run.out or "warning: set aside" in run.out
         same, how = self.compare(combination, folder, run)
-        return Outcome(kind, noticed and told, 2 - resumed(run), same, f"{combination}: {how}")
+        return Outcome(kind, noticed and (told or harmless), whole - resumed(run), same, f"{combination}: {how}")
 
 
 def damages(folder: Path, foreign: Path, rng: random.Random, *, regions: int) -> Iterator[tuple[str, Any]]:
