@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lowrank_optim.memory import format, published
@@ -76,7 +78,8 @@ def _parser() -> Parser:
     added.add_argument("--html", metavar="FILE", help="write a page with the chart and the table")
     added = command("plan", _plan, "The fastest setting that fits a GPU, and the command that trains with it")
     added.add_argument("--model", required=True, help=MODELS)
-    added.add_argument("--gpu", required=True, metavar="SIZE", help="memory of the GPU, such as 24GB or 22.5GiB")
+    added.add_argument("--gpu", required=True, metavar="SIZE", help="memory of the GPU (24, 24GB, 22.5GiB) or its name")
+    added.add_argument("--simulate", action="store_true", help="check the plan by a simulation; some seconds more")
     added.add_argument("--tokens", type=_positive, default=131072, metavar="N", help="tokens per update [131072]")
     added.add_argument("--seq-len", type=_positive, default=256, metavar="N", help="tokens per sequence [256]")
     added.add_argument("--optimizer", nargs="+", default=[], metavar="NAME", help="only these [all]")
@@ -150,17 +153,40 @@ def _compare(options: argparse.Namespace) -> Any:
 
 def _plan(options: argparse.Namespace) -> Any:
     size = parse_size(options.gpu)
-    plan, others = search(
-        options.model, size, tokens=options.tokens, seq_len=options.seq_len, optimizers=options.optimizer
-    )
+    with _progress() as progress:
+        found = search(
+            options.model, size, tokens=options.tokens, seq_len=options.seq_len, optimizers=options.optimizer,
+            check=options.simulate, progress=progress,
+        )  # fmt: skip
     if not options.json:
-        return format.planned(size, plan, others)
+        return format.planned(size, found)
+    best, following = ({**plan.as_dict(), "command": command_line(plan.job)} if plan else None for plan in found[::2])
     return {
         "gpu_bytes": size,
         "available_bytes": available(size),
-        "plan": plan and {**plan.as_dict(), "command": command_line(plan.job)},
-        "by_optimizer": [other.as_dict() for other in others],
+        "plan": best,
+        "next": following,
+        "by_optimizer": [{**other.as_dict(), "command": command_line(other.job)} for other in found.best_of],
     }
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what is being done; where that is no terminal, once a second."""
+    last = [0.0]
+
+    def show(text: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+        elif time.monotonic() > last[0] + 1:
+            last[0] = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        if sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _papers(options: argparse.Namespace) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -102,6 +103,12 @@ def start_in_backward(run: Resolved, optimizer: Optimizer) -> StepInBackward | N
     """
     if not run.per_layer:
         return None
+    if run.accumulate > 1 and (whole := summed_whole(optimizer)):
+        warnings.warn(
+            f"{run.optimizer} reads whole gradients, so --per-layer with --accumulate {run.accumulate} keeps their sums: "
+            f"{whole / 1e9:.3f} GB; GaLore's family and DCTAdamW with a gap sum at low rank",
+            stacklevel=2,
+        )
     try:
         return step_in_backward(
             optimizer,  # type: ignore[arg-type]
@@ -111,6 +118,18 @@ def start_in_backward(run: Resolved, optimizer: Optimizer) -> StepInBackward | N
         )
     except TypeError as error:
         raise ValueError(str(error)) from error
+
+
+def summed_whole(optimizer: Optimizer) -> int:
+    """Bytes of the gradients of compressed parameters that micro-batches sum as they are."""
+    if not isinstance(optimizer, LowRankOptimizer):
+        return 0
+    return sum(
+        p.numel() * p.element_size()
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if optimizer.parts_of(p, group).subspace is not None and not optimizer.accumulates(p, group)
+    )
 
 
 def _layers(run: Resolved) -> LayerSpec | None:

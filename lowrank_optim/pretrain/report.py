@@ -91,12 +91,13 @@ def method_table(optimizer: Optimizer, model: nn.Module) -> str:
     return table([("parameter", "shape", "number", "method", "why"), *body])
 
 
-def memory_table(rows: Mapping[str, Mapping[str, int]]) -> str:
-    """Several methods' bytes of weights, gradients and optimizer state, as a table in MiB."""
+def memory_table(rows: Sequence[tuple[str, str, Mapping[str, int]]]) -> str:
+    """Methods, the dtypes of their states and their bytes of weights, gradients and optimizer state, in MiB."""
     body = [
-        (name, *(sizes[k] / 2**20 for k in KEPT), sum(sizes[k] for k in KEPT) / 2**20) for name, sizes in rows.items()
+        (name, dtype, *(sizes[k] / 2**20 for k in KEPT), sum(sizes[k] for k in KEPT) / 2**20)
+        for name, dtype, sizes in rows
     ]
-    return table([("MiB", "weights", "gradients", "optimizer state", "total"), *body])
+    return table([("MiB", "state dtype", "weights", "gradients", "optimizer state", "total"), *body])
 
 
 def memory_in_use(device: torch.device) -> tuple[int, int]:

@@ -32,7 +32,7 @@ class Trainer:
     Attributes:
         run, config, model: what is trained, with the published values of what is not given.
         progress, evaluated: where it stands, and its last validation loss.
-        sizes: bytes of weights, gradients and optimizer state, taken after the first step; None before.
+        sizes: the most bytes of weights, gradients and optimizer state, after a step; None before.
 
     Raises:
         UserError: what the user can correct; nothing is written before.
@@ -144,7 +144,13 @@ class Trainer:
             raise UserError(f"{self.skipped} updates in a row without a finite loss and gradient: lower --lr")
 
     def _measure(self) -> None:
-        self.sizes = self.sizes or kept_bytes(self.model, self.optimizer)
+        """Take the largest sizes: at the first update, and where a line is logged, as refreshes add to them."""
+        if self.sizes and (self.progress.step + 1) % self.run.log_every:
+            return
+        now = kept_bytes(self.model, self.optimizer)
+        if self.update.gradient_bytes:
+            now["gradients"] = self.update.gradient_bytes.most
+        self.sizes = {key: max(size, (self.sizes or now)[key]) for key, size in now.items()}
 
     def _total(self, values: Tensor) -> Tensor:
         """The sum over all processes."""
