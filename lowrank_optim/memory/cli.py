@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from lowrank_optim.cli import quiet  # noqa: F401
+from lowrank_optim.cli.main import installed_version
 from lowrank_optim.memory import format, published
 from lowrank_optim.memory.compare import all_methods, as_csv, compare, table, write_html, write_png
 from lowrank_optim.memory.estimate import estimate
@@ -19,7 +21,7 @@ from lowrank_optim.memory.job import MEMORY_OPTIONS, Job
 from lowrank_optim.memory.measure import measure
 from lowrank_optim.memory.plan import available, command_line, parse_size, search
 from lowrank_optim.memory.simulate import simulate
-from lowrank_optim.pretrain.command_line import Parser, add_flags, check_ranges, read_values
+from lowrank_optim.pretrain.command_line import Parser, add_flags, check_ranges, parse_known, read_values
 from lowrank_optim.pretrain.config import UserError
 from lowrank_optim.pretrain.llama import PRESETS
 from lowrank_optim.pretrain.optimizers import parse_optimizer_args
@@ -35,20 +37,25 @@ def _warn(message: Warning | str, *_: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; 0 on success, 2 with one line on stderr where the input is wrong."""
     try:
-        options = _parser().parse_args(argv)
+        parser = _parser()
+        options = parse_known(parser, argv, MEMORY_OPTIONS)
         with warnings.catch_warnings():
             warnings.showwarning = _warn  # type: ignore[assignment]
             answer = options.run(options)
             # Arguments may be anything that Python can write, a set for instance.
             print(json.dumps(answer, default=str) if isinstance(answer, Mapping) else answer)
-    except (UserError, ValueError, RuntimeError) as error:
+    except (UserError, ValueError, RuntimeError, OSError) as error:
         _warn(str(error))
         return 2
+    except KeyboardInterrupt:
+        _warn("stopped")
+        return 130
     return 0
 
 
 def _parser() -> Parser:
     parser = Parser(prog="lowrank-memory", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"lowrank-memory {installed_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, text: str, options: Sequence[str] = ()) -> Parser:

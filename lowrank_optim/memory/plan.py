@@ -121,7 +121,9 @@ def parse_size(text: str) -> int:
             return size * 10**9
     near = difflib.get_close_matches(name, {key.lower().replace(" ", ""): key for key in CARDS}, n=1, cutoff=0.5)
     hint = f"; did you mean {next(c for c in CARDS if c.lower().replace(' ', '') == near[0])}?" if near else ""
-    raise ValueError(f"Invalid --gpu: {text!r}, expected a size such as 24, 24GB or 22.5GiB, or {', '.join(CARDS)}{hint}")
+    raise ValueError(
+        f"Invalid --gpu: {text!r}, expected a size such as 24, 24GB or 22.5GiB, or {', '.join(CARDS)}{hint}"
+    )
 
 
 def search(
@@ -222,8 +224,9 @@ def _plans(
                 ):
                     # Staggered refreshes come one after the other, and so do the sums that they take.
                     sums = per_layer and size < sequences and profile.sums
+                    options = {**args, "stagger": True} if sums else args
                     job = Job(
-                        model=model, optimizer=name, optimizer_args={**args, "stagger": True} if sums else args, weights=weights, batch_size=size,
+                        model=model, optimizer=name, optimizer_args=options, weights=weights, batch_size=size,
                         seq_len=seq_len, accumulate=sequences // size, accumulate_dtype="bf16", per_layer=per_layer,
                         checkpointing=checkpointing,
                     )  # fmt: skip
@@ -271,7 +274,7 @@ def _profile(config: Any, network: Any, name: str, args: Mapping[str, Any]) -> P
 
 def _bytes(config: Any, job: Job, profile: Profile) -> int:
     """Closed form of the peak; the activations' coefficients are those of transformers' LLaMA in bf16."""
-    tokens, hidden, inner = job.batch_size * job.seq_len, config.hidden_size, config.intermediate_size
+    tokens, hidden, inner = job.batch_size * job.seq_len, config.hidden_size, _inner(config)
     layers = config.num_hidden_layers
     if job.checkpointing:
         activations = tokens * (2 * hidden * layers + 37 * hidden + 12 * inner)
@@ -289,11 +292,17 @@ def _bytes(config: Any, job: Job, profile: Profile) -> int:
     return int(profile.weights + profile.optimizer + activations + profile.largest_gradient + max(gradients, loss))
 
 
+def _inner(config: Any) -> int:
+    """The width of the MLP, by the names that it has."""
+    fields = config.to_dict()
+    return fields.get("intermediate_size") or fields.get("ffn_dim") or fields.get("n_inner") or 4 * config.hidden_size
+
+
 def _cost(config: Any, job: Job, rank: int, profile: Profile) -> float:
     tokens = job.batch_size * job.accumulate * job.seq_len
     hidden, layers = config.hidden_size, config.num_hidden_layers
     head = config.vocab_size * hidden
-    matrices = layers * (4 * hidden**2 + 3 * hidden * config.intermediate_size)
+    matrices = layers * (4 * hidden**2 + 3 * hidden * _inner(config))
     attention = 6.0 * layers * hidden * job.seq_len
     flops = tokens * (flops_per_token(config, matrices + 2 * head, job.seq_len) + 2.0 * head)
     if job.checkpointing:

@@ -72,8 +72,8 @@ def simulate(options: Options, *, whole: bool = False) -> Peak:
         used = batches if whole else batches[:MICRO_BATCHES]
         if update.in_backward is not None:
             update.in_backward.accumulate = len(used)
-        for name in (*UPDATES, SECOND_HALF) if run.per_layer and run.accumulate > 1 else UPDATES:
-            tracker.part(name)
+        for part in (*UPDATES, SECOND_HALF) if run.per_layer and run.accumulate > 1 else UPDATES:
+            tracker.part(part)
             update(used, run.accumulate * run.batch_size * (run.seq_len - 1))
             for name, p in model.named_parameters():
                 state = optimizer.state.get(p, {})

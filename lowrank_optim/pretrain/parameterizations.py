@@ -109,7 +109,7 @@ class LayerSpec(NamedTuple):
     """
 
     options: Parameterization
-    targets: Any = ("attn", "mlp")
+    targets: Any = None
     hidden_act: str | None = None
 
 
@@ -148,9 +148,9 @@ def layer_spec(name: str, args: Mapping[str, Any]) -> LayerSpec:
     return LayerSpec(options, **rest)
 
 
-def parameterize_(model: nn.Module, spec: LayerSpec, *, seed: int = 0) -> list[str]:
+def parameterize_(model: nn.Module, spec: LayerSpec, *, seed: int = 0, from_weight: bool = False) -> list[str]:
     """Convert ``model`` in place; returns the names of the replaced layers."""
-    return convert(model, spec.options, spec.targets, seed=seed)
+    return convert(model, spec.options, spec.targets, seed=seed, from_weight=from_weight)
 
 
 def build_restarts(

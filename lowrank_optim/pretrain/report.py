@@ -21,7 +21,7 @@ from lowrank_optim.pretrain.checkpoint import Progress
 from lowrank_optim.pretrain.config import Resolved
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
+    from transformers import PreTrainedConfig
 
 KEPT = ("weights", "gradients", "optimizer")
 # Dense bf16 peaks of NVIDIA's data sheets, FLOP/s; the first name found in the device's name counts.
@@ -54,7 +54,7 @@ def _cell(cell: Any) -> str:
     return cell if isinstance(cell, str) else f"{cell:,}" if isinstance(cell, int) else f"{cell:,.1f}"
 
 
-def banner(options: Resolved, config: LlamaConfig, model: nn.Module, *, world: int, device: str) -> str:
+def banner(options: Resolved, config: PreTrainedConfig, model: nn.Module, *, world: int, device: str) -> str:
     """Model, budget and options of a run."""
     parameters = sum(p.numel() for p in model.parameters())
     slots = options.batch_size * options.accumulate * world * options.seq_len
@@ -121,7 +121,7 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     return next((peak for key, peak in BF16_PEAKS.items() if key in name), None)
 
 
-def flops_per_token(config: LlamaConfig, parameters: int, seq_len: int) -> float:
+def flops_per_token(config: PreTrainedConfig, parameters: int, seq_len: int) -> float:
     """Forward and backward: 6 a weight that multiplies, and 6 * layers * hidden * seq_len of causal attention."""
     embedding = config.vocab_size * config.hidden_size
     return 6.0 * (parameters - embedding) + 6.0 * config.num_hidden_layers * config.hidden_size * seq_len
@@ -131,7 +131,7 @@ class Meter:
     """Turns updates into log lines: rates since the last line, memory, time of refreshes, remaining time."""
 
     def __init__(
-        self, options: Resolved, config: LlamaConfig, model: nn.Module, *, start: int, device: torch.device
+        self, options: Resolved, config: PreTrainedConfig, model: nn.Module, *, start: int, device: torch.device
     ) -> None:
         self.options, self.device, self.start = options, device, start
         peak = peak_flops(device, options.dtype)

@@ -17,6 +17,7 @@ from lowrank_optim.pretrain.build import build, restarts_for
 from lowrank_optim.pretrain.command_line import write_options
 from lowrank_optim.pretrain.config import Options, UserError, user_errors
 from lowrank_optim.pretrain.data import load_data, read_ahead
+from lowrank_optim.pretrain.energy import captured_energy
 from lowrank_optim.pretrain.launch import catch_signals, run_folder, start_accelerator
 from lowrank_optim.pretrain.metrics import Metrics
 from lowrank_optim.pretrain.sizes import kept_bytes
@@ -59,6 +60,7 @@ class Trainer:
         if found:
             self._resume(found, fingerprint)
         self.sizes: dict[str, int] | None = None
+        self.energy: dict[str, float] = {}
         self.evaluated, self.skipped = math.nan, 0
 
     def say(self, text: str) -> None:
@@ -116,6 +118,7 @@ class Trainer:
         if made.made:
             self.skipped = 0
         else:
+            self.energy = {}
             self._leave_out(made.loss, made.grad_norm)
         progress.step += 1
         for restart in self.update.restarts:
@@ -123,7 +126,9 @@ class Trainer:
         progress.tokens += tokens
         row = {"loss": made.loss, "lr": made.lr, "grad_norm": made.grad_norm}
         row["tokens_per_second"] = meter.update(progress.step, tokens)
-        self._log(row)
+        row["memory_bytes"], row["peak_memory_bytes"] = report.memory_in_use(self.device)
+        row["refresh_seconds"] = getattr(self.optimizer, "refresh_seconds", 0.0)
+        self._log({**row, **self.energy})
         bar.set_postfix_str(f"loss {made.loss:.3f}", refresh=False)
         bar.update()
         ends = progress.step == run.max_steps
@@ -144,6 +149,12 @@ class Trainer:
             raise UserError(f"{self.skipped} updates in a row without a finite loss and gradient: lower --lr")
 
     def _measure(self) -> None:
+        # At most 50 times in a run: each time costs a projection of every gradient.
+        due = self.progress.step % max(1, self.run.max_steps // 50) == 0
+        self.energy = captured_energy(self.optimizer) if due and not self.run.per_layer else {}
+        self._measure_sizes()
+
+    def _measure_sizes(self) -> None:
         """Take the largest sizes: at the first update, and where a line is logged, as refreshes add to them."""
         if self.sizes and (self.progress.step + 1) % self.run.log_every:
             return
