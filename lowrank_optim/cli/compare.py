@@ -11,7 +11,7 @@ from typing import Any
 
 from lowrank_optim.cli.main import PROG
 from lowrank_optim.pretrain.command_line import Parser, parse_known, read_yaml
-from lowrank_optim.pretrain.config import UserError, user_errors
+from lowrank_optim.pretrain.config import UserError
 from lowrank_optim.pretrain.metrics import FILE, read_metrics
 from lowrank_optim.pretrain.page import Series, chart, html_table, page
 from lowrank_optim.pretrain.report import table
@@ -41,8 +41,10 @@ def compare(argv: Sequence[str]) -> int:
         chart("Training loss", [Series(run["name"], _points(run, "loss")) for run in found], "update"),
     ]
     body = f"<h1>Comparison</h1>{''.join(pictures)}{html_table([COLUMNS, *shown])}"
-    with user_errors(OSError):
+    try:
         Path(given.html).write_text(page("Comparison", body), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"Invalid --html: cannot write {given.html} ({error.strerror})") from error
     print(f"\npage {given.html}")
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -42,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return int(end.code or 0)
         except UserError as error:
             print(f"{PROG}: error: {error}", file=sys.stderr)
+        except BrokenPipeError:
+            # Who reads has seen enough; nothing may be written at the end either.
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             kept = "; saved checkpoints are intact" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
             print(f"{PROG}: error: {error}{kept}", file=sys.stderr)

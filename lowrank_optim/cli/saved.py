@@ -64,9 +64,8 @@ def evaluate(argv: Sequence[str]) -> int:
     if given.json:
         print(json.dumps({**found._asdict(), "perplexity": found.perplexity, "dataset": run.dataset}))
     else:
-        print(
-            f"{run.dataset}: validation perplexity {found.perplexity:.2f} (loss {found.loss:.4f}, {found.tokens:,} tokens)"
-        )
+        numbers = f"perplexity {found.perplexity:.2f} (loss {found.loss:.4f}, {found.tokens:,} tokens)"
+        print(f"{run.dataset}: validation {numbers}")
     return 0
 
 

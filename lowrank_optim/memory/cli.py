@@ -14,7 +14,7 @@ from typing import Any
 from lowrank_optim.cli import quiet  # noqa: F401
 from lowrank_optim.cli.main import installed_version
 from lowrank_optim.memory import format, published
-from lowrank_optim.memory.compare import all_methods, as_csv, compare, table, write_html, write_png
+from lowrank_optim.memory.compare import all_methods, compare, table, write_csv, write_html, write_png
 from lowrank_optim.memory.estimate import estimate
 from lowrank_optim.memory.format import UNITS
 from lowrank_optim.memory.job import MEMORY_OPTIONS, Job
@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             answer = options.run(options)
             # Arguments may be anything that Python can write, a set for instance.
             print(json.dumps(answer, default=str) if isinstance(answer, Mapping) else answer)
+    except SystemExit as end:
+        # --help and --version
+        return int(end.code or 0)
     except (UserError, ValueError, RuntimeError, OSError) as error:
         _warn(str(error))
         return 2
@@ -147,12 +150,13 @@ def _compare(options: argparse.Namespace) -> Any:
         methods = [(name, layers) for name, layers in methods if layers == job.parameterization]
     rows = compare(options.models, methods, parse_optimizer_args(job.optimizer_args), job, simulated=options.simulate)
     what = "Simulated peak" if options.simulate else "Weights, gradients and optimizer state"
-    for path, write in ((options.png, write_png), (options.html, write_html)):
-        if path:
-            write(path, rows, f"{what}, {job.setting}")
-    if options.csv:
-        with open(options.csv, "w", encoding="utf-8") as file:
-            file.write(as_csv(rows))
+    for flag, write in (("png", write_png), ("html", write_html), ("csv", write_csv)):
+        path = getattr(options, flag)
+        try:
+            if path:
+                write(path, rows, f"{what}, {job.setting}")
+        except OSError as error:
+            raise UserError(f"Invalid --{flag}: cannot write {path} ({error.strerror})") from error
     if options.json:
         return {"rows": [row._asdict() for row in rows]}
     return f"{what}, {job.setting}\n\n{table(rows)}\n\n{UNITS}."

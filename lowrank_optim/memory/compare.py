@@ -121,7 +121,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines[1:])
 
 
-def as_csv(rows: Sequence[Row]) -> str:
+def write_csv(path: str, rows: Sequence[Row], _title: str) -> None:
     """One line a row, sizes in bytes."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -130,7 +130,7 @@ def as_csv(rows: Sequence[Row]) -> str:
         [row.model, row.method, row.state_dtype, *(row.by_category[c] for c in CATEGORIES), row.total_bytes]
         for row in rows
     )
-    return text.getvalue()
+    Path(path).write_text(text.getvalue(), encoding="utf-8")
 
 
 def figure(rows: Sequence[Row]) -> Figure:

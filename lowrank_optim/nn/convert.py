@@ -208,7 +208,10 @@ def select_linears(model: nn.Module, targets: str | Iterable[str] | None) -> dic
             chosen[name] = module
     missed = [target for target, count in hits.items() if not count]
     if missed or not chosen:
-        some = ", ".join(candidates) or "none"
+        others = {type(m).__name__ for m in model.modules() if any(p.ndim == 2 for p in m.parameters(False))}
+        others -= {"Linear", "Embedding"}
+        elsewhere = f", but matrices in {', '.join(sorted(others))}" if others else ""
+        some = ", ".join(candidates) or f"none{elsewhere}"
         raise ValueError(f"Invalid targets: {missed or wanted} match no nn.Linear; candidates: {some[:300]}")
     return chosen
 

@@ -130,10 +130,8 @@ def _decoder(config: Any, model: str) -> Any:
 
     config = config.get_text_config(decoder=True)
     # Encoders with a head for generation have the switch is_decoder, which is off.
-    encodes = (
-        config.is_encoder_decoder or config.to_dict().get("is_decoder") is False and config.model_type in _ENCODERS
-    )
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or encodes:
+    encodes = config.model_type in _ENCODERS and not config.to_dict().get("is_decoder")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder or encodes:
         raise ValueError(
             f"Invalid model: {model} has the model_type {config.model_type!r}, expected a causal language model that "
             "transformers has code for, such as llama, qwen3, gemma3_text, mistral, phi, gpt2, opt, gpt_neox or mixtral"
@@ -176,7 +174,9 @@ def load_pretrained(name: str, config: PreTrainedConfig, *, dtype: torch.dtype) 
         ValueError: no weights there, or weights of another shape than ``config`` has.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
             name, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False

@@ -63,7 +63,8 @@ def chart(title: str, series: Sequence[Series], x_label: str, *, logarithmic: bo
         return ""
     xs = [x for line in lines for x, _ in line.points]
     ys = [math.log10(y) if logarithmic else y for line in lines for _, y in line.points]
-    x_ticks, y_ticks = _ticks(min(xs), max(xs)), _ticks(min(ys), max(ys))
+    x_ticks = _ticks(min(xs), max(xs))
+    y_ticks = _logarithmic_ticks(min(ys), max(ys)) if logarithmic else _ticks(min(ys), max(ys))
     x_range = (min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1)
     y_range = (min([*ys, y_ticks[0]]), max([*ys, y_ticks[-1]]))
 
@@ -153,6 +154,16 @@ def _ticks(low: float, high: float) -> list[float]:
     size = 10 ** math.floor(math.log10((high - low) / 4))
     step = next(factor * size for factor in (1, 2, 5, 10) if (high - low) / (factor * size) <= 5)
     return [number * step for number in range(math.floor(low / step), math.ceil(high / step) + 1)]
+
+
+def _logarithmic_ticks(low: float, high: float) -> list[float]:
+    """Logarithms of 1, 2 and 5 times powers of ten, or of these alone where they are many, that enclose an interval."""
+    factors = (1, 2, 5) if high - low < 3 else (1,)
+    powers = range(math.floor(low) - 1, math.ceil(high) + 2)
+    every = sorted(math.log10(factor) + power for power in powers for factor in factors)
+    first = max(number for number, tick in enumerate(every) if tick <= low)
+    last = min(number for number, tick in enumerate(every) if tick >= high and number > first)
+    return every[first : last + 1]
 
 
 def _number(value: float) -> str:

@@ -110,7 +110,9 @@ def memory_in_use(device: torch.device) -> tuple[int, int]:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
         return peak, peak
-    return pages * resource.getpagesize(), peak
+    # Linux counts the two in different ways, which may differ by some pages.
+    now = pages * resource.getpagesize()
+    return now, max(now, peak)
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:

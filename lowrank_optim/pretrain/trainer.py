@@ -74,9 +74,11 @@ class Trainer:
             self.say(f"done       all {self.run.max_steps} updates had been made")
             return 0
         if self.leads:
-            with user_errors(OSError):
+            try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_options(self.run, self.folder / "config.yaml")
+            except OSError as error:
+                raise UserError(f"Invalid --output-dir: cannot write {self.folder} ({error.strerror})") from error
         self.metrics = Metrics(self.folder if self.leads else None, self.progress.step)
         # The optimizer and the schedule are not prepared: the wrapped schedule would step once a process.
         network = self.accelerator.prepare_model(self.update.network)
