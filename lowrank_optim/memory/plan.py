@@ -112,13 +112,13 @@ def parse_size(text: str) -> int:
     Raises:
         ValueError: another form.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB|)", text.strip(), re.IGNORECASE)
-    if match is not None and float(match[1]):
-        return int(float(match[1]) * (2**30 if match[2].lower() == "gib" else 10**9))
     name = re.sub(r"[\s_-]|nvidia|geforce|amd|instinct", "", text.lower())
     for card, size in CARDS.items():
         if name in (key := card.lower().replace(" ", ""), key.removeprefix("rtx")):
             return size * 10**9
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB|)", text.strip(), re.IGNORECASE)
+    if match is not None and float(match[1]):
+        return int(float(match[1]) * (2**30 if match[2].lower() == "gib" else 10**9))
     near = difflib.get_close_matches(name, {key.lower().replace(" ", ""): key for key in CARDS}, n=1, cutoff=0.5)
     hint = f"; did you mean {next(c for c in CARDS if c.lower().replace(' ', '') == near[0])}?" if near else ""
     raise ValueError(

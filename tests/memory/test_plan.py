@@ -1,12 +1,11 @@
 import json
-import re
 import shlex
 
 import pytest
 
 from lowrank_optim.memory.cli import main
 from lowrank_optim.memory.job import Job
-from lowrank_optim.memory.plan import _plans, parse_size
+from lowrank_optim.memory.plan import _plans, needed, parse_size
 from lowrank_optim.memory.simulate import simulate
 from lowrank_optim.pretrain.command_line import parse_options
 
@@ -41,8 +40,9 @@ def test_nothing_fits_and_what_would(capsys):
     assert main([*LINE.split(), "--gpu", "0.62GB"]) == 0
     out = capsys.readouterr().out
     assert "No plan fits" in out and answer["next"]["command"] in out
-    size = float(re.search(r"fit next: .* on a card of ([0-9.]+) GB", out)[1]) + 0.1
-    assert run_json(capsys, "--gpu", f"{size:.1f}")["plan"]["command"] == answer["next"]["command"]
+    size = needed(answer["next"]["predicted_bytes"])
+    assert f"on a card of {size / 1e9:.1f} GB" in out
+    assert run_json(capsys, "--gpu", f"{size / 1e9:.6f}1")["plan"]["command"] == answer["next"]["command"]
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,39 @@ def test_the_peak_is_what_the_allocator_hands_out(name, dtype, small):
     assert simulate(job).peak_bytes == pytest.approx(allocated(job), rel=0.05)
 
 
+DEEP = {"hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 6}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"per_layer": True, "accumulate": 64, "checkpointing": True},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"accumulate": 64}, marks=pytest.mark.slow),
+        pytest.param({"per_layer": True, "weights": "int8"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_few_layers_stand_for_all(tmp_path, more):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**SMALL, **DEEP}))
+    job = Job(model=str(path), optimizer="GaLoreAdamW", optimizer_args={"rank": 8}, seq_len=16, batch_size=2, **more)
+    few, whole = simulate(job), simulate(job, whole=True)
+    assert few.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.01)
+    assert few.most_by_category["optimizer"] == whole.most_by_category["optimizer"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*reads whole gradients")
+@pytest.mark.parametrize("model", ["llama_130m", "llama_350m"])
+@pytest.mark.parametrize("name", [*low_rank_names(), "AdamW"])
+def test_few_layers_stand_for_all_of_a_preset(model, name):
+    args = {"rank": 256} if name in low_rank_names() and name != "APOLLOMini" else {}
+    for per_layer in (False, True) if name in low_rank_names() else (False,):
+        job = Job(model=model, optimizer=name, optimizer_args=args, per_layer=per_layer)
+        assert simulate(job).peak_bytes == pytest.approx(simulate(job, whole=True).peak_bytes, rel=0.01)
+
+
 def test_checkpointing_leaves_the_inputs_of_the_layers(small):
     shape = {"batch_size": 8, "seq_len": 64}
     plain, less = (simulate(Job(model=small, optimizer="SGD", checkpointing=flag, **shape)) for flag in (False, True))

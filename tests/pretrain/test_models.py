@@ -22,7 +22,7 @@ from lowrank_optim.pretrain.steps import loss_sum
 
 SMALL = {
     "hidden_size": 16,
-    "intermediate_size": 44,
+    "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "vocab_size": 320,
