@@ -15,7 +15,7 @@ def list_(argv: Sequence[str]) -> int:
     """The subcommand; see :func:`lowrank_optim.cli.main.main`."""
     parser = Parser(prog=f"{PROG} list", description="What can be chosen.", allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    given = parse_known(parser, argv, ())
+    given = parse_known(parser, argv, ("json",))
     found = everything()
     if given.json:
         print(json.dumps(found))

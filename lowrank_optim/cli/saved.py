@@ -37,7 +37,7 @@ def evaluate(argv: Sequence[str]) -> int:
     parser = _parser("evaluate", "The validation loss of a trained model, by default on the data of its run")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_flags(parser, EVALUATED)
-    given = parse_known(parser, argv, EVALUATED)
+    given = parse_known(parser, argv, (*EVALUATED, "json"))
     import torch
 
     from lowrank_optim.pretrain import steps

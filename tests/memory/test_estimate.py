@@ -204,9 +204,8 @@ def sums_match(config, name, args, accumulate, dtype="fp32", per_layer=True):
 
 
 @pytest.mark.filterwarnings("ignore:.*reads whole gradients")
-@pytest.mark.parametrize(("name", "accumulate"), [("GaLoreAdamW", 64), ("FiraAdamW", 64)])
-def test_sums_of_micro_batches_are_those_of_the_simulation(tmp_path, name, accumulate):
-    sums_match(save_config(tmp_path), name, {"rank": 16}, accumulate, "bf16")
+def test_sums_of_micro_batches_are_those_of_the_simulation(tmp_path):
+    sums_match(save_config(tmp_path), "GaLoreAdamW", {"rank": 16}, 64, "bf16")
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def test_sizes_and_names_of_cards(text, size):
 @pytest.mark.parametrize(
     ("optimizer", "args", "per_layer"),
     [
-        ("GaLoreAdamW8bit", {"rank": 32}, True),
+        pytest.param("GaLoreAdamW8bit", {"rank": 32}, True, marks=pytest.mark.slow),
         pytest.param("AdamW", {}, False, marks=pytest.mark.slow),
         pytest.param("FiraAdamW", {"rank": 32, "state_dtype": "bfloat16"}, True, marks=pytest.mark.slow),
         pytest.param("APOLLOMini", {}, False, marks=pytest.mark.slow),

@@ -108,7 +108,7 @@ def test_every_byte_is_counted(name: str, optimizer: str, tmp_path: Path) -> Non
     assert counted == {kind: tensor_bytes(model, built)[kind] for kind in ("weights", "gradients")}  # type: ignore[literal-required]
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", [EACH[0], *(pytest.param(name, marks=pytest.mark.slow) for name in [*MODELS][1:])])
 def test_per_layer_int8_and_factors_work_or_are_refused(name: str, shards: Path, tmp_path: Path, capfd: Any) -> None:
     config = config_of(name, tmp_path)
     ways = {
