@@ -6,6 +6,7 @@ import functools
 import inspect
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -222,12 +223,16 @@ def _read_by_their_owners(model: nn.Module) -> dict[str, str]:
         f"{path}.{child}" if path else child: type(owner).__name__
         for path, owner in _named_modules(model)
         for child, module in owner.named_children()
-        if isinstance(module, nn.Linear) and re.search(rf"self\.{child}\.weight\b", _source(type(owner)))
+        if isinstance(module, nn.Linear) and re.search(rf"self\.{child}\.weight\b", _source(_class_of(owner)))
     }
 
 
+def _class_of(module: nn.Module) -> Any:
+    return type(module)
+
+
 @functools.cache
-def _source(cls: type) -> str:
+def _source(cls: Any) -> str:
     # torch's own transformer layers read weights only where they leave their linears out.
     if cls.__module__.startswith("torch."):
         return ""

@@ -78,12 +78,14 @@ class Updater:
         self.schedule = build_schedule(optimizer, warmup=run.warmup_steps, total=run.max_steps)
         # Hooks run in the order of their registration: around those that use gradients up.
         self.gradient_bytes = GradientBytes(self._sums) if run.per_layer else None
-        trained = [p for p in model.parameters() if p.requires_grad and self.gradient_bytes]
-        for p in trained:
-            p.register_post_accumulate_grad_hook(self.gradient_bytes.arrives)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if self.gradient_bytes:
+            for p in trained:
+                p.register_post_accumulate_grad_hook(self.gradient_bytes.arrives)
         self.in_backward = start_in_backward(run, optimizer)
-        for p in trained:
-            p.register_post_accumulate_grad_hook(self.gradient_bytes.leaves)
+        if self.gradient_bytes:
+            for p in trained:
+                p.register_post_accumulate_grad_hook(self.gradient_bytes.leaves)
 
     def _sums(self, param: Tensor) -> list[Tensor | None]:
         sums = self.in_backward and self.in_backward.sums(param)

@@ -46,8 +46,6 @@ def test_what_is_converted_runs(build: Any) -> None:
 def test_a_target_that_names_such_a_layer_is_refused() -> None:
     model = t5()
     before = {name: type(module) for name, module in model.named_modules()}
-    with pytest.raises(
-        ValueError, match=r"DenseReluDense.wo', whose weight T5DenseGatedActDense reads"
-    ):
+    with pytest.raises(ValueError, match=r"DenseReluDense.wo', whose weight T5DenseGatedActDense reads"):
         convert(model, LowRank(rank=2), targets="wo")
     assert {name: type(module) for name, module in model.named_modules()} == before
