@@ -6,11 +6,13 @@ TRAIN = [
     "accelerate>=1.3",
     "bitsandbytes>=0.50; platform_system == 'Linux'",
     "datasets>=3.2",
+    "filelock>=3.12",
     "pyyaml>=6.0",
     "safetensors>=0.5",
     "tokenizers>=0.21",
     "tqdm>=4.66",
     "transformers>=4.48",
+    "xxhash>=3.0",
 ]
 
 PLOTS = "matplotlib>=3.9"

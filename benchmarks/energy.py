@@ -56,6 +56,7 @@ def record(options: argparse.Namespace) -> tuple[dict[str, Any], Group, list[Rec
             model=options.model,
             optimizer="GaLoreAdamW",
             optimizer_args=[f"update_proj_gap={options.gap}"] + [f"rank={options.rank}"] * (options.rank is not None),
+            pack=False,
             max_steps=options.steps,
             batch_size=options.batch_size,
             seq_len=options.seq_len,

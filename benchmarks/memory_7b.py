@@ -1,13 +1,14 @@
-"""Simulated peaks of LLaMA-7B, one sequence of 2048 tokens a micro-batch: ``python -m benchmarks.memory_7b``.
+"""Simulated peaks of LLaMA-7B and 13B, one sequence of 2048 tokens a micro-batch: ``python -m benchmarks.memory_7b``.
 
 Per-layer updates, checkpointed activations, chunked loss, moments in 8 bits for embeddings and head too. Nothing of the
-model's size is allocated; a job takes a few minutes on one core. Writes ``results/memory_7b.json`` as it goes and is
-the README's second table of the 7B jobs.
+model's size is allocated; a job takes a few minutes on one core. Writes ``results/memory_7b.json`` as it goes, where
+``--weights int4`` replaces the rows of these weights alone, and is the README's second table of the 7B jobs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import argparse
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,27 +19,37 @@ from lowrank_optim.memory.simulate import simulate
 
 BEGIN = "<!-- table:memory_7b -->"
 
-# Optimizer, its arguments, weights, and the peak in GB that the job is to stay under.
-JOBS: list[tuple[str, dict[str, Any], str, float]] = [
-    ("GaLoreAdamW8bit", {"rank": 1024}, "bf16", 21.0),
-    ("QGaLoreAdamW8bit", {"rank": 1024}, "int8", 13.5),
-    ("DCTAdamW", {"rank": 256, "update_proj_gap": 200, "state_dtype": "int8"}, "int8", 10.2),
-    ("APOLLOMini", {"state_dtype": "int8"}, "int8", 9.5),
+# Model, optimizer, its arguments, weights, and the peak in GB that the job is to stay under.
+JOBS: list[tuple[str, str, dict[str, Any], str, float]] = [
+    ("llama_7b", "GaLoreAdamW8bit", {"rank": 1024}, "bf16", 21.0),
+    ("llama_7b", "QGaLoreAdamW8bit", {"rank": 1024}, "int8", 13.5),
+    ("llama_7b", "DCTAdamW", {"rank": 256, "update_proj_gap": 200, "state_dtype": "int8"}, "int8", 10.2),
+    ("llama_7b", "APOLLOMini", {"state_dtype": "int8"}, "int8", 9.5),
+    ("llama_7b", "APOLLOMini", {"state_dtype": "int4"}, "int4", 6.0),
+    ("llama_13b", "APOLLOMini", {"state_dtype": "int4"}, "int4", 10.0),
 ]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Simulate every job."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory_7b", description=__doc__.partition(":")[0])
+    parser.add_argument("--weights", choices=("bf16", "int8", "int4"), help="only the jobs with these")
+    only = parser.parse_args(argv).weights
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
-    for optimizer, args, weights, target in JOBS:
+    before = read_result("memory_7b") or {"rows": []}
+    rows: list[dict[str, Any]] = [row for row in before["rows"] if only not in (None, row["weights"])]
+    for model, optimizer, args, weights, target in JOBS:
+        if only not in (None, weights):
+            continue
         job = Job(
-            model="llama_7b", optimizer=optimizer, optimizer_args=args, weights=weights,
+            model=model, optimizer=optimizer, optimizer_args=args, weights=weights,
             seq_len=2048, per_layer=True, checkpointing=True,
         )  # fmt: skip
         peak = simulate(job)
-        rows.append({"method": job.method, "weights": weights, "target_gb": target, **peak.as_dict()})
-        print(f"{job.method}, {weights} weights: {peak.peak_bytes / 1e9:.2f} GB, target {target:g}", flush=True)
+        rows.append({"model": model, "method": job.method, "weights": weights, "target_gb": target, **peak.as_dict()})
+        print(
+            f"{model}, {job.method}, {weights} weights: {peak.peak_bytes / 1e9:.2f} GB, target {target:g}", flush=True
+        )
         write_result("memory_7b", torch.device("cpu"), {"rows": rows})
 
 
@@ -53,12 +64,15 @@ def current() -> str:
         raise ValueError("Invalid results: no memory_7b.json, run python -m benchmarks.memory_7b")
     parts = ("weights", "optimizer", "gradients", "activations", "other")
     lines = [
-        f"| optimizer | weights stored in | peak, GB | {' | '.join(parts)} |",
-        f"|---|---|---:{'|---:' * len(parts)}|",
+        f"| model | optimizer | weights stored in | peak, GB | {' | '.join(parts)} |",
+        f"|---|---|---|---:{'|---:' * len(parts)}|",
     ]
     for row in result["rows"]:
         sizes = [row["peak_bytes"], *(row["by_category"][part] for part in parts)]
-        lines.append(f"| `{row['method']}` | {row['weights']} | {' | '.join(f'{size / 1e9:.2f}' for size in sizes)} |")
+        model = row["model"].removeprefix("llama_").upper()
+        lines.append(
+            f"| {model} | `{row['method']}` | {row['weights']} | {' | '.join(f'{size / 1e9:.2f}' for size in sizes)} |"
+        )
     return "\n".join([*lines, "", _caption(result)])
 
 

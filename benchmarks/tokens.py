@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank_optim.pretrain.shards import find_shards, read_shard
+from lowrank_optim.pretrain.readers import Fault, read_documents
+from lowrank_optim.pretrain.shards import find_shards
 from lowrank_optim.pretrain.tokenization import encode, load_tokenizer
 
 DOCUMENTS = 500
@@ -29,13 +30,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = load_tokenizer(options.tokenizer)
     rows: list[NDArray[np.uint16]] = []
     count = 0
-    for shard in find_shards(options.data)[0]:
-        texts = (text for _, text in read_shard(shard))
+    for shard in find_shards(options.data).train:
+        texts = (text for _, text in read_documents(shard, "text") if not isinstance(text, Fault))
         while count < options.most and (batch := list(islice(texts, DOCUMENTS))):
-            for row in encode(tokenizer, batch, None):
-                # Refuses an id of 2^16 or more.
-                rows.append(np.array(row, dtype=np.uint16))
-                count += len(row)
+            encoded = np.concatenate(encode(tokenizer, batch))
+            if encoded.max() >= 2**16:
+                raise SystemExit(f"Invalid tokenizer: a token id is {encoded.max()}, expected less than {2**16}")
+            rows.append(encoded.astype(np.uint16))
+            count += len(encoded)
     tokens = np.concatenate(rows)[: options.most]
     np.save(options.out, tokens)
     print(f"{options.out}: {len(tokens):,} tokens, ids up to {tokens.max()}")

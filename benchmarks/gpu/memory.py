@@ -1,4 +1,4 @@
-"""LLaMA-7B on cards of 24, 16 and 12 GB: the whole job with its memory capped, beside what was simulated."""
+"""LLaMA-7B and 13B on cards of 24 to 8 GB: the whole job with its memory capped, beside what was simulated."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lowrank_optim.memory.measure import run
 from lowrank_optim.memory.simulate import simulate
 
 # GB of the card that each of the jobs is made for.
-CARDS = (24, 16, 12, 12)
+CARDS = (24, 16, 12, 12, 8, 12)
 UPDATES = 5
 EXPANDABLE = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
@@ -31,8 +31,11 @@ EXPANDABLE = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 def tasks(setting: Setting) -> list[Task]:
     how: dict[str, Any] = {"per_layer": True, "checkpointing": True}
     if setting.cuda:
-        how |= {"model": "llama_7b", "seq_len": 2048}
-        jobs = [Job(optimizer=name, optimizer_args=args, weights=weights, **how) for name, args, weights, _ in JOBS]
+        how |= {"seq_len": 2048}
+        jobs = [
+            Job(model=model, optimizer=name, optimizer_args=args, weights=weights, **how)
+            for model, name, args, weights, _ in JOBS
+        ]
     else:
         how |= {"model": tiny_model(setting.scratch), "seq_len": 16}
         jobs = [Job(optimizer="GaLoreAdamW8bit", optimizer_args={"rank": 8}, weights="bf16", **how)]
@@ -82,7 +85,8 @@ def in_a_process(task: Mapping[str, Any], environment: Mapping[str, str], second
 def simulated(job: Job) -> dict[str, Any]:
     """The simulated peak as it has been recorded: for LLaMA-7B it takes minutes."""
     recorded = (read_result("memory_7b") or {"rows": []})["rows"]
-    peaks = [row["peak_bytes"] for row in recorded if (row["method"], row["weights"]) == (job.method, job.weights)]
+    wanted = (job.model, job.method, job.weights)
+    peaks = [row["peak_bytes"] for row in recorded if (row["model"], row["method"], row["weights"]) == wanted]
     return {"simulated_bytes": peaks[0]} if peaks else {}
 
 

@@ -79,18 +79,18 @@ def token_array(source: str) -> NDArray[np.uint16]:
 
 def give_tokens(source: str) -> None:
     """Let the trainer find these tokens whatever data set it asks for."""
-    from lowrank_optim.pretrain import data
+    from lowrank_optim.pretrain import batches, data
 
     tokens = token_array(source)
     held = max(1, int(len(tokens) * HELD_OUT))
     training, validation = tokens[:-held], tokens[-held:]
 
     def load_data(options: Any, **_: Any) -> data.Data:
-        def train(state: data.State | None) -> Iterator[tuple[data.Batch, data.State]]:
-            return data.shuffled_windows(training, options.seq_len, options.batch_size, 0, 1, options.seed, state)
+        def train(state: batches.State | None) -> Iterator[tuple[batches.Batch, batches.State]]:
+            return batches.shuffled_windows(training, options.seq_len, options.batch_size, 0, 1, options.seed, state)
 
-        def held_out() -> Iterator[data.Batch]:
-            return data.ordered_windows(validation, options.seq_len, options.batch_size, 0, 1)
+        def held_out() -> Iterator[batches.Batch]:
+            return batches.ordered_windows(validation, options.seq_len, options.batch_size, 0, 1)
 
         none: Any = None
         return data.Data(none, f"{len(training):,} given tokens", source, train, held_out)

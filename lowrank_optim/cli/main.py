@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ COMMANDS = {
     "generate": ("lowrank_optim.cli.saved:generate", "continue a text with a trained model"),
     "evaluate": ("lowrank_optim.cli.saved:evaluate", "the validation loss of a trained model"),
     "compare": ("lowrank_optim.cli.compare:compare", "runs side by side: a table, and a page with a picture"),
+    "verify": ("lowrank_optim.cli.verify:verify", "whether the checkpoints of a run are what was written"),
+    "tokenize": ("lowrank_optim.pretrain.tokenize_command:main", "a data set as token ids on disk"),
     "list": ("lowrank_optim.cli.listing:list_", "models, optimizers and parameterizations, with their arguments"),
 }
 
@@ -50,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             kept = "; saved checkpoints are intact" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
             print(f"{PROG}: error: {error}{kept}", file=sys.stderr)
         except KeyboardInterrupt:
-            print(f"{PROG}: stopped", file=sys.stderr)
-            return 130
+            print(f"{PROG}: interrupted; saved checkpoints are intact", file=sys.stderr)
+            return 128 + signal.SIGINT
     return 2
 
 

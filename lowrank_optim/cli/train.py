@@ -48,11 +48,14 @@ def run(options: Options) -> int:
     started = time.perf_counter()
     from lowrank_optim.pretrain import report
     from lowrank_optim.pretrain.generate import sample
+    from lowrank_optim.pretrain.launch import own, run_folder
     from lowrank_optim.pretrain.run_page import write_page
     from lowrank_optim.pretrain.trainer import Trainer
 
-    trainer = Trainer(options)
-    status = trainer.train()
+    folder = run_folder(options)
+    with own(folder):
+        trainer = Trainer(options, folder)
+        status = trainer.train()
     if status == 0 and trainer.leads and trainer.sizes:
         settled = trainer.run
         from lowrank_optim.memory.estimate import state_dtype

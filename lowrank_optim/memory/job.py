@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lowrank_optim.pretrain.config import Options
+from lowrank_optim.pretrain.config import QUANTIZED, Options
 from lowrank_optim.pretrain.optimizers import parse_optimizer_args
 
 # The options that memory depends on; they are the flags of lowrank-memory, and what a job is in JSON.
 MEMORY_OPTIONS = (
-    *("model", "dtype", "weights", "parameterization", "parameterization_args", "checkpointing", "checkpoint_every"),
-    *("chunked_loss", "optimizer", "optimizer_args", "grad_clip", "per_layer"),
+    *("model", "dtype", "weights", "parameterization", "parameterization_args", "ranks", "checkpointing"),
+    *("checkpoint_every", "chunked_loss", "optimizer", "optimizer_args", "grad_clip", "per_layer"),
     *("seq_len", "batch_size", "accumulate", "accumulate_dtype"),
 )
 
@@ -55,7 +55,7 @@ class Job(Options):
     @property
     def setting(self) -> str:
         """Everything else but the model, in words."""
-        words = [self.dtype, "int8 weights" if self.weights == "int8" else ""]
+        words = [self.dtype, f"{self.weights} weights" if self.weights in QUANTIZED else ""]
         words.append(f"{self.accumulate} x {self.batch_size} x {self.seq_len} tokens")
         words += ["per-layer updates" * self.per_layer, "checkpointing" * self.checkpointing]
         return ", ".join(filter(None, words))

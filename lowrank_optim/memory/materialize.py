@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim.nn import Int8Linear
+from lowrank_optim.nn import QuantizedLinear
+from lowrank_optim.pretrain.batches import Batch
 from lowrank_optim.pretrain.build import build_network
 from lowrank_optim.pretrain.config import Resolved
-from lowrank_optim.pretrain.data import Batch
 
 
 def materialize(run: Resolved, config: Any, device: str) -> Any:
@@ -36,7 +36,7 @@ def allocate_(model: nn.Module, device: str) -> None:
                 if tensor is None:
                     continue
                 if tensor not in made:
-                    # The parameter of an int8 weight has strides of zero: it has one element.
+                    # The parameter of a quantized weight has strides of zero: it has one element.
                     new = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
                     made[tensor] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
                     made[tensor].__dict__.update(tensor.__dict__)
@@ -47,7 +47,7 @@ def allocate_(model: nn.Module, device: str) -> None:
 def randomize_(model: nn.Module) -> None:
     """Fresh weights, a matrix at a time: N(0, 0.02²), and one in vectors."""
     for module in model.modules():
-        if isinstance(module, Int8Linear):
+        if isinstance(module, QuantizedLinear):
             module.from_weight_(
                 torch.empty_like(module.weight, memory_format=torch.contiguous_format).normal_(std=0.02)
             )

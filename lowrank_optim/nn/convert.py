@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim.nn.base import FactoredLinear, Parameterization
+from lowrank_optim.nn.lowrank import LowRank
 from lowrank_optim.optim.groups import as_targets, takes
 from lowrank_optim.optim.roles import roles_by_id
 
@@ -23,6 +25,7 @@ def convert(
     targets: str | Iterable[str] | None = None,
     *,
     from_weight: bool = False,
+    ranks: Mapping[str, int] | None = None,
     seed: int = 0,
 ) -> list[str]:
     """Replace the matching ``nn.Linear`` modules of ``model`` in place.
@@ -39,6 +42,8 @@ def convert(
             regular expression, matches fully. Heads and routers stay even then, and so do layers whose weight the
             code of the module around them reads, as T5's and Mamba's does.
         from_weight: keep the trained weight as well as the parameterization can, instead of a fresh start.
+        ranks: of layers by the name of their weight, as :func:`lowrank_optim.allocate_ranks` makes them, in place of
+            the parameterization's own.
         seed: the layers draw from generators seeded by this and by their position in the model.
 
     Returns:
@@ -46,10 +51,15 @@ def convert(
 
     Raises:
         ValueError: a target that matches nothing or a layer whose weight other code reads, a layer that is converted
-            already, options that do not fit a layer, or a weight shared with a module that stays.
+            already, options that do not fit a layer, ranks of other layers or for a parameterization without one, or a
+            weight shared with a module that stays.
     """
     chosen = select_linears(model, targets)
     check_shared(model, chosen)
+    given = dict(ranks or {})
+    for weight in given:
+        if weight.removesuffix(".weight") not in chosen or not weight.endswith(".weight"):
+            raise ValueError(f"Invalid ranks: {weight!r} is not the weight of a layer to convert")
     positions = layer_positions(model)
     made: dict[tuple[int, int], FactoredLinear] = {}
     # Build all before touching the model: an error leaves it as it was.
@@ -59,7 +69,9 @@ def convert(
         if from_weight and linear.weight.is_meta:
             raise ValueError(f"Invalid from_weight: True, but the weight of {name!r} is on the meta device")
         try:
-            layer = parameterization.build(
+            rank = given.get(f"{name}.weight")
+            options: Any = parameterization
+            layer = (options if rank is None else dataclasses.replace(options, rank=rank)).build(
                 linear.in_features,
                 linear.out_features,
                 bias=linear.bias is not None,
@@ -67,7 +79,7 @@ def convert(
                 dtype=linear.weight.dtype,
                 generator=layer_generator(seed, positions[linear]),
             )
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{name}: {error}") from error
         if from_weight:
             with torch.no_grad():
@@ -77,6 +89,41 @@ def convert(
     for name, linear in chosen.items():
         model.set_submodule(name, made[sharing_key(linear)])
     return list(chosen)
+
+
+def compress(model: nn.Module, ranks: Mapping[str, int]) -> list[str]:
+    """Replace trained linear layers by the low-rank factors that are nearest to their weights, in place::
+
+        W = U Σ Vᵀ -> B A,   B = U_r sqrt(Σ_r),   A = sqrt(Σ_r) V_rᵀ
+
+    Fine-tuning the smaller model is what follows. A layer that its factors would make larger stays as it is, that is
+    where rank (m + n) >= m n.
+
+    Args:
+        model: any module.
+        ranks: of the layers by the name of their weight, such as ``allocate_ranks(model, budget)``.
+
+    Returns:
+        The names of the replaced modules.
+
+    Raises:
+        ValueError: as :func:`convert`, or ranks that make no layer smaller.
+
+    Source: WeLore (arXiv 2407.11239), section 3; PELA (arXiv 2310.10700).
+
+    Deviations: WeLore freezes what stays dense, PELA holds features and products near the original's by two further
+    losses; both are the fine-tuning's to do. WeLore also replaces layers that become larger by it.
+    """
+    sizes = {f"{name}.weight": linear.weight.shape for name, linear in select_linears(model, None).items()}
+    foreign = [name for name in ranks if name not in sizes]
+    if foreign:
+        raise ValueError(f"Invalid ranks: {foreign[0]!r} is not the weight of a linear layer")
+    smaller = {name: rank for name, rank in ranks.items() if rank * sum(sizes[name]) < sizes[name].numel()}
+    if not smaller:
+        raise ValueError("Invalid ranks: none makes its layer smaller, expected rank (m + n) < m n for one")
+    # A pattern, because a plain name also stands for those that contain it.
+    targets = [f"(?:{re.escape(name.removesuffix('.weight'))})" for name in smaller]
+    return convert(model, LowRank(), targets, from_weight=True, ranks=smaller)
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ def _search_table(codes: Tensor) -> tuple[Tensor, Tensor]:
     bounds = (codes[:-1] + codes[1:]) / 2
     upper = torch.arange(-(2**15), 2**15, dtype=torch.int32, device="cpu") << 16
     # The number nearest to minus infinity among those with these upper bits.
-    lowest = torch.where(upper < 0, upper | 0xFFFF, upper).view(torch.float32).nan_to_num(0.0)
+    lowest = torch.where(upper < 0, upper | 0xFFFF, upper).view(torch.float32)
     table = torch.bucketize(lowest, bounds, out_int32=True)
     return table, torch.cat((bounds, torch.tensor([torch.inf], dtype=torch.float32, device="cpu")))
 

@@ -18,6 +18,18 @@ def group_count(rows: int, columns: int, group_size: int) -> int:
     return -(-rows * columns // group_size)
 
 
+def pack(codes: Tensor, *, fill: int = 0) -> Tensor:
+    """Codes 0..15 (..., columns), uint8, two a byte; ``fill`` stands beside the last one of an odd row."""
+    if codes.shape[-1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1), value=fill)
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack(packed: Tensor, columns: int) -> Tensor:
+    """The codes (..., columns), uint8, that :func:`pack` took."""
+    return torch.stack((packed & LARGEST, packed >> 4), dim=-1).flatten(-2)[..., :columns]
+
+
 def quantize_int4_(codes: Tensor, scale: Tensor, zero: Tensor, values: Tensor, *, group_size: int) -> None:
     """Write ``values`` as (code - zero) * scale with codes 0..15, each to the nearest.
 
@@ -30,7 +42,6 @@ def quantize_int4_(codes: Tensor, scale: Tensor, zero: Tensor, values: Tensor, *
         zero: uint8 (..., groups) (modified in place).
         values: (..., rows, columns), real; each matrix of a batch is packed for itself.
     """
-    columns = values.shape[-1]
     flat = values.flatten(-2).to(torch.float32)
     count = flat.shape[-1]
     padded = torch.nn.functional.pad(flat, (0, -count % group_size))
@@ -40,13 +51,12 @@ def quantize_int4_(codes: Tensor, scale: Tensor, zero: Tensor, values: Tensor, *
     inverse = scale.clamp_min(torch.finfo(scale.dtype).tiny).reciprocal()
     zero.copy_((-low * inverse).round_().clamp_(0, LARGEST))
     code = (groups * inverse.unsqueeze(-1)).round_().add_(zero.unsqueeze(-1)).clamp_(0, LARGEST).to(torch.uint8)
-    code = torch.nn.functional.pad(code.flatten(-2)[..., :count].view(values.shape), (0, columns % 2))
-    codes.copy_(code[..., 0::2] | (code[..., 1::2] << 4))
+    codes.copy_(pack(code.flatten(-2)[..., :count].view(values.shape)))
 
 
 def dequantize_int4(codes: Tensor, scale: Tensor, zero: Tensor, columns: int, *, group_size: int) -> Tensor:
     """The fp32 (..., rows, columns) values that :func:`quantize_int4_` wrote."""
-    code = torch.stack((codes & LARGEST, codes >> 4), dim=-1).flatten(-2)[..., :columns].to(torch.float32)
+    code = unpack(codes, columns).to(torch.float32)
     count = code.shape[-2] * columns
     zeros, scales = (t.to(torch.float32).repeat_interleave(group_size, -1)[..., :count] for t in (zero, scale))
     return code.sub_(zeros.reshape(code.shape)).mul_(scales.reshape(code.shape))

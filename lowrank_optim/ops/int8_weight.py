@@ -37,50 +37,66 @@ def quantize_int8_weight_(
         start: position of the first value, where these are some rows of a weight.
     """
     rows, columns = values.shape
-    for block in _row_blocks(rows, columns):
+    for block in row_slices(rows, columns):
         wide = values[block].to(torch.float32)
-        share = None if key is None else _uniform(wide, key, start + block.start * columns)
-        for within, groups, width in _spans(columns):
-            shape = (len(wide), groups.stop - groups.start, width)
-            value = wide[:, within].view(shape)
-            step = value.abs().amax(-1, keepdim=True).div_(LARGEST)
-            scale[block, groups].unsqueeze(-1).copy_(step)
-            ticks = value * step.clamp_min_(torch.finfo(torch.float32).tiny).reciprocal_()
-            if share is None:
-                ticks.round_()
-            else:
-                below = ticks.floor()
-                ticks = below + (share[:, within].view(shape) < ticks - below)
-            codes[block, within].view(shape).copy_(ticks.clamp_(-LARGEST, LARGEST))
+        share = None if key is None else as_share(random_bits(wide, key, start + block.start * columns))
+        round_groups_(codes[block], scale[block], wide, share, group=GROUP, largest=LARGEST)
 
 
 def dequantize_int8_weight(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The values (m, n) that :func:`quantize_int8_weight_` wrote, each rounded once to ``dtype``."""
     values = codes.new_empty(codes.shape, dtype=dtype)
-    for block in _row_blocks(*codes.shape):
-        for within, groups, width in _spans(codes.shape[1]):
-            shape = (block.stop - block.start, groups.stop - groups.start, width)
-            code, value = (tensor[block, within].view(shape) for tensor in (codes, values))
-            value.copy_(code * scale[block, groups].unsqueeze(-1))
+    for block in row_slices(*codes.shape):
+        scale_groups_(values[block], codes[block], scale[block], group=GROUP)
     return values
 
 
-def _row_blocks(rows: int, columns: int) -> list[slice]:
+def round_groups_(
+    codes: Tensor, scale: Tensor, values: Tensor, share: Tensor | None, *, group: int, largest: int
+) -> None:
+    """Some rows of fp32 values as integers of at most ``largest`` and a scale for every ``group`` neighbours.
+
+    ``share`` in [0, 1) is above the part cut off where a value is rounded down; None rounds to nearest.
+    """
+    for within, groups, width in _spans(values.shape[1], group):
+        shape = (len(values), groups.stop - groups.start, width)
+        value = values[:, within].view(shape)
+        step = value.abs().amax(-1, keepdim=True).div_(largest)
+        scale[:, groups].unsqueeze(-1).copy_(step)
+        ticks = value * step.clamp_min_(torch.finfo(torch.float32).tiny).reciprocal_()
+        if share is None:
+            ticks.round_()
+        else:
+            below = ticks.floor()
+            ticks = below + (share[:, within].view(shape) < ticks - below)
+        codes[:, within].view(shape).copy_(ticks.clamp_(-largest, largest))
+
+
+def scale_groups_(values: Tensor, codes: Tensor, scale: Tensor, *, group: int) -> None:
+    """values = codes * scale for some rows, scales as :func:`round_groups_` makes them."""
+    for within, groups, width in _spans(codes.shape[1], group):
+        shape = (len(codes), groups.stop - groups.start, width)
+        code, value = (tensor[:, within].view(shape) for tensor in (codes, values))
+        value.copy_(code * scale[:, groups].unsqueeze(-1))
+
+
+def row_slices(rows: int, columns: int) -> list[slice]:
+    """Rows that the eager functions work on at a time."""
     # A compiler makes one kernel of the whole, without temporaries.
     size = max(1, rows if torch.compiler.is_compiling() else BLOCK // max(1, columns))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def _spans(columns: int) -> list[tuple[slice, slice, int]]:
+def as_share(bits: Tensor) -> Tensor:
+    """Random bits as numbers in [0, 1), multiples of 2^-24, of which fp32 has all."""
+    return ((bits >> 8) & 0xFFFFFF).to(torch.float32).mul_(2.0**-24)
+
+
+def _spans(columns: int, group: int) -> list[tuple[slice, slice, int]]:
     """Columns, scales and width of the whole groups of a row, and of the last, shorter one."""
-    whole = columns // GROUP
-    middle = whole * GROUP
-    spans = [(slice(0, middle), slice(0, whole), GROUP)] if whole else []
+    whole = columns // group
+    middle = whole * group
+    spans = [(slice(0, middle), slice(0, whole), group)] if whole else []
     if middle < columns:
         spans.append((slice(middle, columns), slice(whole, whole + 1), columns - middle))
     return spans
-
-
-def _uniform(like: Tensor, key: int | Tensor, start: int) -> Tensor:
-    """Numbers in [0, 1), multiples of 2^-24, of which fp32 has all."""
-    return ((random_bits(like, key, start=start) >> 8) & 0xFFFFFF).to(torch.float32).mul_(2.0**-24)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,27 @@ def lowrank_update_int8_(
             what the gradient holds.
         key: of the random bits, see :func:`lowrank_optim.ops.rounding.random_bits`.
     """
+    columns = codes.shape[1]
+
+    def read(rows: slice) -> Tensor:
+        return dequantize_int8_weight(codes[rows], scale[rows], torch.float32)
+
+    for rows, value in moved_rows(
+        codes, read, left, right, alpha=alpha, decay=decay, grad=grad, row_scale=row_scale, column_scale=column_scale
+    ):
+        quantize_int8_weight_(codes[rows], scale[rows], value, key, start=rows.start * columns)
+
+
+def moved_rows(
+    codes: Tensor, read: Callable[[slice], Tensor], left: Tensor | None, right: Tensor | None,
+    *, alpha: float | Tensor, decay: float | Tensor, grad: Tensor | None, row_scale: Tensor | None,
+    column_scale: Tensor | None,
+) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
+    """Some rows of a quantized weight after another, moved and not yet rounded, for :func:`lowrank_update_int8_`.
+
+    Args:
+        codes: (m, ...), of which ``read`` makes fp32 values (rows, n).
+    """
     if left is None or right is None:
         left = right = None
     else:
@@ -45,10 +68,10 @@ def lowrank_update_int8_(
         grad = None
     columns = None if column_scale is None else column_scale.unsqueeze(0)
     for _, rows in row_blocks(codes.unsqueeze(0), COPIED):
-        value = dequantize_int8_weight(codes[rows], scale[rows], torch.float32)
+        value = read(rows)
         below = row_scale if row_scale is None or len(row_scale) == 1 else row_scale[rows]
         sides = (tensor if tensor is None else tensor[rows].unsqueeze(0) for tensor in (left, grad))
         left_rows, grad_rows = sides
         row_scales = None if below is None else below.unsqueeze(0)
         move_(value.unsqueeze(0), left_rows, right, alpha, decay, grad_rows, row_scales, columns)
-        quantize_int8_weight_(codes[rows], scale[rows], value, key, start=rows.start * codes.shape[1])
+        yield rows, value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -49,16 +51,41 @@ def _inverse_factor(gram: Tensor, one: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(lower, one, upper=False).mH
 
 
-def normalize_(tensor: Tensor) -> None:
+class Sums(Protocol):
+    """What is asked of other processes where every one has some rows of the matrices."""
+
+    @property
+    def size(self) -> int:
+        """The number of all rows."""
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+
+    def max_(self, tensor: Tensor) -> Tensor:
+        """The maximum over all processes, in place."""
+
+    def take(self, tensor: Tensor, axis: int) -> Tensor:
+        """The rows of this process of a tensor that has all of them."""
+
+    def gather(self, tensor: Tensor, axis: int) -> Tensor:
+        """All rows."""
+
+
+def normalize_(tensor: Tensor, sums: Sums | None = None) -> None:
     """Divide each matrix by its largest entry, so that products of 1e-20 or 1e20 neither under- nor overflow."""
     entries = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     axes = (-3, -2, -1) if tensor.is_complex() else (-2, -1)
-    # Unlike abs(), these make no copy.
-    largest = torch.maximum(entries.amax(axes), -entries.amin(axes))
+    if tensor.numel():
+        # Unlike abs(), these make no copy.
+        largest = torch.maximum(entries.amax(axes), -entries.amin(axes))
+    else:
+        largest = entries.new_zeros(tensor.shape[:-2])
+    if sums is not None:
+        sums.max_(largest)
     tensor.div_(largest.clamp_min_(torch.finfo(tensor.dtype).tiny)[..., None, None])
 
 
-def subspace_iteration(tall: Tensor, start: Tensor, *, iterations: int = 1) -> Tensor:
+def subspace_iteration(tall: Tensor, start: Tensor, *, iterations: int = 1, sums: Sums | None = None) -> Tensor:
     """Turn ``start`` towards the dominant right-singular subspace of a matrix: Q <- qr(Aᴴ A Q).
 
     One iteration from a basis that is already close costs about as much as two optimizer steps.
@@ -67,6 +94,7 @@ def subspace_iteration(tall: Tensor, start: Tensor, *, iterations: int = 1) -> T
     Args:
         tall: A, shape (..., rows, d), fp32 or wider.
         start: Q, shape (..., d, rank); need not be orthonormal.
+        sums: where A is some rows of the whole.
 
     Returns:
         Orthonormal (..., d, rank).
@@ -74,12 +102,18 @@ def subspace_iteration(tall: Tensor, start: Tensor, *, iterations: int = 1) -> T
     basis = start
     for _ in range(iterations):
         sketch = tall @ basis
-        normalize_(sketch)
-        basis = orthonormalize(tall.mH @ sketch)
+        normalize_(sketch, sums)
+        basis = orthonormalize(_over_rows(tall.mH @ sketch, sums))
     return basis
 
 
-def range_finder(tall: Tensor, rank: int, generator: torch.Generator, *, iterations: int = 2) -> Tensor:
+def _over_rows(product: Tensor, sums: Sums | None) -> Tensor:
+    return product if sums is None else sums.sum_(product)
+
+
+def range_finder(
+    tall: Tensor, rank: int, generator: torch.Generator, *, iterations: int = 2, sums: Sums | None = None
+) -> Tensor:
     """The dominant right-singular vectors of a matrix from a Gaussian sketch.
 
     Source: Halko, Martinsson, Tropp 2011 (arXiv 0909.4061), algorithms 4.4 and 5.1, with an
@@ -90,18 +124,22 @@ def range_finder(tall: Tensor, rank: int, generator: torch.Generator, *, iterati
         rank: columns of the result, at most d.
         generator: a CPU generator, so that every device draws the same sketch; all matrices of a batch share it.
         iterations: power iterations; 0 is the plain range finder.
+        sums: where A is some rows of the whole.
 
     Returns:
         Orthonormal (..., d, rank), dominant directions first; not finite for a matrix that is not.
     """
-    rows, d = tall.shape[-2:]
+    d = tall.shape[-1]
+    rows = tall.shape[-2] if sums is None else sums.size
     columns = min(d, rank + rank // 8 + 8)
     sketch = torch.randn(rows, columns, generator=generator, dtype=tall.real.dtype, device="cpu")
-    start = tall.mH @ sketch.to(device=tall.device, dtype=tall.dtype)
-    basis = subspace_iteration(tall, orthonormalize(start), iterations=iterations)
+    if sums is not None:
+        sketch = sums.take(sketch, 0)
+    start = _over_rows(tall.mH @ sketch.to(device=tall.device, dtype=tall.dtype), sums)
+    basis = subspace_iteration(tall, orthonormalize(start), iterations=iterations, sums=sums)
     low = tall @ basis
-    normalize_(low)
-    gram = low.mH @ low
+    normalize_(low, sums)
+    gram = _over_rows(low.mH @ low, sums)
     # Which would not converge, for the whole batch.
     broken = ~gram.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     _, vectors = torch.linalg.eigh(gram.masked_fill_(broken, 0))

@@ -33,6 +33,20 @@ def random_bits(like: Tensor, key: int | Tensor, start: int = 0) -> Tensor:
     return bits.view(like.shape)
 
 
+def spread_bits(like: Tensor, key: int | Tensor, step: int | Tensor, start: int = 0) -> Tensor:
+    """As :func:`random_bits`, and spread evenly over the steps for every element: a Kronecker sequence.
+
+    Step t adds t 2^32 / golden ratio, modulo 2^32, to a random start. In each step an element's number is uniform, as
+    that of :func:`random_bits`; among T successive ones the share below any bound is right up to O(log T) / T.
+
+    Args:
+        like, key, start: as there; the key is the same in every step.
+        step: a number or a one-element tensor on the device of ``like``.
+    """
+    turn = step.to(torch.int32) * -0x61C88647 if isinstance(step, Tensor) else _wrap(step * 0x9E3779B9)
+    return random_bits(like, key, start).add_(turn)
+
+
 def mix_key(seed: int, step: int | Tensor, salt: int) -> int | Tensor:
     """A key for :func:`random_bits` from a parameter's seed, its step and a number for the tensor's role."""
     constant = _wrap(seed * 0x85EBCA6B + salt * 0xC2B2AE35)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from lowrank_optim.optim.schedule import largest, refresh_due, select_matrices
 from lowrank_optim.optim.state_storage import SALTS
 from lowrank_optim.optim.views import as_matrices
 
+Mean: TypeAlias = Callable[[Tensor], Tensor]
+
 SUM_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -24,10 +26,13 @@ class Accumulator:
 
     Args:
         dtype: how they are kept between micro-batches: fp32, or bfloat16 (stochastically rounded).
+        mean_: turns a tensor into its mean over data-parallel processes.
     """
 
-    def __init__(self, optimizer: LowRankOptimizer, param: Tensor, group: Group, dtype: torch.dtype) -> None:
-        self.optimizer, self.param, self.group, self.dtype = optimizer, param, group, dtype
+    def __init__(
+        self, optimizer: LowRankOptimizer, param: Tensor, group: Group, dtype: torch.dtype, mean_: Mean
+    ) -> None:
+        self.optimizer, self.param, self.group, self.dtype, self.mean_ = optimizer, param, group, dtype, mean_
         self.plan = optimizer.plan_of(param, group)
         self.subspace: Any = self.plan.parts.subspace
         self.state = self.plan.state
@@ -47,6 +52,8 @@ class Accumulator:
         grad = self.subspace.orient(grad, self.state)
         self.grad_dtype = grad.dtype
         if not self.has_basis:
+            # All processes take the same basis.
+            self.mean_(grad)
             if not self.optimizer.refresh(self.plan, grad, self.group, is_scheduled=not self.state["waiting"]):
                 return
             # Matrices without a gradient so far take their basis from a later micro-batch.
@@ -69,11 +76,11 @@ class Accumulator:
         """Make the update; ``clip_`` gets the sum that takes the gradient's place."""
         if self.low is None:
             return
-        low, step = widen(self.low), int(self.state["step"])
+        low, step = self.mean_(widen(self.low)), int(self.state["step"])
         clip_(low)
         self.optimizer.step_low(self.param, low, self.group)
         if self.renews and int(self.state["step"]) > step:
-            self._renew(low, None if self.sketch is None else widen(self.sketch))
+            self._renew(low, None if self.sketch is None else self.mean_(widen(self.sketch)))
 
     def _renew(self, low: Tensor, sketch: Tensor | None) -> None:
         start = time.perf_counter()

@@ -122,7 +122,11 @@ class GaLoreAdafactor(GaLore):
             decayed = step**-0.5
             size = decayed.clamp(max=ceiling) if isinstance(decayed, Tensor) else min(ceiling, decayed)
         if group["scale_parameter"]:
-            rms = root_mean_square(value_of(param), per_matrix=plan.view.kind == "stack")
+            per_matrix = plan.view.kind == "stack"
+            if plan.layout is None:
+                rms = root_mean_square(value_of(param), per_matrix=per_matrix)
+            else:
+                rms = plan.layout.root_mean_square(param, per_matrix=per_matrix)
             size = rms.clamp_(min=group["eps"][1]) * size
         return size, self.kept_by_decay(size, group)
 

@@ -31,9 +31,9 @@ class ChannelScaling(GrowthLimiter):
     def update(self, step: Step, state: State, group: Group) -> Update:
         """The gradient alone; the norms are all that the low-rank gradient and its direction are for."""
         assert step.norms is not None
-        scaling = factors(step.norms, whole=group["scale_type"] == "tensor")
+        scaling = factors(step.norms, step.sums, whole=group["scale_type"] == "tensor")
         strength = group["scale"] ** 0.5
-        norm = norm_of(scaling.phi * step.norms.grad)
+        norm = norm_of(scaling.phi * step.norms.grad, step.sums)
         if group["scale_front"]:
             norm = norm * strength
         return Update(row_scale=scaling.phi * (self.limit(norm, scaling.direction, state, group) * strength))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lowrank_optim.ops.project import project
 from lowrank_optim.ops.row_norms import row_norms
 from lowrank_optim.optim.finite import verdict
 from lowrank_optim.optim.full_rank import step_full_rank_
@@ -20,7 +21,8 @@ from lowrank_optim.optim.parts import Group, Norms, Refresh, Rule, Scalar, State
 from lowrank_optim.optim.plans import Plan, PlannedOptimizer
 from lowrank_optim.optim.schedule import largest, refresh_due, scheduled, select_matrices
 from lowrank_optim.optim.schema import absent, checked, match_names
-from lowrank_optim.optim.views import as_matrices
+from lowrank_optim.optim.state_storage import recoded
+from lowrank_optim.optim.views import as_matrices, is_sharded
 from lowrank_optim.optim.weight_storage import write_
 
 FORMAT_VERSION = 2
@@ -73,11 +75,21 @@ class LowRankOptimizer(PlannedOptimizer):
 
     def _step_params(self) -> None:
         with without_autocast():
+            agreed = self._agree([(p, p.grad) for group in self.param_groups for p in group["params"]])
             for group in self.param_groups:
                 key = None if torch.compiler.is_compiling() else self._key(group)
                 for p in group["params"]:
                     if p.grad is not None:
-                        self.update_param(p, p.grad, group, key)
+                        self.update_param(p, p.grad, group, key, agreed.get(p))
+
+    def _agree(self, gradients: list[tuple[Tensor, Tensor | None]]) -> dict[Tensor, bool | Tensor]:
+        """The verdicts on the gradients of sharded parameters, in which no process must differ."""
+        sharded = [(p, grad) for p, grad in gradients if grad is not None and is_sharded(p)]
+        if not sharded:
+            return {}
+        from lowrank_optim.optim.sharding import agree
+
+        return agree(sharded)
 
     def _works_on_the_host(self) -> bool:
         """Whether the coming step allocates a state or renews a basis, of which a compiler makes little.
@@ -101,7 +113,8 @@ class LowRankOptimizer(PlannedOptimizer):
         """
         if param.grad is not None:
             with without_autocast():
-                self.update_param(param, param.grad, group, self._key(group))
+                ok = self._agree([(param, param.grad)]).get(param)
+                self.update_param(param, param.grad, group, self._key(group), ok)
 
     @torch.no_grad()
     def step_low(self, param: Tensor, low: Tensor, group: Group) -> None:
@@ -109,19 +122,33 @@ class LowRankOptimizer(PlannedOptimizer):
         with without_autocast():
             self._step_low(self.plan_of(param, group), param, low, None, group)
 
-    def update_param(self, param: Tensor, grad: Tensor, group: Group, key: tuple[Any, ...] | None) -> None:
-        """The step of one parameter; ``key`` is what :meth:`step` has computed once for the group."""
-        if grad.numel() == 0:
-            return
+    def update_param(
+        self, param: Tensor, grad: Tensor, group: Group, key: tuple[Any, ...] | None, ok: bool | Tensor | None = None
+    ) -> None:
+        """The step of one parameter.
+
+        Args:
+            key: what :meth:`step` has computed once for the group.
+            ok: the verdict on the gradient, where it is known.
+        """
         if grad.layout is not torch.strided:
             raise RuntimeError(
                 f"{type(self).__name__} takes dense gradients only, got {grad.layout} for a parameter of shape "
                 f"{tuple(param.shape)}: use nn.Embedding(sparse=False), or torch.optim.SparseAdam for it"
             )
+        if grad.numel() == 0:
+            return
         plan = self._plan(param, group, key)
+        if plan.layout is None:
+            self._update(plan, param, grad, group, ok)
+        elif self._admit(grad, ok) is not False:
+            with plan.layout.opened(param, grad) as (weight, slope):
+                self._update(plan, weight, slope, group, ok)
+
+    def _update(self, plan: Plan, param: Tensor, grad: Tensor, group: Group, ok: bool | Tensor | None) -> None:
         subspace, state = plan.parts.subspace, plan.state
         if subspace is None:
-            self._step_full_rank(plan, param, grad, group)
+            self._step_full_rank(plan, param, grad, group, ok)
             return
         grad = subspace.orient(as_matrices(grad, plan.view), state)
         grad = plan.parts.lift.before(grad, state, group)
@@ -129,12 +156,26 @@ class LowRankOptimizer(PlannedOptimizer):
             is_scheduled = scheduled(state, group, plan.place)
             if not self.refresh(plan, grad, group, is_scheduled=is_scheduled):
                 return
-        self._step_low(plan, param, subspace.project(grad, state, group), grad, group)
+        self._step_low(plan, param, self.project(plan, grad, group), grad, group, ok)
 
-    def _step_low(self, plan: Plan, param: Tensor, low: Tensor, grad: Tensor | None, group: Group) -> None:
-        (subspace, rule, lift), state = plan.parts, plan.state
+    def project(self, plan: Plan, grad: Tensor, group: Group) -> Tensor:
+        """The low-rank gradient, of which a process has all rows or, where the rule is content with them, its own."""
+        (subspace, rule, _), layout, state = plan.parts, plan.layout, plan.state
         assert subspace is not None
-        ok = self._admit(low if grad is None or subspace.sees_all(group) else grad)
+        if layout is None or layout.split == "whole":
+            return subspace.project(grad, state, group)
+        if layout.split == "columns":
+            basis = layout.part_of_basis(subspace.basis(layout.like(grad, state), state, group))
+            return layout.shards.sum_(project(grad, basis))
+        low = subspace.project(grad, state, group)
+        return low if rule.rowwise else layout.shards.gather(low, low.ndim - 2)
+
+    def _step_low(
+        self, plan: Plan, param: Tensor, low: Tensor, grad: Tensor | None, group: Group, ok: bool | Tensor | None = None
+    ) -> None:
+        (subspace, rule, lift), state, layout = plan.parts, plan.state, plan.layout
+        assert subspace is not None
+        ok = self._admit(low if grad is None or subspace.sees_all(group) else grad, ok)
         if ok is False:
             return
         if isinstance(ok, Tensor):
@@ -146,20 +187,32 @@ class LowRankOptimizer(PlannedOptimizer):
             of_low = torch.empty(2, *low.shape[:-1], dtype=low.dtype.to_real(), device=low.device)
             direction = rule.direction(low, state, group, of_low)
             of_grad = row_norms(grad)
+            if layout is not None and layout.split == "columns":
+                of_grad = layout.shards.sum_(of_grad.square_()).sqrt_()
             if isinstance(ok, Tensor):
                 # In a stack the other matrices must not move either.
                 of_grad = torch.where(ok, of_grad, torch.inf)
             norms = Norms(of_low[0].unsqueeze(-1), of_low[1].unsqueeze(-1), of_grad)
         else:
             direction, size = self.direction(rule, low, state, group, size)
-        # What is read of a weight here is its shape and dtype: that of an int8 weight has no values.
+        # What is read of a weight here is its shape and dtype: that of a quantized weight has no values.
         weight = subspace.orient(as_matrices(param, plan.view), state)
-        step = Step(weight if grad is None else grad, low, direction, norms, ok, subspace)
+        sums, shape = None, tuple(weight.shape)
+        if layout is not None and layout.split != "whole":
+            if layout.split == "rows":
+                sums = layout.shards
+                if not rule.rowwise:
+                    low, direction = (sums.take(some, some.ndim - 2) for some in (low, direction))
+            weight = layout.like(weight, state)
+            shape = layout.shape(weight.shape)
+        step = Step(weight if grad is None else grad, low, direction, norms, ok, subspace, shape, sums)
         update = lift.update(step, state, group)
         basis = None
         if update.low is not None:
             if subspace.factored:
                 basis = subspace.basis(weight, state, group)
+                if layout is not None and layout.split == "columns":
+                    basis = layout.part_of_basis(basis)
             else:
                 update = update._replace(low=None, full=expand(update.low, update, step, state, group))
         sign = 1.0 if group["maximize"] else -1.0
@@ -169,8 +222,8 @@ class LowRankOptimizer(PlannedOptimizer):
         )  # fmt: skip
         lift.after(step, state, group)
 
-    def _step_full_rank(self, plan: Plan, param: Tensor, grad: Tensor, group: Group) -> None:
-        ok = self._admit(grad)
+    def _step_full_rank(self, plan: Plan, param: Tensor, grad: Tensor, group: Group, ok: bool | Tensor | None) -> None:
+        ok = self._admit(grad, ok)
         if ok is False:
             return
         state, rule = plan.state, plan.parts.rule
@@ -179,8 +232,8 @@ class LowRankOptimizer(PlannedOptimizer):
         sign = 1.0 if group["maximize"] else -1.0
         step_full_rank_(self, param, grad, rule, state, group, ok, size=size, sign=sign, decay=decay)
 
-    def _admit(self, tensor: Tensor) -> bool | Tensor:
-        ok = verdict(tensor)
+    def _admit(self, tensor: Tensor, ok: bool | Tensor | None) -> bool | Tensor:
+        ok = verdict(tensor) if ok is None else ok
         if ok is False:
             self._warn_once("skipped an update because of a non-finite gradient")
         return ok
@@ -215,7 +268,12 @@ class LowRankOptimizer(PlannedOptimizer):
         subspace, state = plan.parts.subspace, plan.state
         assert subspace is not None
         start = time.perf_counter()
-        sizes = largest(grad, plan.view.batch)
+        sums, layout = None, plan.layout
+        if layout is not None and layout.split == "rows" and subspace.refreshes_rows:
+            sums, sizes = layout.shards, layout.largest(grad, plan.view.batch)
+        else:
+            grad = grad if layout is None else layout.whole_grad(grad)
+            sizes = largest(grad, plan.view.batch)
         if not all(size < float("inf") for size in sizes):
             self._warn_once("skipped an update because of a non-finite gradient")
             return False
@@ -224,7 +282,7 @@ class LowRankOptimizer(PlannedOptimizer):
         state["waiting"] = waiting
         if which is None:
             return True
-        result = subspace.refresh(grad, state, group, which)
+        result = subspace.refresh(grad, state, group, which._replace(sums=sums))
         self.transport(plan, result, group)
         if not result.renewed:
             self._warn_once("kept an old basis because no new one could be computed")
@@ -244,12 +302,15 @@ class LowRankOptimizer(PlannedOptimizer):
         saved = super().state_dict()
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         ids = chain.from_iterable(group["params"] for group in saved["param_groups"])
-        state = {}
+        state = dict(saved["state"])
         for key, param in zip(ids, params):
-            if key in saved["state"]:
-                slots = self.slots_of(param, self.entry(param).group)
-                state[key] = saved["state"][key] | absent(self.state[param], slots)
-        state.update((key, value) for key, value in saved["state"].items() if key not in state)
+            if key in state:
+                group = self.entry(param).group
+                view, parts = self._view_and_parts(param, group)
+                slots, layout = self._slots(param, group, view, parts), self.layout(param, view, parts, group)
+                state[key] = state[key] | absent(self.state[param], slots)
+                if layout is not None:
+                    state[key] = layout.wrap(state[key], slots)
         return {**saved, "state": state, "format_version": FORMAT_VERSION}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -276,8 +337,7 @@ class LowRankOptimizer(PlannedOptimizer):
             for group, ids in zip(groups, match_names(self.param_groups, incoming["param_groups"])):
                 for p, key in zip(group["params"], ids):
                     if key in incoming["state"]:
-                        entry = incoming["state"][key]
-                        loaded[p] = checked(entry, self.slots_of(p, group), self._name(p), p.device)
+                        loaded[p] = self._load_one(p, group, incoming["state"][key])
             renamed = [
                 {**saved, **{key: group[key] for key in ("param_names", "param_roles") if key in group}}
                 for saved, group in zip(incoming["param_groups"], self.param_groups)
@@ -285,13 +345,9 @@ class LowRankOptimizer(PlannedOptimizer):
             return {**incoming, "param_groups": renamed, "state": {}}
 
         def put_state(_: Optimizer) -> None:
-            self._plans.clear()
-            self._checked.clear()
-            self._entries = None
+            # Torch has called __setstate__, which forgot the plans and completed the groups.
             self.state.update(loaded)
             for group in self.param_groups:
-                for name, value in self.defaults.items():
-                    group.setdefault(name, value)
                 for p in group["params"]:
                     if p in loaded:
                         self.plan_of(p, group)
@@ -305,6 +361,13 @@ class LowRankOptimizer(PlannedOptimizer):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _load_one(self, param: Tensor, group: Group, saved: State) -> State:
+        view, parts = self._view_and_parts(param, group)
+        slots, layout = self._slots(param, group, view, parts), self.layout(param, view, parts, group)
+        if layout is not None:
+            saved, slots = layout.unwrap(saved, slots), layout.slots(slots)
+        return checked(recoded(saved, slots), slots, self._name(param), param.device)
 
     def _checked_groups(self, state_dict: dict[str, Any]) -> list[Group]:
         """The groups as they will be: ours with the saved options; torch itself compares their number and sizes."""

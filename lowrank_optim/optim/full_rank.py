@@ -10,7 +10,7 @@ from torch import Tensor
 from lowrank_optim.optim.finite import zero_unless
 from lowrank_optim.optim.parts import Group, Rule, Scalar, State
 from lowrank_optim.optim.state_storage import slices
-from lowrank_optim.optim.weight_storage import is_int8, writable
+from lowrank_optim.optim.weight_storage import is_quantized, writable
 
 
 class Method(Protocol):
@@ -38,8 +38,8 @@ def step_full_rank_(
         decay: what the weight is multiplied with.
     """
     target, slope = (torch.view_as_real(t) if t.is_complex() else t for t in (param, grad))
-    # A slice of an int8 weight would not know where its values are.
-    whole = is_int8(param) or not rule.elementwise
+    # A slice of a quantized weight would not know where its values are.
+    whole = is_quantized(param) or not rule.elementwise
     for part, (values, some) in [(state, (target, slope))] if whole else slices(state, target, slope):
         with writable(values, part, group["weight_rounding"]) as weight:
             if method.decay_first and group["weight_decay"] != 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,14 +26,16 @@ def low_rank_groups(
             regular expression, matches fully: GaLore's published choice is ``("attn", "mlp")``. Embeddings, heads,
             routers, norms, biases and vectors stay full-rank even then; convolutions are taken only then.
         options: the low-rank group's hyper-parameters (``rank=128, update_proj_gap=200, ...``); what is
-            absent takes the optimizer's value.
+            absent takes the optimizer's value. A ``rank`` for every low-rank parameter by its name, as
+            :func:`lowrank_optim.allocate_ranks` makes them, gives a group for every rank.
 
     Returns:
         Two groups with ``params``, ``param_names`` and ``param_roles``, the low-rank one first; the second has
         ``rank: None`` and is left out where it would be empty.
 
     Raises:
-        ValueError: a target that matches no parameter, or a model without a hidden matrix.
+        ValueError: a target that matches no parameter, a model without a hidden matrix, or ranks of other parameters
+            than the low-rank ones.
     """
     known = roles(model)
     named = [(name, p, known[name]) for name, p in model.named_parameters() if p.requires_grad]
@@ -50,10 +52,24 @@ def low_rank_groups(
     if missed or not low:
         some = ", ".join(name for name, _, role in named if role in HIDDEN | ON_REQUEST) or "none"
         raise ValueError(f"Invalid targets: {missed or targets} match no matrix; candidates: {some[:300]}")
-    groups: list[dict[str, Any]] = [_named_group(low, **options)]
+    groups: list[dict[str, Any]] = []
+    if isinstance(options.get("rank"), Mapping):
+        for rank, rows in _by_rank(low, options.pop("rank")):
+            groups.append(_named_group(rows, rank=rank, **options))
+    else:
+        groups.append(_named_group(low, **options))
     if full:
         groups.append(_named_group(full, rank=None))
     return groups
+
+
+def _by_rank(low: list[Named], ranks: Mapping[str, int]) -> list[tuple[int, list[Named]]]:
+    names = {name for name, _, _ in low}
+    if names != set(ranks):
+        lacking = sorted(names - set(ranks))
+        found = f"{lacking[0]!r} has none" if lacking else f"{min(set(ranks) - names)!r} is not a low-rank parameter"
+        raise ValueError(f"Invalid rank: {found}, expected one for every low-rank parameter")
+    return [(rank, [row for row in low if ranks[row[0]] == rank]) for rank in sorted(set(ranks.values()))]
 
 
 def as_targets(targets: str | Iterable[str] | None) -> list[str]:
@@ -71,6 +87,42 @@ def takes(target: str, name: str, role: Role) -> bool:
 def matches(target: str, name: str) -> bool:
     """Whether a name contains ``target`` or, as a regular expression, matches it fully; "all" matches any."""
     return target == "all" or target in name or re.fullmatch(target, name) is not None
+
+
+def long_side(param: nn.Parameter) -> Any:
+    """A ``shard_placement_fn`` for ``fully_shard``: splits every matrix along its longer side.
+
+    ::
+
+        fully_shard(layer, shard_placement_fn=long_side)
+
+    The side that a method compresses stays whole on every process, so that projection and update need no other process.
+    FSDP2 splits axes other than the first into equal parts only; where the number of processes does not divide the
+    columns it splits the rows.
+
+    Args:
+        param: a matrix, or a stack (..., m, n) of matrices. Others are split along their first axis.
+
+    Returns:
+        ``torch.distributed.tensor.Shard`` of one of the last two axes, or None for FSDP2's own choice, the first axis.
+    """
+    from torch.distributed import get_world_size
+    from torch.distributed.tensor import Shard
+
+    if param.ndim < 2:
+        return None
+    axis = param.ndim - 2 if param.shape[-2] >= param.shape[-1] else param.ndim - 1
+    return Shard(axis) if axis > 0 and param.shape[axis] % get_world_size() == 0 else None
+
+
+def check_flattened(params: Iterable[Tensor]) -> None:
+    """Raise ValueError on a parameter of FullyShardedDataParallel, whose shape is gone."""
+    for param in params:
+        if getattr(param, "_fsdp_flattened", False):
+            raise ValueError(
+                f"Invalid params: FullyShardedDataParallel has flattened a parameter to shape {tuple(param.shape)}, "
+                "which leaves no matrix to compress; use torch.distributed.fsdp.fully_shard (FSDP2)"
+            )
 
 
 def _named_group(named: list[Named], **options: Any) -> dict[str, Any]:

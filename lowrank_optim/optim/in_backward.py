@@ -10,6 +10,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -17,6 +18,7 @@ from lowrank_optim.optim.accumulation import SUM_DTYPES, Accumulator
 from lowrank_optim.optim.engine import LowRankOptimizer, without_autocast
 from lowrank_optim.optim.parts import Group
 from lowrank_optim.optim.validation import check_choice, check_positive_int, check_range
+from lowrank_optim.optim.views import is_sharded
 
 CLIPS = ("previous", "layer")
 
@@ -31,6 +33,7 @@ def step_in_backward(
     clip_by: str = "previous",
     two_phase: bool | None = None,
     sum_dtype: torch.dtype = torch.float32,
+    process_group: dist.ProcessGroup | None = None,
 ) -> StepInBackward:
     """Let the backward pass update every parameter as soon as its gradient is there, and free the gradient at once.
 
@@ -52,8 +55,9 @@ def step_in_backward(
     where a refresh is due. Only the first basis comes from the first micro-batch alone.
 
     The whole gradient is summed in ``p.grad``, and freed in the last micro-batch's backward pass, for full-rank
-    parameters and where an update reads it: Fira, APOLLO, FRUGAL, Trion, LDAdam, error feedback, tensors and
-    ``proj_type="full"``, ``refresh="svd"``, DCTAdamW with ``update_proj_gap=1`` or ``ell_norm=1``.
+    parameters and where an update reads it: Fira, APOLLO, FRUGAL, Trion, LDAdam, Alice, methods without a basis (Muon,
+    FOAM, LoRAPre, SinkGD, SCALE, RACS), error feedback, tensors and ``proj_type="full"``, ``refresh="svd"``, DCTAdamW
+    with ``update_proj_gap=1`` or ``ell_norm=1``.
 
     Args:
         optimizer: any of this package. Parameters that are unfrozen or added later are updated too.
@@ -66,6 +70,9 @@ def step_in_backward(
         two_phase: refresh as above; None: where ``accumulate > 1``. True with 1 is what a run with
             ``accumulate > 1`` must agree with.
         sum_dtype: of R, ``torch.float32`` or ``torch.bfloat16`` (stochastically rounded).
+        process_group: of data-parallel processes with the same model, which is not wrapped: gradients, or with
+            ``accumulate > 1`` the sums R, become their mean over the group. All processes must meet the same parameters
+            in the same order in their backward passes.
 
     Returns:
         A handle: ``micro_batch()``, ``grad_norm``, ``abandon()``, ``remove()``. The norm that ``clip_by="previous"``
@@ -77,11 +84,13 @@ def step_in_backward(
         RuntimeError: in the backward pass, when micro-batches are miscounted; from ``optimizer.step`` and
             ``optimizer.state_dict`` between the micro-batches of an update.
 
-    Not supported: DistributedDataParallel (hooks see a process' own gradient), loss scaling, and checkpointing with
-    ``use_reentrant=True``.
+    Parameters of ``fully_shard`` are updated from their reduced gradients; their micro-batches are summed whole.
+
+    Not supported: DistributedDataParallel (hooks see a process' own gradient; see ``process_group``), loss scaling, and
+    checkpointing with ``use_reentrant=True``.
     """
     two_phase = accumulate != 1 if two_phase is None else two_phase
-    return StepInBackward(optimizer, accumulate, max_norm, clip_by, two_phase, sum_dtype)
+    return StepInBackward(optimizer, accumulate, max_norm, clip_by, two_phase, sum_dtype, process_group)
 
 
 class StepInBackward:
@@ -95,6 +104,7 @@ class StepInBackward:
         clip_by: str,
         two_phase: bool,
         sum_dtype: torch.dtype,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if not isinstance(optimizer, LowRankOptimizer):
             raise TypeError(
@@ -116,6 +126,7 @@ class StepInBackward:
         self.optimizer, self.accumulate = optimizer, accumulate
         self.max_norm, self.clip_by = max_norm, clip_by
         self.two_phase, self.sum_dtype = two_phase, sum_dtype
+        self.process_group = process_group
         self._grad_norm: Tensor | None = None
         self._done = 0
         self._task: int | None = None
@@ -237,9 +248,28 @@ class StepInBackward:
                 "state; finish the update, or abandon() it"
             )
 
+    def _mean_(self, tensor: Tensor) -> Tensor:
+        """The mean over the process group, in place."""
+        if self.process_group is not None:
+            dist.all_reduce(tensor, group=self.process_group)
+            tensor.div_(dist.get_world_size(self.process_group))
+        return tensor
+
+    def _check_processes(self, param: Tensor) -> None:
+        """Raise where other processes have gradients of the same parameter that nobody would add."""
+        if self.process_group is None and not is_sharded(param):
+            processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+            if processes > 1:
+                raise RuntimeError(
+                    f"step_in_backward in {processes} processes: a hook sees the gradient of its own process, so that "
+                    "copies of the model would drift apart; pass process_group=torch.distributed.group.WORLD and do "
+                    "not wrap the model in DistributedDataParallel, or use fully_shard"
+                )
+
     @torch.no_grad()
     @without_autocast()
     def _on_gradient(self, param: Tensor) -> None:
+        self._check_processes(param)
         if not self._inside:
             self._begin_implicit(param)
         if param in self._seen:
@@ -251,7 +281,7 @@ class StepInBackward:
         group = self.optimizer.entry(param).group
         if self.two_phase and self.optimizer.accumulates(param, group):
             if param not in self._sums:
-                self._sums[param] = Accumulator(self.optimizer, param, group, self.sum_dtype)
+                self._sums[param] = Accumulator(self.optimizer, param, group, self.sum_dtype, self._mean_)
             self._sums[param].add()
         if self._done + 1 == self.accumulate:
             self._step(param, group)
@@ -289,8 +319,8 @@ class StepInBackward:
         for p in self._params():
             if p.grad is not None and p is not newer:
                 raise RuntimeError(
-                    f"{self.optimizer.entry(p).name or 'A parameter'} of shape {tuple(p.shape)} has a gradient that no "
-                    "hook saw: it replaced another one in a group; remove() the handle and attach the optimizer anew"
+                    f"{self.optimizer._name(p)} of shape {tuple(p.shape)} has a gradient that no hook saw: it replaced "
+                    "another one in a group; remove() the handle and attach the optimizer anew"
                 )
         self.abandon()
 
@@ -303,14 +333,22 @@ class StepInBackward:
             sums.step(self._clip_)
         elif param.grad is not None:
             if param.grad.layout is torch.strided:
+                self._mean_(param.grad)
                 self._clip_(param.grad)
             self.optimizer.step_param(param, group)
             param.grad = None
 
     def _clip_(self, grad: Tensor) -> None:
         """Count the norm of one gradient and clip it."""
+        sums = None
+        if is_sharded(grad):
+            from lowrank_optim.optim.sharding import local, shards_of
+
+            sums, grad = shards_of(grad), local(grad)
         values = torch.view_as_real(grad) if grad.is_complex() else grad
         norm = vector_norm(values)
+        if sums is not None:
+            norm = sums.sum_(norm.square()).sqrt()
         self._norms.append(norm)
         if self.max_norm is None:
             return

@@ -10,6 +10,7 @@ from torch import Tensor
 from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.optim.options import one_of
 from lowrank_optim.optim.parts import Group, Number, Option, Parts, Slots, View
+from lowrank_optim.optim.views import is_sharded
 
 # Switches of the common loop that have one setting here: a sample or a retraction is made on the host.
 FIXED: dict[str, Any] = {"moments": "keep", "stagger": False, "capturable": False}
@@ -44,6 +45,12 @@ class LayerOptimizer(LowRankOptimizer):
 
     def check_group(self, group: Group) -> None:
         super().check_group(group)
+        if group["rank"] is not None and any(is_sharded(p) for p in group["params"]):
+            raise ValueError(
+                f"Invalid params: the {self.layer}s of {type(self).__name__} are split over processes, and its steps "
+                "need them whole; train them with DistributedDataParallel, or leave them out of fully_shard "
+                "(ignored_params)"
+            )
         if group["rank"] is not None and not self.is_layer(group["params"], group["rank"]):
             raise ValueError(
                 f"Invalid rank: {group['rank']}, expected None: the rank of {type(self).__name__} belongs to the "

@@ -52,6 +52,7 @@ class GeneralizedErrorFeedback(Lift):
     the error, in ``error``, is what the new subspace leaves of it.
     """
 
+    splits = frozenset({"rows"})
     options = {"error_feedback": Option(flag, True)}
 
     def reads_gradient(self, group: Group) -> bool:

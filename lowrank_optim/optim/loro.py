@@ -158,10 +158,12 @@ class LOROAdamW(LayerOptimizer):
             return super()._explain(param, group)
         return f"rank {group['rank']}", "a factor of W = B A"
 
-    def update_param(self, param: Tensor, grad: Tensor, group: Group, key: tuple[Any, ...] | None) -> None:
+    def update_param(
+        self, param: Tensor, grad: Tensor, group: Group, key: tuple[Any, ...] | None, ok: bool | Tensor | None = None
+    ) -> None:
         """Update one parameter; a step on the manifold is made when the second factor's turn comes."""
         if group["rank"] is None:
-            super().update_param(param, grad, group, key)
+            super().update_param(param, grad, group, key, ok)
             return
         state = self._plan(param, group, key).state
         state["updates"] += 1
@@ -169,7 +171,7 @@ class LOROAdamW(LayerOptimizer):
         # Left over where the other factor had no gradient.
         self._waiting.pop(param, None)
         if state["updates"] % group["update_proj_gap"]:
-            super().update_param(param, grad, group, key)
+            super().update_param(param, grad, group, key, ok)
             return
         self._waiting[param] = grad
         counts = {self.state.get(p, {}).get("updates") for p in group["params"]}

@@ -20,8 +20,9 @@ class Common(TypedDict, total=False):
 
     stagger: spread the refreshes of the parameters over the gap, so that no step does all of them.
     state_dtype: how moments are stored: "float32" (fp64 for fp64 parameters), "bfloat16" (rounded stochastically) or
-        "int8" (bitsandbytes' blockwise format; moments of fewer than 4096 values stay fp32). The arithmetic is fp32 in
-        each; complex moments stay as they are.
+        "int8" (bitsandbytes' blockwise format; moments of fewer than 4096 values stay fp32), or "int4" (the maps of
+        arXiv 2309.01507, rounded stochastically, without a kernel). The arithmetic is fp32 in each; complex moments
+        stay as they are.
     weight_rounding: how bfloat16 weights are written: "nearest", "stochastic", or "compensated" (an int8 correction is
         kept beside the weight, 24 bits together). It has no effect on weights of more bits.
     maximize: ascend.

@@ -15,6 +15,8 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.orthonormal import Sums
+
 State: TypeAlias = dict[str, Any]
 Group: TypeAlias = dict[str, Any]
 Scalar: TypeAlias = float | Tensor
@@ -35,6 +37,7 @@ class Slot(NamedTuple):
     along: the axis of the weight, "rows" or "columns", that the first axis of the tensor after those of a batch runs
         along; "elements" where it has the layout of the weight; None where it runs along neither.
     fill: what a new tensor holds.
+    std: of normal numbers that are added to it, a function of the parameter's seed.
     late: whether it may be absent from the state, which then stands for a tensor of zeros that nothing uses.
     """
 
@@ -43,6 +46,7 @@ class Slot(NamedTuple):
     along: str | None = None
     fill: float = 0.0
     late: bool = False
+    std: float = 0.0
 
 
 class Number(NamedTuple):
@@ -117,10 +121,12 @@ class Which(NamedTuple):
 
     usable: bool (..., 1, 1), those to renew; None for all.
     warm: whether there is a basis already: True, False, or bool (..., 1, 1).
+    sums: where the gradient is some rows of the whole.
     """
 
     usable: Tensor | None = None
     warm: bool | Tensor = True
+    sums: Sums | None = None
 
 
 class Refresh(NamedTuple):
@@ -178,10 +184,18 @@ class Subspace(Part):
     flattens: ClassVar[bool] = True
     # Whether `basis` exists, so that a product projects back; else `project_back_` alone does.
     factored: ClassVar[bool] = True
+    # Whether there is a basis to be renewed at all.
+    refreshes: ClassVar[bool] = True
     # Whether the basis comes from the gradient, so that a zero gradient gives none.
     follows_gradient: ClassVar[bool] = True
+    # Whether the basis has orthonormal columns, so that a gradient which is projected back has the same projection.
+    orthonormal: ClassVar[bool] = False
     # How a refresh is made from sums over micro-batches; None: it takes a whole gradient.
     accumulation: ClassVar[Accumulation | None] = None
+    # Along which axes of an oriented gradient, "rows" or "columns", it may be split over processes for a projection.
+    splits: ClassVar[frozenset[str]] = frozenset()
+    # Whether a refresh can do with the rows of one process and sums over all; else it gets all rows.
+    refreshes_rows: ClassVar[bool] = False
 
     def compresses(self, shape: tuple[int, ...], group: Group) -> bool:
         """Whether a parameter of this view is compressed; else it gets the full-rank rule."""
@@ -191,6 +205,10 @@ class Subspace(Part):
         """The rank that the group gives a parameter of this view."""
         rank: int = group["rank"]
         return rank
+
+    def describe(self, shape: tuple[int, ...], group: Group) -> str:
+        """What a parameter of this view gets, in the words of ``explain``."""
+        return f"rank {self.rank(shape, group)}"
 
     def slots(self, view: View, group: Group) -> Slots:
         """What it keeps."""
@@ -238,6 +256,8 @@ class Rule(Part):
 
     # Whether every element is treated for itself, so that large parameters can be updated in slices.
     elementwise: ClassVar[bool] = False
+    # Whether every row is treated for itself; else a process gets all rows of a low-rank gradient.
+    rowwise: ClassVar[bool] = False
 
     def slots(self, shape: tuple[int, ...], view: View, group: Group, along: str | None) -> Slots:
         """What it keeps for (low-rank) gradients of ``shape``, whose first axis runs along ``along`` of the weight."""
@@ -272,6 +292,8 @@ class Lift(Part):
 
     # Whether `update` gets Norms.
     needs_norms: ClassVar[bool] = False
+    # As of a subspace, for the whole update.
+    splits: ClassVar[frozenset[str]] = frozenset()
 
     def reads_gradient(self, group: Group) -> bool:
         """Whether an update takes more of the gradient than its projection."""
@@ -310,6 +332,8 @@ class Step(NamedTuple):
     norms: where the lift needs them.
     ok: whether the gradient is finite, as :func:`lowrank_optim.optim.finite.verdict` tells it.
     subspace: projects back.
+    shape: of the whole oriented weight, of which a process may have some rows or columns.
+    sums: where all of these are some rows of the whole.
     """
 
     grad: Tensor
@@ -318,6 +342,8 @@ class Step(NamedTuple):
     norms: Norms | None
     ok: bool | Tensor
     subspace: Subspace
+    shape: tuple[int, ...]
+    sums: Sums | None = None
 
 
 def add_(target: Tensor, direction: Tensor, alpha: Scalar) -> None:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from operator import itemgetter
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lowrank_optim.optim.groups import as_groups
+from lowrank_optim.optim.groups import as_groups, check_flattened
 from lowrank_optim.optim.options import ENGINE, VOLATILE, check_names, complete, expand_signature
 from lowrank_optim.optim.parts import Group, Number, Option, Part, Parts, Rule, Slot, Slots, State, View
 from lowrank_optim.optim.roles import HIDDEN, Role, describe
 from lowrank_optim.optim.rules.adam import Adam
 from lowrank_optim.optim.schema import allocate_, fit_
-from lowrank_optim.optim.views import seed_of, view_of
+from lowrank_optim.optim.views import is_sharded, seed_of, view_of
 from lowrank_optim.optim.weight_storage import check_storable, weight_slots
+
+if TYPE_CHECKING:
+    from lowrank_optim.optim.sharding import Layout
 
 
 class Explanation(NamedTuple):
@@ -40,7 +43,11 @@ class Entry(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What was decided for a parameter: it holds until the parameter or an option of its group changes."""
+    """What was decided for a parameter: it holds until the parameter or an option of its group changes.
+
+    view: of what a step works on, which of a sharded parameter is a part.
+    layout: of a sharded parameter.
+    """
 
     key: tuple[Any, ...]
     shape: torch.Size
@@ -50,6 +57,7 @@ class Plan(NamedTuple):
     slots: Slots
     state: State
     place: int
+    layout: Layout | None
 
 
 class PlannedOptimizer(Optimizer):
@@ -125,6 +133,9 @@ class PlannedOptimizer(Optimizer):
             option.check(name, group[name])
         for part in (*(part for part in self.triple if part is not None), *self.others):
             part.check(group)
+        if group["state_dtype"] == "int4" and group["backend"] == "triton":
+            raise ValueError("Invalid backend: 'triton' with state_dtype='int4', expected None or 'eager': no kernel")
+        check_flattened(group["params"])
         for p in group["params"]:
             check_storable(p, group["weight_rounding"])
 
@@ -179,11 +190,21 @@ class PlannedOptimizer(Optimizer):
 
     def accumulates(self, param: Tensor, group: Group) -> bool:
         """Whether micro-batches of one parameter can be summed at low rank; see :func:`step_in_backward`."""
-        return can_accumulate(self.parts_of(param, group), group)
+        return not is_sharded(param) and can_accumulate(self.parts_of(param, group), group)
 
     def slots_of(self, param: Tensor, group: Group) -> Slots:
-        """Every tensor and number that the state of a parameter may hold: its schema."""
-        return self._slots(param, group, *self._view_and_parts(param, group))
+        """Every tensor and number that the state of a parameter may hold: its schema, or this process' part of it."""
+        view, parts = self._view_and_parts(param, group)
+        slots, layout = self._slots(param, group, view, parts), self.layout(param, view, parts, group)
+        return slots if layout is None else layout.slots(slots)
+
+    def layout(self, param: Tensor, view: View, parts: Parts, group: Group) -> Layout | None:
+        """How a parameter is split over processes; None where it is a plain tensor."""
+        if not is_sharded(param):
+            return None
+        from lowrank_optim.optim.sharding import layout_of
+
+        return layout_of(param, view, parts, group)
 
     def _slots(self, param: Tensor, group: Group, view: View, parts: Parts) -> Slots:
         step = Slot((), torch.float32) if group["capturable"] else Number(0)
@@ -194,12 +215,13 @@ class PlannedOptimizer(Optimizer):
             shape = (*param.shape, 2) if param.is_complex() else tuple(param.shape)
             slots.update(parts.rule.slots(shape, view, group, "elements"))
         else:
-            slots["waiting"] = Number(0)
+            if subspace.refreshes:
+                slots["waiting"] = Number(0)
             slots.update(subspace.slots(view, group))
-            along = subspace.kept_axis(view, group)
+            along = subspace.kept_axis(view, group) if parts.rule.rowwise else None
             slots.update(parts.rule.slots(subspace.low_shape(view, group), view, group, along))
             slots.update(parts.lift.slots(view, subspace.oriented_shape(view, group), group))
-            if group["two_phase"] and can_accumulate(parts, group):
+            if group["two_phase"] and self.accumulates(param, group):
                 assert subspace.accumulation is not None
                 slots.update(subspace.accumulation.slots(subspace, view, group))
         slots.update(weight_slots(param, group["weight_rounding"]))
@@ -208,21 +230,25 @@ class PlannedOptimizer(Optimizer):
     def explain(self) -> list[Explanation]:
         """Which parameter gets which method and why, in the order of the groups.
 
-        A state that was made for another rank and is rebuilt in the next step is reported as it is.
+        A state that was made for another rank and is rebuilt in the next step is reported as it is. Of a parameter that
+        is split over processes it says how: see :class:`lowrank_optim.optim.sharding.Layout`.
         """
         rows: list[Explanation] = []
         for group in self.param_groups:
             for p in group["params"]:
                 name = self.entry(p).name or f"param.{len(rows)}"
-                rows.append(Explanation(name, tuple(p.shape), *self._explain(p, group)))
+                method, reason = self._explain(p, group)
+                layout = self.layout(p, *self._view_and_parts(p, group), group)
+                reason = reason if layout is None else f"{reason}; over processes: {layout.split}"
+                rows.append(Explanation(name, tuple(p.shape), method, reason))
         return rows
 
     def _explain(self, param: Tensor, group: Group) -> tuple[str, str]:
         view, parts = self._view_and_parts(param, group)
-        if group["rank"] is None:
-            role = self._role(param, group)
-            return "full-rank", "its group has no rank" if role is None or role in HIDDEN else describe(role)
         if parts.subspace is None:
+            if group["rank"] is None:
+                role = self._role(param, group)
+                return "full-rank", "its group has no rank" if role is None or role in HIDDEN else describe(role)
             if param.ndim < 2:
                 return "full-rank", "fewer than two dimensions"
             return "full-rank", f"its smaller side does not exceed {group['rank']}"
@@ -231,12 +257,13 @@ class PlannedOptimizer(Optimizer):
         present = self.state.get(param, {}).get("rank", rank)
         if present != rank:
             return f"rank {present}", f"its state has rank {present}; the next step rebuilds it with rank {rank}"
+        method, limit = subspace.describe(view.shape, group), max(rank, 1)
         if view.kind == "matrix":
-            return f"rank {rank}", f"its smaller side exceeds {rank}"
+            return method, f"its smaller side exceeds {limit}"
         if view.kind == "stack":
-            return f"rank {rank}", f"a stack of {view.matrices} matrices whose smaller side exceeds {rank}"
-        how = f"as a matrix {view.shape[0]} x {view.shape[1]}" if parts.subspace.flattens else "along its long axes"
-        return f"rank {rank}", f"a convolution, compressed {how}"
+            return method, f"a stack of {view.matrices} matrices whose smaller side exceeds {limit}"
+        how = f"as a matrix {view.shape[0]} x {view.shape[1]}" if subspace.flattens else "along its long axes"
+        return method, f"a convolution, compressed {how}"
 
     def init_state(self, param: Tensor, group: Group) -> State:
         """Create the state of one parameter; this only allocates, so it works on the meta device."""
@@ -263,13 +290,15 @@ class PlannedOptimizer(Optimizer):
             self.check_group(group)
             self._checked[id(group)] = key
         view, parts = self._view_and_parts(param, group)
-        slots = self._slots(param, group, view, parts)
+        slots, layout = self._slots(param, group, view, parts), self.layout(param, view, parts, group)
+        if layout is not None:
+            slots, view = layout.slots(slots), layout.view(view, param)
         if "step" not in state:
             # A wrapper may keep something of its own in there.
             allocate_(state, slots, param.device)
         elif fit_(state, slots, param.device, None if plan is None else plan.slots):
             self._warn_once("rebuilt the state of parameters because an option of their group has changed")
-        plan = Plan(key, param.shape, param.dtype, view, parts, slots, state, self.entry(param).place)
+        plan = Plan(key, param.shape, param.dtype, view, parts, slots, state, self.entry(param).place, layout)
         self._plans[param] = plan
         return plan
 

@@ -24,6 +24,7 @@ class LazyInt4(TopSingular):
     """
 
     accumulation = TopSingular.accumulation
+    orthonormal = False
     options = {
         **TopSingular.options,
         "refresh": TopSingular.options["refresh"]._replace(default="randomized"),

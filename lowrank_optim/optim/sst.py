@@ -178,9 +178,11 @@ class SSTAdamW(LayerOptimizer):
         else:
             normalize_columns_(target)
 
-    def update_param(self, param: Tensor, grad: Tensor, group: Group, key: tuple[Any, ...] | None) -> None:
+    def update_param(
+        self, param: Tensor, grad: Tensor, group: Group, key: tuple[Any, ...] | None, ok: bool | Tensor | None = None
+    ) -> None:
         """Update one parameter; the last one of a layer to be updated also draws the layer's next sample."""
-        super().update_param(param, grad, group, key)
+        super().update_param(param, grad, group, key, ok)
         if group["rank"] is None:
             return
         self.state[param]["updates"] += 1

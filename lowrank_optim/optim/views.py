@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 
 from torch import Tensor
@@ -37,3 +38,9 @@ def as_matrices(tensor: Tensor, view: View) -> Tensor:
 def seed_of(name: str | None, place: int) -> int:
     """The seed of a parameter's random numbers: from its name, or from its place where it has none."""
     return place if name is None else zlib.crc32(name.encode())
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)

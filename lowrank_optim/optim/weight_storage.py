@@ -1,4 +1,4 @@
-"""How a parameter is stored: the only place that knows ``weight_rounding`` and int8 weights."""
+"""How a parameter is stored: the only place that knows ``weight_rounding`` and quantized weights."""
 
 from __future__ import annotations
 
@@ -11,36 +11,37 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops import pick
-from lowrank_optim.ops.int8_weight import dequantize_int8_weight, quantize_int8_weight_
 from lowrank_optim.ops.lowrank_update import lowrank_update_
+from lowrank_optim.ops.lowrank_update_int4 import lowrank_update_int4_
 from lowrank_optim.ops.lowrank_update_int8 import lowrank_update_int8_
+from lowrank_optim.ops.quantized_weight import FORMATS
 from lowrank_optim.ops.rounding import join_24_bits, round_to_bfloat16, split_24_bits
 from lowrank_optim.optim.parts import Group, Scalar, Slot, Slots, State, Update, View
-from lowrank_optim.optim.state_storage import rounding_key
+from lowrank_optim.optim.state_storage import position, rounding_key, spread_rounding
 from lowrank_optim.optim.views import as_matrices
 
 WEIGHT_ROUNDINGS = ("nearest", "stochastic", "compensated")
 
 
-class Int8Holder(Protocol):
-    """A module with an int8 weight, in the format of :mod:`lowrank_optim.ops.int8_weight`."""
+class QuantizedHolder(Protocol):
+    """A module with a quantized weight, in a format of :mod:`lowrank_optim.ops.quantized_weight`."""
 
     weight_codes: Tensor
     weight_scale: Tensor
 
 
-class Int8Reference:
-    """The attribute ``int8_reference`` of a parameter that stands for an int8 weight: where the weight is.
+class QuantizedReference:
+    """The attribute ``quantized_reference`` of a parameter that stands for a quantized weight: where the weight is.
 
     Weak, because the module holds the parameter; to the module and not to its buffers, because those are replaced when
     a module moves or loads. Pickled it is empty: a module binds its parameter anew when it is unpickled.
     """
 
-    def __init__(self, holder: Int8Holder | None = None) -> None:
+    def __init__(self, holder: QuantizedHolder | None = None) -> None:
         self._holder = None if holder is None else weakref.ref(holder)
 
-    def __reduce__(self) -> tuple[type[Int8Reference], tuple[()]]:
-        return Int8Reference, ()
+    def __reduce__(self) -> tuple[type[QuantizedReference], tuple[()]]:
+        return QuantizedReference, ()
 
     def parts(self) -> tuple[Tensor, Tensor]:
         """Codes and scales.
@@ -50,18 +51,18 @@ class Int8Reference:
         """
         holder = None if self._holder is None else self._holder()
         if holder is None:
-            raise RuntimeError("The module of an int8 weight is gone: keep, copy and pickle it with its optimizer")
+            raise RuntimeError("The module of a quantized weight is gone: keep, copy and pickle it with its optimizer")
         return holder.weight_codes, holder.weight_scale
 
 
-def is_int8(param: Tensor) -> bool:
-    """Whether a parameter stands for an int8 weight that a module holds."""
-    return hasattr(param, "int8_reference")
+def is_quantized(param: Tensor) -> bool:
+    """Whether a parameter stands for a quantized weight that a module holds."""
+    return hasattr(param, "quantized_reference")
 
 
-def int8_parts(param: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales of the weight that a parameter stands for; raises as :meth:`Int8Reference.parts` does."""
-    reference: Int8Reference = param.int8_reference  # type: ignore[attr-defined]
+def quantized_parts(param: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of the weight that a parameter stands for; raises as :meth:`QuantizedReference.parts` does."""
+    reference: QuantizedReference = param.quantized_reference  # type: ignore[attr-defined]
     return reference.parts()
 
 
@@ -76,7 +77,7 @@ def check_storable(param: Tensor, weight_rounding: str) -> None:
 
 def weight_slots(param: Tensor, weight_rounding: str) -> Slots:
     """What is kept beside a parameter."""
-    if weight_rounding == "compensated" and param.dtype == torch.bfloat16 and not is_int8(param):
+    if weight_rounding == "compensated" and param.dtype == torch.bfloat16 and not is_quantized(param):
         return {"weight_correction": Slot(tuple(param.shape), torch.int8, "elements")}
     return {}
 
@@ -85,21 +86,21 @@ def weight_slots(param: Tensor, weight_rounding: str) -> Slots:
 def writable(param: Tensor, state: dict[str, Any], weight_rounding: str) -> Iterator[Tensor]:
     """The value of a parameter, for in-place updates that are written back at the end.
 
-    - an int8 weight, whatever ``weight_rounding``: an fp32 copy, rounded stochastically to codes of renewed scales.
+    - a quantized weight, whatever ``weight_rounding``: an fp32 copy, rounded stochastically to codes of renewed scales.
     - "nearest", and every parameter that is not bfloat16: the parameter itself, without a copy.
     - "stochastic": an fp32 copy, rounded once, up with the probability of the part that is cut off.
     - "compensated": an fp32 copy of the bfloat16 weight plus its int8 correction (``weight_correction``).
     """
-    if is_int8(param):
-        codes, scale = int8_parts(param)
-        value = dequantize_int8_weight(codes, scale, torch.float32)
+    if is_quantized(param):
+        codes, scale = quantized_parts(param)
+        value = FORMATS[codes.dtype].dequantize(codes, scale, param.shape[1], torch.float32)
         yield value
-        quantize_int8_weight_(codes, scale, value, rounding_key(state, "weight"))
+        FORMATS[codes.dtype].quantize_(codes, scale, value, **_rounding(codes, state))
         return
     if weight_rounding == "nearest" or param.dtype != torch.bfloat16:
         yield param
         return
-    start = state.get("start", 0)
+    start = position(state, param)
     # Rounding reinterprets bits by position, so the copy is contiguous even where the parameter is not.
     if weight_rounding == "stochastic":
         value = param.to(torch.float32, memory_format=torch.contiguous_format)
@@ -114,8 +115,18 @@ def writable(param: Tensor, state: dict[str, Any], weight_rounding: str) -> Iter
 
 
 def value_of(param: Tensor) -> Tensor:
-    """The value of a parameter, a copy of an int8 weight."""
-    return dequantize_int8_weight(*int8_parts(param), torch.float32) if is_int8(param) else param
+    """The value of a parameter, a copy of a quantized weight."""
+    if not is_quantized(param):
+        return param
+    codes, scale = quantized_parts(param)
+    return FORMATS[codes.dtype].dequantize(codes, scale, param.shape[1], torch.float32)
+
+
+def _rounding(codes: Tensor, state: State) -> dict[str, Any]:
+    """What rounds a quantized weight in the current step."""
+    if codes.dtype == torch.int8:
+        return {"key": rounding_key(state, "weight")}
+    return spread_rounding(state, "weight")
 
 
 def write_(
@@ -164,10 +175,15 @@ def write_(
         "column_scale": column_scale,
     }  # fmt: skip
     rounding, backend = group["weight_rounding"], group["backend"]
-    if is_int8(param):
+    if is_quantized(param):
         left, right = (None if side is None else side.to(param.dtype) for side in (left, right))
-        move_int8_ = pick(lowrank_update_int8_, backend, param.device)
-        move_int8_(*int8_parts(param), left, right, key=rounding_key(state, "weight"), **options)
+        codes, scale = quantized_parts(param)
+        options.update(_rounding(codes, state))
+        if codes.dtype == torch.int8:
+            pick(lowrank_update_int8_, backend, param.device)(codes, scale, left, right, **options)
+        else:
+            update_int4_ = pick(lowrank_update_int4_, backend, param.device)
+            update_int4_(codes, scale, left, right, columns=param.shape[1], **options)
         return
     if rounding != "nearest" and param.dtype == torch.bfloat16:
         options["key"] = rounding_key(state, "weight")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +15,7 @@ from lowrank_optim.nn import quantize_weights
 from lowrank_optim.nn.restarts import Restart
 from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.optim.in_backward import StepInBackward, step_in_backward
-from lowrank_optim.pretrain.config import Options, Resolved
+from lowrank_optim.pretrain.config import QUANTIZED, Options, Resolved
 from lowrank_optim.pretrain.llama import build_config, build_model, checkpoint_activations_, load_pretrained, plain_head
 from lowrank_optim.pretrain.optimizers import build_optimizer, parse_optimizer_args
 from lowrank_optim.pretrain.parameterizations import LayerSpec, build_restarts, layer_spec, parameterize_
@@ -55,9 +57,11 @@ def settle(
     if longest is not None and run.seq_len > longest:
         raise ValueError(f"Invalid seq_len: {run.seq_len}, expected at most {longest} for {run.model}")
     if run.weights == "bf16" and run.dtype != "bf16":
-        raise ValueError(f"Invalid weights: 'bf16' with dtype={run.dtype!r}, expected 'int8' or --dtype bf16")
-    if run.weights == "int8" and run.parameterization:
-        raise ValueError(f"Invalid weights: 'int8', expected 'bf16' with the parameterization {run.parameterization}")
+        raise ValueError(f"Invalid weights: 'bf16' with dtype={run.dtype!r}, expected 'int8', 'int4' or --dtype bf16")
+    if run.weights in QUANTIZED and run.parameterization:
+        raise ValueError(
+            f"Invalid weights: {run.weights!r}, expected 'bf16' with the parameterization {run.parameterization}"
+        )
     if layers := _layers(run):
         # CoLA was published with an activation of its own.
         if layers.hidden_act and "hidden_act" not in config.to_dict():
@@ -71,17 +75,17 @@ def build_network(run: Resolved, config: PreTrainedConfig, device: torch.device 
     """The model with freshly drawn or pretrained weights, ready to train; on ``device="meta"`` it takes no memory."""
     torch.manual_seed(run.seed)
     pretrained = run.init is not None and str(device) != "meta"
-    # A card that has room for int8 weights may have none for those that they are made of.
-    first = "cpu" if run.weights == "int8" and str(device) != "meta" else device
+    # A card that has room for quantized weights may have none for those that they are made of.
+    first = "cpu" if run.weights in QUANTIZED and str(device) != "meta" else device
     if pretrained:
         model = load_pretrained(str(run.init), config, dtype=DTYPES[run.dtype])
     else:
         model = build_model(config, device=first, dtype=DTYPES[run.dtype])
     if layers := _layers(run):
-        parameterize_(model, layers, seed=run.seed, from_weight=pretrained)
-    if run.weights == "int8":
-        quantize_weights(model)
-    if run.weights == "int8" or pretrained:
+        parameterize_(model, layers, ranks=read_ranks(run.ranks), seed=run.seed, from_weight=pretrained)
+    if run.weights in QUANTIZED:
+        quantize_weights(model, bits=QUANTIZED[run.weights])
+    if run.weights in QUANTIZED or pretrained:
         model.to(device)
     run.chunked_loss = run.chunked_loss and plain_head(model)
     if run.checkpointing:
@@ -92,11 +96,32 @@ def build_network(run: Resolved, config: PreTrainedConfig, device: torch.device 
 def optimizer_for(run: Resolved, model: nn.Module) -> Optimizer:
     """The optimizer of a run over the parameters of its model; ``run.lr`` becomes the rate that it has."""
     args = parse_optimizer_args(run.optimizer_args)
+    if run.ranks and not run.parameterization:
+        args["rank"] = read_ranks(run.ranks)
     optimizer = build_optimizer(run.optimizer, model, lr=run.lr, weight_decay=run.weight_decay, args=args)
-    if run.weights == "int8" and not isinstance(optimizer, LowRankOptimizer):
-        raise ValueError(f"Invalid weights: 'int8' with {run.optimizer}, expected an optimizer of lowrank_optim")
+    if run.weights in QUANTIZED and not isinstance(optimizer, LowRankOptimizer):
+        raise ValueError(
+            f"Invalid weights: {run.weights!r} with {run.optimizer}, expected an optimizer of lowrank_optim"
+        )
     run.lr = float(optimizer.param_groups[0]["lr"])
     return optimizer
+
+
+def read_ranks(path: str | None) -> dict[str, int] | None:
+    """The ranks of ``--ranks``, None without it.
+
+    Raises:
+        ValueError: no readable file, or something else than ranks by name.
+    """
+    if path is None:
+        return None
+    try:
+        ranks = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Invalid ranks: cannot read {path} ({error})") from error
+    if not isinstance(ranks, dict) or not all(type(rank) is int for rank in ranks.values()):
+        raise ValueError(f"Invalid ranks: {path} is not a mapping from names to ranks")
+    return ranks
 
 
 def restarts_for(run: Resolved, model: nn.Module, optimizer: Optimizer) -> list[Restart]:

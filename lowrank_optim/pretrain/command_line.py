@@ -17,11 +17,11 @@ HINTS = get_type_hints(Options)
 # Settings that come with the package, by name.
 CONFIGS = Path(__file__).parent.parent / "configs"
 # What belongs to one invocation and not to the run that it describes.
-TRANSIENT = ("config", "resume", "dry_run")
+TRANSIENT = ("config", "resume", "dry_run", "allow_changed_data")
 POSITIVE = ("checkpoint_every", "seq_len", "batch_size", "accumulate", "max_steps", "log_every")
 NOT_NEGATIVE = (
     *("weight_decay", "warmup_steps", "grad_clip", "seed", "eval_every", "eval_batches", "save_every"),
-    *("keep", "sample_tokens"),
+    *("keep", "sample_tokens", "max_bad_documents", "max_time", "loss_limit"),
 )
 
 
@@ -226,7 +226,8 @@ def read_yaml(path: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         names = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
         raise UserError(f"Invalid config: cannot read {path} ({error}), expected a file or one of {names}") from error
-    except yaml.YAMLError as error:
+    # Brackets in brackets, numbers and dates out of range: not all are errors of its own.
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"Invalid config: {path} is not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, Mapping):
         raise UserError(f"Invalid config: {path} is not a mapping of options")

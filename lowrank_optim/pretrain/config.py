@@ -11,6 +11,8 @@ from typing import Any
 
 # Parameterizations with an optimizer of their own; the others are trained with AdamW.
 OPTIMIZER_OF = {"loro": "LOROAdamW", "sst": "SSTAdamW"}
+# Weights that are stored in fewer bits than bf16, and in how many.
+QUANTIZED = {"int8": 8, "int4": 4}
 
 
 class UserError(Exception):
@@ -44,8 +46,11 @@ class Options:
         "stdlib",
         "data",
         "stdlib (the Python standard library's own text, offline), c4 (allenai/c4 en, streamed), a hub name "
-        "NAME[:CONFIG], or a folder or file of .json.gz, .jsonl, .json or .txt[.gz] shards",
+        "NAME[:CONFIG], a file or folder of .txt, .md, .jsonl, .json (each also as .gz or .zst), .parquet or .arrow, "
+        "or a folder that lowrank-train tokenize wrote; files and folders named train, validation or test are those "
+        "splits",
     )
+    text_field: str = option("text", "data", "entry of a JSON object or table row that holds its text")
     tokenizer: str | None = option(
         None,
         "data",
@@ -53,10 +58,20 @@ class Options:
         "tokens, trained on the data and cached",
     )
     seq_len: int | None = option(None, "data", "tokens per sequence (published: 256)")
-    pack: bool = option(
-        False,
+    pack: bool | None = option(
+        None,
         "data",
-        "concatenate documents and cut the stream into sequences, instead of truncating and padding each document",
+        "concatenate documents and cut the stream into sequences, instead of truncating and padding each document, as "
+        "published; default: yes, except for text of the hub",
+    )
+    max_bad_documents: int = option(
+        10,
+        "data",
+        "broken lines and other unreadable documents that are left out with a warning, each time the text is read; one "
+        "more and the run saves and stops",
+    )
+    allow_changed_data: bool = option(
+        False, "data", "resume although files of the text are new, gone or changed; what changed is said"
     )
     model: str = option(
         "llama_tiny",
@@ -75,19 +90,26 @@ class Options:
     weights: str | None = option(
         None,
         "model",
-        "int8: store the attention and MLP matrices as 8-bit codes with one fp32 scale per 256 values, rounded "
-        "stochastically in each update (lowrank_optim optimizers only); default: same as --dtype",
-        ("bf16", "int8"),
+        "int8, int4: store the attention and MLP matrices as codes with one fp32 scale per 256 or 128 values, rounded "
+        "stochastically in each update (lowrank_optim optimizers only); int4 trains worse; default: same as --dtype",
+        ("bf16", *QUANTIZED),
     )
     parameterization: str | None = option(
         None,
         "model",
-        "replace the attention and MLP matrices: sltrain, lost, sst, lowrank, cola, lora, relora or loro",
+        "replace the attention and MLP matrices: sltrain, lost, sst, lowrank, cola, lora, relora, loro, maestro or "
+        "ternarylowrank",
     )
     parameterization_args: list[str] = option(
         [],
         "model",
         "options of the parameterization, e.g. rank=128 sparsity=0.03; the rest are as published for the model size",
+    )
+    ranks: str | None = option(
+        None,
+        "model",
+        "a JSON file with the rank of every low-rank matrix, of the optimizer or the parameterization, by the name of "
+        "its weight; python -m lowrank_optim.pretrain.ranks --rank-budget R --out FILE makes one from gradients",
     )
     checkpointing: bool = option(False, "model", "recompute activations in the backward pass to save memory")
     checkpoint_every: int = option(1, "model", "with --checkpointing: recompute only every N-th layer")
@@ -125,9 +147,10 @@ class Options:
     restarts: str | None = option(
         None,
         "optimizer",
-        "periodically reset the optimizer's moments (reset), rebalance the factors B A and reset (refactorize), or "
-        "merge them into the weight (merge, as ReLoRA); default: as published for the parameterization",
-        ("none", "reset", "refactorize", "merge"),
+        "periodically reset the optimizer's moments (reset), rebalance the factors B A and reset (refactorize), "
+        "merge them into the weight (merge, as ReLoRA), or draw widths of the factors and cut their ranks (dropout, "
+        "as Maestro); default: as published for the parameterization",
+        ("none", "reset", "refactorize", "merge", "dropout"),
     )
     restart_args: list[str] = option([], "optimizer", "arguments of the restarts, e.g. every=200 ramp=10 scope=all")
     max_steps: int | None = option(
@@ -163,6 +186,20 @@ class Options:
         None,
         "saving",
         "auto (newest checkpoint in --output-dir, or a fresh start) or the path of a checkpoint",
+    )
+    verify: bool = option(
+        True, "saving", "read a checkpoint and compare it with its digests before it is resumed (0.1 s a GB)"
+    )
+    max_time: float | None = option(
+        None,
+        "saving",
+        "minutes after which the run has saved and ends with status 75, to be resumed; default: no limit",
+    )
+    loss_limit: float = option(
+        2.0,
+        "run",
+        "go back to the last good checkpoint, once, and go on with later data after 10 updates in a row whose loss or "
+        "gradient is not finite or whose loss exceeds this multiple of its running median; 0 = where not finite only",
     )
     log_every: int = option(10, "report", "updates between log lines; metrics.jsonl records every update")
     report_to: str = option(
@@ -200,6 +237,7 @@ class Resolved(Options):
     """Options with every published value filled in, see :func:`lowrank_optim.pretrain.recipes.resolve`."""
 
     seq_len: int
+    pack: bool
     warmup_steps: int
     grad_clip: float
     max_steps: int

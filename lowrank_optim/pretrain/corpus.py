@@ -107,9 +107,9 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], what: str, sho
     starts = range(0, len(texts), FILES_PER_BATCH)
     return np.concatenate(
         [
-            np.array(row, dtype=dtype)
+            row.astype(dtype)
             for start in _progress(starts, what, show)
-            for row in encode(tokenizer, texts[start : start + FILES_PER_BATCH], None)
+            for row in encode(tokenizer, texts[start : start + FILES_PER_BATCH])
         ]
     )
 

@@ -1,254 +1,181 @@
-"""From ``--dataset`` to micro-batches: which documents, cut and padded or packed, in an order that resumes.
-
-Every batch travels with the state that continues after it, so a checkpoint holds exactly what was consumed,
-however far a background thread has read ahead.
-"""
+"""From ``--dataset`` to micro-batches: what is there, how it is cut, and whether a resumed run still has it."""
 
 from __future__ import annotations
 
 import queue
-import sys
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-
-from lowrank_optim.pretrain import corpus, shards, tokenization
-from lowrank_optim.pretrain.cache import cache_root, write_folder
+from lowrank_optim.pretrain import corpus, shards, tokenization, tokens
+from lowrank_optim.pretrain.batches import (
+    Batch,
+    Share,
+    State,
+    document_batches,
+    ordered_rows,
+    ordered_windows,
+    padded_batch,
+    shuffled_rows,
+    shuffled_windows,
+)
 from lowrank_optim.pretrain.config import Resolved, UserError
-from lowrank_optim.pretrain.shards import SUFFIXES, Documents, HubDocuments, LocalDocuments, Slice
+from lowrank_optim.pretrain.sources import Saved, fingerprint, open_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100
-C4 = "allenai/c4:en"
-HUB_TOKENIZER = "t5-base"
-# Text that a tokenizer is trained on where none is given.
-BPE_CHARACTERS = 10_000_000
-State = dict[str, Any]
 T = TypeVar("T")
-
-
-class Batch(NamedTuple):
-    """One micro-batch: ``ids`` and ``labels``, both (sequences, tokens); labels are -100 on padding."""
-
-    ids: Tensor
-    labels: Tensor
-
-    @property
-    def targets(self) -> int:
-        """Tokens whose prediction counts in the loss."""
-        return int((self.labels[:, 1:] != IGNORED).sum())
-
-    def to(self, device: torch.device) -> Batch:
-        return Batch(self.ids.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
 class Data:
-    """A tokenizer and two splits; ``fingerprint`` tells one data set and tokenizer from another."""
+    """A tokenizer and two splits; ``fingerprint``, a JSON value, tells one data set and tokenizer from another."""
 
     tokenizer: PreTrainedTokenizerBase
     description: str
-    fingerprint: str
+    fingerprint: Any
     train: Callable[[State | None], Iterator[tuple[Batch, State]]]
     validation: Callable[[], Iterator[Batch]]
 
 
-def load_data(options: Resolved, *, vocab_size: int, rank: int = 0, world: int = 1) -> Data:
+def load_data(options: Resolved, *, vocab_size: int, rank: int = 0, world: int = 1, saved: Saved | None = None) -> Data:
     """Open the data set and the tokenizer of ``options`` for one of ``world`` processes.
 
+    Args:
+        options: say which, and how it is cut into sequences.
+        vocab_size: of the model.
+        rank: of this process.
+        world: the number of processes.
+        saved: where a run is resumed, what its data was.
+
     Raises:
-        UserError: missing or broken data, or a tokenizer that does not fit ``vocab_size``.
+        UserError: missing or broken data, other data than the checkpoint's without ``options.allow_changed_data``, or
+            a tokenizer that does not fit ``vocab_size``.
     """
-    tokenizer = tokenization.load_tokenizer(options.tokenizer) if options.tokenizer else None
-    if tokenizer:
-        tokenization.check_vocabulary(tokenizer, vocab_size, options.model)
+    share = Share(options.seq_len, options.batch_size, rank, world)
     if options.dataset == "stdlib":
-        return _stdlib(options, tokenizer, vocab_size, rank, world)
-    return _documents(options, tokenizer, vocab_size, rank, world)
+        data = _stdlib(options, vocab_size, share)
+    elif tokens.is_token_folder(options.dataset):
+        data = _token_shards(options, share)
+    else:
+        data = _text(options, vocab_size, share, saved)
+    tokenization.check_vocabulary(data.tokenizer, vocab_size, options.model)
+    return data if saved is None else _continued(data, saved, allowed=options.allow_changed_data)
 
 
-def _stdlib(
-    options: Resolved, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, rank: int, world: int
-) -> Data:
-    text = corpus.load_stdlib(tokenizer, vocab_size, show=rank == 0)
-    cut = (options.seq_len, options.batch_size, rank, world)
-    if len(text.train) < options.seq_len * options.batch_size * world:
-        raise UserError(f"Invalid batch_size: {options.batch_size}, one batch is longer than all of stdlib")
+def _continued(data: Data, saved: Saved, *, allowed: bool) -> Data:
+    """The same data, once it is that of the checkpoint or may be another."""
+    before, now = saved.fingerprint, data.fingerprint
+    if not isinstance(before, dict):
+        found, notes = ["version 0.1 read text in another order, so that it begins anew"], []
+    else:
+        if before["tokenizer"] != now["tokenizer"]:
+            raise UserError(f"Cannot resume {saved.folder}: the tokenizer is not the one that it was saved with")
+        found, doubtful = shards.changes(before["files"], now["files"])
+        found += ["it comes from another source"] * (before["source"] != now["source"])
+        notes = [f"{name} was written anew with the same size; parts of it are as they were" for name in doubtful]
+    if found and not allowed:
+        more = f" and {len(found) - 3} more" * (len(found) > 3)
+        raise UserError(
+            f"Cannot resume {saved.folder}: the data is not what it was saved with ({'; '.join(found[:3])}{more}); "
+            "--allow-changed-data continues with it"
+        )
+    description = _joined([data.description, *(f"since the checkpoint: {what}" for what in [*found, *notes])])
+    if isinstance(before, dict):
+        return replace(data, description=description)
+    return replace(data, description=description, train=lambda _: data.train(None))
+
+
+def _stdlib(options: Resolved, vocab_size: int, share: Share) -> Data:
+    given = tokenization.load_tokenizer(options.tokenizer) if options.tokenizer else None
+    if given:
+        tokenization.check_vocabulary(given, vocab_size, options.model)
+    text = corpus.load_stdlib(given, vocab_size, show=share.rank == 0)
 
     def train(state: State | None) -> Iterator[tuple[Batch, State]]:
-        return shuffled_windows(text.train, *cut, options.seed, state)
+        return shuffled_windows(text.train, *share, options.seed, state)
 
-    description = f"stdlib, {len(text.train):,} training and {len(text.validation):,} validation tokens, packed"
-    return Data(text.tokenizer, description, text.fingerprint, train, lambda: ordered_windows(text.validation, *cut))
+    def validation() -> Iterator[Batch]:
+        return ordered_windows(text.validation, *share)
+
+    line = f"stdlib: {len(text.train):,} tokens to train on, {len(text.validation):,} held out"
+    lines = (line, _passes(options, share, len(text.train) // share.seq_len))
+    return Data(text.tokenizer, _joined(lines), fingerprint(text.fingerprint, text.tokenizer), train, validation)
 
 
-def _documents(
-    options: Resolved, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, rank: int, world: int
-) -> Data:
-    training: Documents
-    held_out: Documents
-    unmarked = (Slice(rank, world, False), Slice(rank, world, True))
-    marked = (Slice(rank, world, None), Slice(rank, world, None))
-    if options.dataset != "c4" and (Path(options.dataset).exists() or looks_local(options.dataset)):
-        train_shards, validation_shards = shards.find_shards(options.dataset)
-        parts = marked if validation_shards else unmarked
-        training = LocalDocuments(train_shards, parts[0], options.seed, loop=True)
-        held_out = LocalDocuments(validation_shards or train_shards, parts[1], options.seed, loop=False)
-        source = shards.fingerprint([*train_shards, *validation_shards])
-        description = f"{options.dataset}, {len(train_shards)} + {len(validation_shards)} shards"
-        if tokenizer is None:
-            tokenizer = trained_tokenizer(train_shards, source, vocab_size)
-    else:
-        source = C4 if options.dataset == "c4" else options.dataset
-        parts, split = (marked, "validation") if shards.has_split(source, "validation") else (unmarked, "train")
-        training = HubDocuments(source, "train", parts[0], options.seed, loop=True)
-        held_out = HubDocuments(source, split, parts[1], options.seed, loop=False)
-        description = f"{source} from the hub, streamed"
-        if tokenizer is None:
-            tokenizer = tokenization.load_tokenizer(HUB_TOKENIZER)
-            tokenization.check_vocabulary(tokenizer, vocab_size, options.model)
-    cut = (tokenizer, options.seq_len, options.batch_size, vocab_size)
-    description += ", packed" if options.pack else f", each document cut or padded to {options.seq_len} tokens"
+def _token_shards(options: Resolved, share: Share) -> Data:
+    folder = Path(options.dataset)
+    tokenizer = tokenization.load_tokenizer(options.tokenizer or options.dataset)
+    training, held_out = tokens.read_tokens(folder, tokenizer)
+    closing = tokenization.frame(tokenizer)[1]
+    rows = len(training.tokens) // share.seq_len if options.pack else len(training.ends)
+    if not rows or not len(held_out.ends):
+        raise UserError(f"Invalid dataset: {folder} holds less than {share.seq_len} training tokens, or none held out")
+
+    def batch(split: tokens.TokenSplit, numbers: Iterable[int]) -> Batch:
+        return padded_batch([split.document(number) for number in numbers], share.seq_len, closing=closing)
+
+    def train(state: State | None) -> Iterator[tuple[Batch, State]]:
+        if options.pack:
+            return shuffled_windows(training.tokens, *share, options.seed, state)
+        found = shuffled_rows(rows, share, options.seed, state)
+        return ((batch(training, numbers.tolist()), after) for numbers, after in found)
+
+    def validation() -> Iterator[Batch]:
+        if options.pack:
+            return ordered_windows(held_out.tokens, *share)
+        return (batch(held_out, numbers) for numbers in ordered_rows(len(held_out.ends), share))
+
+    counts = [f"{len(split.ends):,} documents of {len(split.tokens):,} tokens" for split in (training, held_out)]
+    lengths = training.lengths(1024)
+    lines = (
+        f"{folder}: {counts[0]} to train on, {counts[1]} held out",
+        *_cut(options, lengths),
+        _passes(options, share, rows),
+    )
+    files = [folder / f"{split}.{kind}" for split in tokens.SPLITS for kind in ("bin", "idx")]
+    about = fingerprint("tokens", tokenizer, shards.stamps(folder, files))
+    return Data(tokenizer, _joined(lines), about, train, validation)
+
+
+def _text(options: Resolved, vocab_size: int, share: Share, saved: Saved | None) -> Data:
+    source = open_source(options, vocab_size=vocab_size, show=share.rank == 0, saved=saved)
+    cut = (source.tokenizer, share, vocab_size, bool(options.pack))
+    lines = [source.description]
+    if amount := source.amount:
+        rows = amount.tokens / share.seq_len if options.pack else amount.documents
+        lines += [*_cut(options, amount.lengths), _passes(options, share, rows)]
     return Data(
-        tokenizer,
-        description,
-        f"{source}-{tokenization.fingerprint(tokenizer)}",
-        lambda state: document_batches(training, *cut, options.pack, state),
-        lambda: (batch for batch, _ in document_batches(held_out, *cut, options.pack, None, partial=True)),
+        source.tokenizer,
+        _joined(lines),
+        source.fingerprint,
+        lambda state: document_batches(source.training, *cut, state),
+        lambda: (batch for batch, _ in document_batches(source.held_out, *cut, None, partial=True)),
     )
 
 
-def looks_local(dataset: str) -> bool:
-    """Whether a name that does not exist on disk was meant as a path."""
-    return dataset.startswith(("/", "./", "../", "~")) or dataset.count("/") > 1 or dataset.endswith(SUFFIXES)
+def _cut(options: Resolved, lengths: Iterable[int]) -> list[str]:
+    """How much of the text is lost where documents are not packed."""
+    if options.pack:
+        return []
+    kept = sum(min(length, options.seq_len) for length in lengths) / sum(lengths)
+    return [f"each document is cut or padded to {options.seq_len} tokens, which keeps {kept:.0%} of the text"]
 
 
-def trained_tokenizer(paths: list[Path], source: str, vocab_size: int) -> PreTrainedTokenizerBase:
-    """A BPE trained on the first ``BPE_CHARACTERS`` of the shards, cached."""
-    pieces = min(vocab_size, tokenization.BPE_VOCAB)
-    folder = cache_root() / f"bpe-{source}-{pieces}"
-
-    def texts() -> Iterator[str]:
-        characters = 0
-        for path in paths:
-            for _, text in shards.read_shard(path):
-                yield text
-                characters += len(text)
-                if characters > BPE_CHARACTERS:
-                    return
-
-    if not folder.is_dir():
-        tokenizer = tokenization.train_bpe(texts(), pieces)
-        serialized = tokenizer.backend_tokenizer.to_str()
-        try:
-            write_folder(folder, lambda into: _write_text(into / "bpe.json", serialized))
-        except OSError as error:
-            if not folder.is_dir():
-                print(f"warning: cannot cache the tokenizer in {folder} ({error})", file=sys.stderr)
-                return tokenizer
-    return tokenization.wrap((folder / "bpe.json").read_text(encoding="utf-8"))
+def _passes(options: Resolved, share: Share, rows: float) -> str:
+    """How often a run reads its text of so many sequences."""
+    read = options.max_steps * options.accumulate * share.size * share.world
+    tokens = f"{read * options.seq_len:,} {'packed tokens' if options.pack else 'tokens with padding'}"
+    part = f"{read / rows:.2f} epochs" if read >= rows else f"{100 * read / rows:.2g} % of an epoch"
+    return f"the run reads {tokens}, {part}"
 
 
-def shuffled_windows(
-    tokens: NDArray[Any], seq_len: int, size: int, rank: int, world: int, seed: int, state: State | None
-) -> Iterator[tuple[Batch, State]]:
-    """Endless batches of windows of a token array, in a new order every epoch; incomplete batches are left out."""
-    at = state or {"epoch": 0, "batch": 0}
-    windows = len(tokens) // seq_len
-    while True:
-        order = np.random.default_rng([seed, at["epoch"]]).permutation(windows)
-        for number in range(at["batch"], windows // (size * world)):
-            first = (number * world + rank) * size
-            at = {"epoch": at["epoch"], "batch": number + 1}
-            yield _window_batch(tokens, order[first : first + size], seq_len), at
-        at = {"epoch": at["epoch"] + 1, "batch": 0}
-
-
-def ordered_windows(tokens: NDArray[Any], seq_len: int, size: int, rank: int, world: int) -> Iterator[Batch]:
-    """Every whole window of a token array once, the processes taking turns."""
-    starts = np.arange(len(tokens) // seq_len)
-    for first in range(rank * size, len(starts), size * world):
-        yield _window_batch(tokens, starts[first : first + size], seq_len)
-
-
-def _window_batch(tokens: NDArray[Any], windows: NDArray[Any], seq_len: int) -> Batch:
-    rows = tokens[windows[:, None] * seq_len + np.arange(seq_len)]
-    ids = torch.from_numpy(rows.astype(np.int64))
-    return Batch(ids, ids)
-
-
-def document_batches(
-    documents: Documents,
-    tokenizer: PreTrainedTokenizerBase,
-    seq_len: int,
-    size: int,
-    vocab_size: int,
-    pack: bool,
-    state: State | None,
-    *,
-    partial: bool = False,
-) -> Iterator[tuple[Batch, State]]:
-    """Batches of documents and the state after each; ``partial`` yields the last, smaller batch as well."""
-    rows: list[list[int]] = []
-    after: State = state or {}
-    for row, after in _rows(documents, tokenizer, seq_len, pack, state):
-        if max(row) >= vocab_size:
-            raise UserError(f"Invalid token id: {max(row)}, expected less than the model's {vocab_size}")
-        rows.append(row)
-        if len(rows) == size:
-            yield _pad(rows, seq_len, tokenizer), after
-            rows = []
-    if rows and partial:
-        yield _pad(rows, seq_len, tokenizer), after
-
-
-def _rows(
-    documents: Documents,
-    tokenizer: PreTrainedTokenizerBase,
-    seq_len: int,
-    pack: bool,
-    state: State | None,
-) -> Iterator[tuple[list[int], State]]:
-    """Token rows of at most ``seq_len``; the state names a block, what was used of it and what it began with."""
-    state = state or {"position": None, "used": 0, "rest": []}
-    used, rest = state["used"], state["rest"]
-    for position, texts in documents.blocks(state["position"]):
-        encoded = tokenization.encode(tokenizer, texts, None if pack else seq_len)
-        tail: list[int] = []
-        if pack:
-            joined = [*rest, *(token for row in encoded for token in row)]
-            whole = len(joined) - len(joined) % seq_len
-            encoded = [joined[i : i + seq_len] for i in range(0, whole, seq_len)]
-            tail = joined[whole:]
-        else:
-            # One token has no successor to predict.
-            encoded = [row for row in encoded if len(row) > 1]
-        for number in range(used, len(encoded)):
-            yield encoded[number], {"position": position, "used": number + 1, "rest": rest}
-        used, rest = 0, tail
-
-
-def _pad(rows: list[list[int]], seq_len: int, tokenizer: PreTrainedTokenizerBase) -> Batch:
-    # On the right and without an attention mask: causal attention lets no real token see the padding.
-    ids = torch.full((len(rows), seq_len), tokenizer.pad_token_id or 0)
-    labels = torch.full((len(rows), seq_len), IGNORED)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = labels[i, : len(row)] = torch.tensor(row)
-    return Batch(ids, labels)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def _joined(lines: Iterable[str]) -> str:
+    return "\n           ".join(lines)
 
 
 def read_ahead(items: Iterator[T], depth: int) -> Generator[T, None, None]:

@@ -16,12 +16,19 @@ from torch import nn
 from torch.optim import Optimizer
 
 import lowrank_optim.nn
-from lowrank_optim.nn import MergeAndRestart, MomentumReset, Parameterization, WeightRefactorization, convert
+from lowrank_optim.nn import (
+    MergeAndRestart,
+    MomentumReset,
+    OrderedDropout,
+    Parameterization,
+    WeightRefactorization,
+    convert,
+)
 from lowrank_optim.nn.restarts import Restart
 from lowrank_optim.pretrain.optimizers import nearest
 
 # Published together with restarts.
-RESTARTS = {"loro": "reset", "relora": "merge"}
+RESTARTS = {"loro": "reset", "relora": "merge", "maestro": "dropout"}
 
 PARAMETERIZATIONS: dict[str, type[Parameterization]] = {
     name.lower(): cls
@@ -87,6 +94,10 @@ PUBLISHED: dict[str, dict[str, Published]] = {
         "llama_1b": _cola(512, 2e-3, 10_000, "linear"),
         "llama_7b": _cola(1024, 1e-3, 15_000, "linear"),
     },
+    # Never published for a language model of this kind: AdamW's rate, the rank that 16-bit factors need for 12 % of
+    # what ternary weights take.
+    "maestro": {"llama_60m": Published({})},
+    "ternarylowrank": {"llama_60m": Published({"rank": 3})},
     "lora": {size: Published({"rank": rank, "alpha": 32, "dropout": 0.05}) for size, rank in _RANKS.items()},
     "relora": {size: _relora(rank) for size, rank in _RANKS.items()} | {"llama_tiny": _relora(64, 25, 5)},
     "loro": {
@@ -123,6 +134,8 @@ def published(name: str, model: str, hidden_size: int) -> Published:
     if model in sizes:
         return sizes[model]
     smallest = sizes["llama_60m"]
+    if "rank" not in smallest.args:
+        return smallest
     rank = max(1, smallest.args["rank"] * hidden_size // _WIDTHS["llama_60m"])
     return smallest._replace(args={**smallest.args, "rank": rank}, max_steps=None, warmup_steps=None)
 
@@ -148,9 +161,16 @@ def layer_spec(name: str, args: Mapping[str, Any]) -> LayerSpec:
     return LayerSpec(options, **rest)
 
 
-def parameterize_(model: nn.Module, spec: LayerSpec, *, seed: int = 0, from_weight: bool = False) -> list[str]:
+def parameterize_(
+    model: nn.Module,
+    spec: LayerSpec,
+    *,
+    ranks: Mapping[str, int] | None = None,
+    seed: int = 0,
+    from_weight: bool = False,
+) -> list[str]:
     """Convert ``model`` in place; returns the names of the replaced layers."""
-    return convert(model, spec.options, spec.targets, seed=seed, from_weight=from_weight)
+    return convert(model, spec.options, spec.targets, ranks=ranks, seed=seed, from_weight=from_weight)
 
 
 def build_restarts(
@@ -159,7 +179,8 @@ def build_restarts(
     """The callbacks of a run, in the order in which they act.
 
     Args:
-        kind: "none", "reset" (of all moments), "refactorize" (and reset, arXiv 2505.22922), or "merge" (ReLoRA).
+        kind: "none", "reset" (of all moments), "refactorize" (and reset, arXiv 2505.22922), "merge" (ReLoRA) or
+            "dropout" (Maestro).
         args: keyword arguments of the callbacks, such as ``every=200``.
         model, optimizer: what they act on.
         first: no restart before this many updates, where ``args`` name no other number.
@@ -172,12 +193,13 @@ def build_restarts(
     if kind == "none":
         _check_keys("argument without restarts", args, [])
         return []
-    last = MergeAndRestart if kind == "merge" else MomentumReset
+    kinds = {"merge": MergeAndRestart, "dropout": OrderedDropout}
+    last = kinds.get(kind, MomentumReset)
     accepted = [key for key in inspect.signature(last).parameters if key not in ("model", "optimizer", "seed")]
     _check_keys(f"argument for {kind}", args, accepted)
     given = {"first": first, **args}
-    if kind == "merge":
-        return [MergeAndRestart(model, optimizer, seed=seed, **given)]
+    if kind in kinds:
+        return [kinds[kind](model, optimizer, seed=seed, **given)]
     reset = MomentumReset(model, optimizer, **given)
     if kind == "reset":
         return [reset]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import resource
 import sys
@@ -18,7 +19,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lowrank_optim.pretrain.checkpoint import Progress
-from lowrank_optim.pretrain.config import Resolved
+from lowrank_optim.pretrain.config import QUANTIZED, Resolved
+from lowrank_optim.pretrain.steps import perplexity_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -62,7 +64,7 @@ def banner(options: Resolved, config: PreTrainedConfig, model: nn.Module, *, wor
     shape = f"hidden {config.hidden_size}, {config.num_hidden_layers} layers, vocabulary {config.vocab_size:,}"
     shown = {k: v for k, v in asdict(options).items() if v not in (None, False, []) and k != "dry_run"}
     layers = " ".join([options.parameterization or "dense", *options.parameterization_args])
-    layers += " with int8 weights" * (options.weights == "int8")
+    layers += f" with {options.weights} weights" if options.weights in QUANTIZED else ""
     restarts = " ".join([f", restarts {options.restarts}", *options.restart_args] * (options.restarts != "none"))
     shown["optimizer_args"] = " ".join(options.optimizer_args) or "its defaults"
     return "\n".join(
@@ -151,6 +153,10 @@ class Meter:
         self.step, self.rate = step, tokens / self.seconds
         return self.rate
 
+    def rewind(self, step: int) -> None:
+        """The run has gone back to ``step``."""
+        self.start, self.began = step, time.perf_counter()
+
     def skip(self) -> None:
         """Leave the time since the last update (an evaluation, a checkpoint) out of the rate."""
         self.last = time.perf_counter()
@@ -187,16 +193,20 @@ def write(text: str) -> None:
     from tqdm import tqdm
 
     # Redrawing the bar around every line is for terminals.
-    (tqdm.write if sys.stderr.isatty() else print)(text)
-    sys.stdout.flush()
+    try:
+        (tqdm.write if sys.stderr.isatty() else print)(text)
+        sys.stdout.flush()
+    except OSError:
+        # A terminal that is gone or a full disk behind a pipe ends what is said, not the run.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def summary(progress: Progress, loss: float, folder: Path, *, seconds: float) -> str:
     """The last lines of a run."""
-    untrained = math.exp(progress.untrained_loss) if progress.untrained_loss is not None else math.nan
+    untrained = math.nan if progress.untrained_loss is None else perplexity_of(progress.untrained_loss)
     return "\n".join(
         [
-            f"validation perplexity {math.exp(loss):.2f}, untrained {untrained:.2f}",
+            f"validation perplexity {perplexity_of(loss):.2f}, untrained {untrained:.2f}",
             f"{progress.step:,} updates, {progress.tokens:,} tokens, {duration(seconds)}",
             f"run folder {folder}",
         ]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lowrank_optim.pretrain.config import UserError
 
@@ -14,6 +18,11 @@ if TYPE_CHECKING:
 
 BPE_VOCAB = 8192
 PAD, EOS = "<pad>", "</s>"
+# Characters that are encoded at once.
+PIECE = 2**16
+# Characters a token that are encoded where only the first tokens count: more than most languages need, so that few
+# documents are encoded twice.
+HEAD, MARGIN = 6, 8
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -21,7 +30,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        # Without the answer "no" it asks whether to run code that comes with a tokenizer.
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     # The hub client, the JSON readers and the model classes each have exceptions of their own.
     except Exception as error:
         where = "from this folder" if Path(name).exists() else "(no such folder, and not from the hub)"
@@ -65,21 +75,63 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, model:
         )
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None) -> list[list[int]]:
-    """Token ids of documents; each ends with the end-of-text token unless it was cut at ``max_length``."""
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+    """Token ids of documents, each ended by the end-of-text token where the tokenizer has one.
+
+    A long document is encoded in pieces that end between two words: the time of some tokenizers grows faster than the
+    length of a text.
+    """
+    pieces = [list(_pieces(text, PIECE)) for text in texts]
+    encoded = iter(_encode(tokenizer, [piece for parts in pieces for piece in parts]))
+    opening, closing = frame(tokenizer)
     end = tokenizer.eos_token_id
-    # Without truncation tokenizers warn of documents longer than the length they were made for.
-    rows = tokenizer(
-        list(texts),
-        truncation=max_length is not None,
-        max_length=max_length,
-        return_attention_mask=False,
-        verbose=False,
-    )["input_ids"]
-    for row in rows:
-        if end is not None and (not row or row[-1] != end) and (max_length is None or len(row) < max_length):
-            row.append(end)
-    return rows  # type: ignore[no-any-return]
+    if end is not None and end not in closing:
+        closing = [*closing, end]
+    return [
+        np.concatenate([np.array(part, dtype=np.int32) for part in (opening, *islice(encoded, len(parts)), closing)])
+        for parts in pieces
+    ]
+
+
+def encode_starts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> list[NDArray[np.int32]]:
+    """The same as :func:`encode` up to the token ``length`` of each document; what comes after may be missing."""
+    starts = [next(_pieces(text, HEAD * length)) for text in texts]
+    rows = encode(tokenizer, starts)
+    # The tokens at the cut may be others than those of the whole text.
+    short = [i for i, row in enumerate(rows) if len(row) <= length + MARGIN and len(starts[i]) < len(texts[i])]
+    for i, row in zip(short, encode(tokenizer, [texts[i] for i in short]), strict=True):
+        rows[i] = row
+    return rows
+
+
+def _pieces(text: str, size: int) -> Iterator[str]:
+    start = 0
+    while len(text) - start > size:
+        # The blank stays with the word behind it, as in the pieces of a tokenizer.
+        end = text.rfind(" ", start + 1, start + size)
+        end = end if end > start else start + size
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterable[list[int]]:
+    if not tokenizer.is_fast:
+        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation or backend.padding:
+        backend.no_truncation()
+        backend.no_padding()
+    # Without the offsets of tokens in the text, which take as long to make as the tokens.
+    return (found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False))
+
+
+def frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer itself puts before and after a text."""
+    whole: list[int] = tokenizer("a")["input_ids"]
+    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    first = next(i for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare)
+    return whole[:first], whole[first + len(bare) :]
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

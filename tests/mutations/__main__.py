@@ -79,10 +79,12 @@ def run(chosen: list[Site], args: argparse.Namespace, scratch: Path) -> int:
         todo = [site for site in chosen if site.name not in done or done[site.name]["outcome"] in retried]
         killers: dict[str, list[str]] = {}
 
+        # Before the first try: somebody may edit the sources meanwhile.
+        found = {site: {test for test in tests.tests_of(site, ROOT) if re.search(args.tests, test)} for site in todo}
+
         def attempt(site: Site) -> dict[str, Any]:
             first = killers.setdefault(site.path, [])
-            order = in_order(tests.tests_of(site, ROOT), tests.seconds, first[:5], Path(site.path).stem, args.seconds)
-            order = [test for test in order if re.search(args.tests, test)]
+            order = in_order(found[site], tests.seconds, first[:5], tests.importing(site), args.seconds)
             if not order:
                 return {"name": site.name, "kind": site.kind, "line": site.line, "outcome": "survived", "by": None,
                         "reason": "no test executes it", "tests": 0, "seconds": 0.0}  # fmt: skip

@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import queue
+import re
 import shutil
 import signal
 import subprocess
@@ -200,19 +201,29 @@ class Map:
         print(f"{file}: {len(kept)} tests, {sum(t['seconds'] for t in kept.values()):.0f} s", flush=True)
 
     def tests_of(self, site: Site, root: Path) -> set[str]:
-        """The tests that execute a fault's lines, or else its function, or where there is none its file."""
+        """The tests that execute a fault's lines, or else its function, or where there is none its file.
+
+        And those in files that import the module: what runs at import alone runs in whichever test comes first.
+        """
         around = _places((root / site.path).read_text())
         keys = {_key(around[line]) for line in range(site.line, site.end_line + 1)}
         found = set().union(*(self.of_line.get(key, set()) for key in keys))
-        if found:
-            return found
         name = site.function.rpartition(".")[2]
+        # Not for the lines of a module or of a class, which run at import and are read by lines elsewhere.
+        if found and name and not name.lstrip("_")[:1].isupper():
+            return found | self.importing(site)
         inside = self.of_function.get(site.function) or set().union(
             *(of for key, of in self.of_function.items() if key.startswith(f"{site.function}."))
         )
         if site.function and (inside or name[:1].islower()):
-            return inside or self.of_function.get(name, set())
-        return self.of_file.get(site.path, set())
+            return (inside or self.of_function.get(name, set())) | self.importing(site)
+        return self.of_file.get(site.path, set()) | self.importing(site)
+
+    def importing(self, site: Site) -> set[str]:
+        """The tests in files that import the module of a fault."""
+        line = re.compile(rf"^(from|import) .*\b{Path(site.path).stem}\b", re.MULTILINE)
+        files = {file for file, text in self.texts.items() if line.search(text)}
+        return {test for test in self.seconds if test.partition("::")[0] in files}
 
 
 def _places(text: str) -> dict[int, str]:
@@ -226,17 +237,17 @@ def _key(place: str) -> str:
     return f"{function.rpartition('.')[2]}|{line}"
 
 
-def in_order(tests: set[str], seconds: dict[str, float], first: list[str], stem: str, budget: float) -> list[str]:
-    """At most ``budget`` seconds of tests: those of ``first``, then one case of every test, then a second one of each.
+def in_order(tests: set[str], seconds: dict[str, float], first: list[str], near: set[str], budget: float) -> list[str]:
+    """At most ``budget`` seconds of tests: those of ``first``, then those of ``near``, then the others.
 
-    Short ones come first, and of these the tests in the file that is named after ``stem``.
+    Short ones come first, and of the others one case of every test, then a second one of each.
     """
     cases: dict[str, list[str]] = defaultdict(list)
     for test in sorted(tests, key=lambda t: (seconds.get(t, 0.0), t)):
         cases[test.partition("[")[0]].append(test)
     rounds = [
-        (n, f"test_{stem}.py" not in name, seconds.get(test, 0.0), test)
-        for name, of in cases.items()
+        (test not in near, n if test not in near else 0, seconds.get(test, 0.0), test)
+        for of in cases.values()
         for n, test in enumerate(of)
     ]
     chosen, total = [], 0.0

@@ -17,11 +17,14 @@ from lowrank_optim.nn import (
     CoLA,
     LoRA,
     LowRank,
+    Maestro,
     MergeAndRestart,
     MomentumReset,
+    OrderedDropout,
     Parameterization,
     ReLoRA,
     SLTrain,
+    TernaryLowRank,
     WeightRefactorization,
 )
 from lowrank_optim.nn.restarts import Restart
@@ -36,10 +39,16 @@ def refactorize(model: nn.Module, optimizer: Optimizer) -> list[Restart]:
 
 
 class Variant(NamedTuple):
-    """Options, whether the layer holds a dense m x n tensor by design, and what it trains with."""
+    """Options, whether the layer holds a dense m x n tensor by design, and what it trains with.
+
+    straight_through: whether its gradient is none that finite differences know.
+    keeps: the relative error with which it keeps a dense weight of rank 3; None for rounding alone.
+    """
 
     options: Parameterization
     dense: bool = False
+    straight_through: bool = False
+    keeps: float | None = None
     optimizer: Callable[[nn.Module], Optimizer] = adamw
     restarts: Callable[[nn.Module, Optimizer], Sequence[Restart]] = lambda model, optimizer: ()
 
@@ -64,6 +73,11 @@ VARIANTS = {
     "SLTrain-bitmap": Variant(SLTrain(rank=4, sparsity=0.3, alpha=8)),
     "LOST": Variant(LOST(rank=4, sparsity=0.2)),
     "LOST-none": Variant(LOST(rank=4, sparsity=0.2, act="none")),
+    "Maestro": Variant(
+        Maestro(rank=4),
+        restarts=lambda model, optimizer: [OrderedDropout(model, optimizer, every=12, lasso=0.3, seed=3)],
+    ),
+    "TernaryLowRank": Variant(TernaryLowRank(rank=4), dense=True, straight_through=True, keeps=0.5),
     # The enhanced gradient is none that finite differences know; tests/nn/test_spectral.py has it.
     "SST": Variant(
         SST(rank=4, enhanced=False),

@@ -46,6 +46,14 @@ def test_balancing_keeps_lost_directions_trainable() -> None:
     assert (new_a.norm(dim=1) > 0).all()
 
 
+def test_balancing_takes_what_is_of_rounding_size_out_of_b() -> None:
+    b, a = torch.eye(6, 3, dtype=torch.float64), torch.eye(3, 5, dtype=torch.float64)
+    b[1, 1] = 1e-20
+    new_b, new_a = balance_factors(b, a)
+    assert sorted(new_b.norm(dim=0).tolist()) == pytest.approx([0, 1, 1], abs=1e-15)
+    assert new_a.norm(dim=1).min() > 1e-9
+
+
 @pytest.mark.parametrize(("m", "n", "rank"), [(24, 16, 4), (13, 29, 5), (10, 12, 8), (9, 9, 9)])
 def test_a_retracted_step_is_the_truncated_svd_of_the_tangent_step(m: int, n: int, rank: int) -> None:
     b, a = draw(m, n, rank)

@@ -162,6 +162,8 @@ def test_what_does_not_fit_is_refused() -> None:
     hidden, weight, targets = problem(6, 5, 2)
     with pytest.raises(ValueError, match="shapes \\(6, 2\\) and \\(5,\\), expected"):
         linear_cross_entropy(hidden, weight, targets[:5])
+    with pytest.raises(ValueError, match="shapes \\(6, 1, 2\\) and \\(6,\\), expected"):
+        linear_cross_entropy(hidden.unsqueeze(1), weight, targets)
     with pytest.raises(ValueError, match="Invalid chunk: 0"):
         linear_cross_entropy(hidden, weight, targets, chunk=0)
     with pytest.raises(ValueError, match="Invalid reduction: 'max', expected one of 'sum'"):

@@ -167,10 +167,12 @@ def test_maximize_is_descent_on_the_negated_loss(name: str, kwargs: dict[str, An
         up.step()
         down.step()
     # "full" starts from a diagonal core, whose rounding Adam's division enlarges; 8-bit codes are not symmetric (there
-    # is a 1, but no -1), and error feedback adds up the difference; a wrong sign would be 1e-2 a step.
-    eight_bits = name.endswith("8bit") or kwargs.get("state_dtype") == "int8"
+    # is a 1, but no -1), and error feedback adds up the difference; 4-bit codes are rounded up and down by chance; a
+    # wrong sign would be 1e-2 a step.
+    stored = "int8" if name.endswith("8bit") else kwargs.get("state_dtype")
+    tolerance = {"int8": 8e-3, "int4": 3e-2}.get(str(stored), 2e-4)
     for p, q in zip(ascend, descend):
-        torch.testing.assert_close(p, q, rtol=0, atol=8e-3 if eight_bits else 2e-4)
+        torch.testing.assert_close(p, q, rtol=0, atol=tolerance)
 
 
 @every_optimizer

@@ -294,6 +294,17 @@ def test_clipping_after_a_first_norm_that_is_not_finite() -> None:
     assert optimizer.state[weight]["exp_avg"].norm().item() == pytest.approx(1.0)
 
 
+def test_clipping_after_a_state_of_a_run_without_it() -> None:
+    p = nn.Parameter(torch.zeros(8, 6))
+    optimizer = GaLoreAdamW([p], rank=2)
+    saved = GaLoreAdamW([nn.Parameter(torch.zeros(8, 6))], rank=2).state_dict()
+    handle = step_in_backward(optimizer, max_norm=1.0)
+    optimizer.load_state_dict(saved)
+    p.sum().backward()
+    assert handle.grad_norm == pytest.approx(48**0.5) and p.ne(0).any()
+    assert optimizer.param_groups[0]["clip_norm"] == handle.grad_norm
+
+
 def test_a_first_micro_batch_without_a_gradient() -> None:
     model = Net()
     handle = step_in_backward(GaLoreAdamW(parameters(model), rank=4), accumulate=2)

@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from torch import nn
 
 from lowrank_optim import LOROAdamW, factor_groups
 from lowrank_optim.nn import LORO, CoLA, LowRank, MomentumReset, convert
@@ -64,8 +65,9 @@ def test_the_step_on_the_manifold_uses_the_directions_of_adam() -> None:
     torch.testing.assert_close(layer.B @ layer.A, moved[0] @ moved[1], rtol=1e-4, atol=1e-5)
     state = optimizer.state[layer.B]
     assert state["step"] == 0 and state["updates"] == 3 and not state["exp_avg"].any() and "grad" not in state
-    # Parameters without factors go on.
-    assert optimizer.state[model.lm_head.weight]["step"] == 3
+    # Parameters without factors go on, and have no count of their own.
+    ordinary = optimizer.state[model.lm_head.weight]
+    assert ordinary["step"] == 3 and "updates" not in ordinary
 
 
 def test_training_falls_and_continues_to_the_last_bit() -> None:
@@ -132,6 +134,39 @@ def test_a_gradient_that_is_not_finite_is_skipped_by_both_factors() -> None:
     with pytest.warns(RuntimeWarning, match="non-finite"):
         optimizer.step()
     assert torch.equal(layer.B, before) and layer.A.isfinite().all()
+
+
+def test_a_step_on_the_manifold_takes_two_gradients_of_one_update() -> None:
+    layer = nn.Module()
+    layer.B, layer.A = nn.Parameter(torch.randn(6, 2)), nn.Parameter(torch.randn(2, 5))
+
+    def made() -> LOROAdamW:
+        return LOROAdamW(factor_groups(layer), lr=1e-2, update_proj_gap=2)
+
+    def step(optimizer: LOROAdamW, *params: nn.Parameter) -> bool:
+        """Whether the last update moved B; a step on the manifold zeroes the counts of both."""
+        for p in (layer.B, layer.A):
+            p.grad = torch.randn_like(p) if any(p is q for q in params) else None
+        before = layer.B.detach().clone()
+        optimizer.step()
+        return not torch.equal(layer.B, before)
+
+    optimizer = made()
+    assert step(optimizer, layer.B, layer.A) and step(optimizer, layer.B, layer.A)
+    assert optimizer.state[layer.A]["step"] == optimizer.state[layer.B]["step"] == 0
+    # The gradient of A is that of its fourth update, that of B of its second.
+    optimizer = made()
+    for _ in range(4):
+        step(optimizer, layer.A)
+    assert step(optimizer, layer.B) and not step(optimizer, layer.B)
+    # What waited was not saved.
+    optimizer = made()
+    step(optimizer, layer.B, layer.A)
+    step(optimizer, layer.A)
+    resumed = made()
+    resumed.load_state_dict(optimizer.state_dict())
+    assert not step(resumed, layer.B)
+    assert step(resumed, layer.B, layer.A) and step(resumed, layer.B, layer.A)
 
 
 def test_what_has_no_factors_is_refused() -> None:

@@ -19,7 +19,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("GaLoreAdamW", {"weight_rounding": "compensated", "capturable": True}),
     ("DCTAdamW", {"state_dtype": "int8", "weight_rounding": "compensated", "weight_decay": 0.1}),
     ("FRUGALAdamW", {"state_dtype": "bfloat16", "weight_rounding": "stochastic", "capturable": True}),
-    ("APOLLOAdamW", {}),
+    ("APOLLOAdamW", {"state_dtype": "int8"}),
     ("GaLoreAdafactor", {"state_dtype": "int8", "beta1": 0.9}),
 ]
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in kwargs.items())]) for name, kwargs in CASES]

@@ -8,16 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim import GaLoreAdamW, QGaLoreAdamW8bit
+from lowrank_optim import DCTAdamW, FiraAdamW, FRUGALAdamW, GaLoreAdamW, QGaLoreAdamW8bit
 from lowrank_optim.ops import lowrank_update
 from lowrank_optim.ops.chunks import chunks, row_blocks
 from lowrank_optim.ops.fused_adam import fused_adam_fits
+from lowrank_optim.ops.int8_weight import row_slices
 from lowrank_optim.ops.newton_schulz import newton_schulz
 from lowrank_optim.ops.project import project
 from lowrank_optim.optim import plans, weight_storage
 from lowrank_optim.optim.engine import without_autocast
 from lowrank_optim.optim.finite import host_looks, verdict, zero_unless
 from lowrank_optim.optim.parts import Which
+from lowrank_optim.optim.rules import adam
 from lowrank_optim.optim.schedule import refresh_due
 from lowrank_optim.optim.subspaces import singular
 from lowrank_optim.optim.subspaces.fixed_basis import uses_fft
@@ -60,6 +62,10 @@ def test_the_host_looks_on_the_cpu_alone() -> None:
     assert verdict(torch.ones(3)) is True and verdict(torch.full((3,), torch.inf)) is False
     # A sum in 16 bits would overflow.
     assert verdict(torch.full((9, 9), 60000.0, dtype=torch.float16)) is True
+    # And these are beyond fp32.
+    assert verdict(torch.full((3,), 1e200, dtype=torch.float64)) is True
+    assert verdict(torch.full((3,), 1e200j, dtype=torch.complex128)) is True
+    assert verdict(torch.tensor([1.0, complex(0, torch.nan)])) is False
 
 
 def test_the_host_does_not_look_while_a_compiler_does(compiling: None) -> None:
@@ -125,6 +131,7 @@ def test_parts_are_eighths_where_every_part_is_a_launch() -> None:
 
 def test_a_compiler_gets_one_part(compiling: None) -> None:
     assert list(row_blocks(torch.empty(3, 64, 3))) == [(slice(0, 3), slice(0, 64))]
+    assert row_slices(4096, 4096) == [slice(0, 4096)]
 
 
 def test_the_fft_begins_later_where_it_was_not_measured() -> None:
@@ -237,6 +244,37 @@ def test_what_the_fused_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not fused_adam_fits(one, one)
 
 
+@pytest.mark.parametrize("backend", [None, "eager"])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_torchs_kernel_is_taken_where_nothing_else_is_asked_for(
+    backend: str | None, capturable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[tuple[int, ...]] = []
+    fused = adam.fused_adam_
+
+    def counted(target: Tensor, *args: Any, **kwargs: Any) -> None:
+        called.append(tuple(target.shape))
+        fused(target, *args, **kwargs)
+
+    monkeypatch.setattr(adam, "fused_adam_", counted)
+    params = [nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(5))]
+    # FRUGAL's eps depends on the step, which is a tensor where that is captured.
+    optimizer = FRUGALAdamW(params, rank=2, backend=backend, capturable=capturable)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert called == ([(8, 2), (5,)] if backend is None and not capturable else [])
+
+
+def test_what_adam_has_kernels_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = adam.Adam()
+    monkeypatch.setattr(adam, "pick", lambda eager, backend, device: lambda *args: None)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.complex64):
+        low = torch.zeros(2, 3, dtype=dtype)
+        assert rule._has_kernels(low, {"backend": None}) is (dtype in (torch.float32, torch.bfloat16))
+        assert rule._has_kernels(low, {"backend": "triton"})
+
+
 # ---- plans ----
 
 
@@ -257,7 +295,131 @@ def test_a_plan_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(made) == 4
 
 
+def test_a_compiler_that_meets_a_new_parameter_plans_it(compiling: None) -> None:
+    p = nn.Parameter(torch.randn(8, 6))
+    optimizer = GaLoreAdamW([p], rank=2)
+    plan = optimizer.plan_of(p, optimizer.param_groups[0])
+    optimizer.param_groups[0]["scale"] = 0.5
+    # From then on it is not compared.
+    assert optimizer.plan_of(p, optimizer.param_groups[0]) is plan and plan.state is optimizer.state[p]
+
+
+def test_an_option_that_changes_is_checked_at_the_next_step() -> None:
+    p = nn.Parameter(torch.randn(8, 6))
+    optimizer = GaLoreAdamW([p], rank=2)
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    before = p.detach().clone()
+    optimizer.param_groups[0]["scale"] = -1.0
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"Invalid scale: -1\.0"):
+            optimizer.step()
+    assert torch.equal(p, before)
+
+
+def test_what_is_done_with_a_parameter_is_explained() -> None:
+    shapes = [(8, 6), (3, 8, 6), (8, 6, 3, 3), (8, 2), (5,)]
+    params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    whole = nn.Parameter(torch.randn(8, 6))
+    groups = [{"params": params, "rank": 2}, {"params": [whole], "rank": None}]
+    reasons = [
+        "its smaller side exceeds 2",
+        "a stack of 3 matrices whose smaller side exceeds 2",
+        "a convolution, compressed along its long axes",
+        "its smaller side does not exceed 2",
+        "fewer than two dimensions",
+        "its group has no rank",
+    ]
+    optimizer = GaLoreAdamW(groups)
+    assert [row.reason for row in optimizer.explain()] == reasons
+    assert [row.method for row in optimizer.explain()] == ["rank 2"] * 3 + ["full-rank"] * 3
+    assert [row.name for row in optimizer.explain()] == [f"param.{i}" for i in range(6)]
+    reasons[2] = "a convolution, compressed as a matrix 8 x 54"
+    assert [row.reason for row in FiraAdamW(groups).explain()] == reasons
+    optimizer.state[params[0]]["rank"] = 4
+    assert optimizer.explain()[0][2:] == ("rank 4", "its state has rank 4; the next step rebuilds it with rank 2")
+    named = GaLoreAdamW([("a", params[0]), ("b", params[1])], rank=2)
+    assert [row.name for row in named.explain()] == ["a", "b"]
+
+
+def test_a_compiled_step_runs_as_it_is_where_it_makes_a_state_or_a_basis() -> None:
+    matrix, vector, idle = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(5))
+    optimizer = GaLoreAdamW([matrix, vector, idle], rank=2, update_proj_gap=3)
+    found = []
+    for _ in range(8):
+        for p in (matrix, vector):
+            p.grad = torch.randn_like(p)
+        found.append(optimizer._works_on_the_host())
+        optimizer.step()
+    assert found == [True, False, False, True, False, False, True, False]
+    idle.grad = torch.randn_like(idle)
+    assert optimizer._works_on_the_host()
+
+
+def test_a_step_asks_whether_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = nn.Parameter(torch.randn(8, 6))
+    optimizer = GaLoreAdamW([p], rank=2)
+    disabled: list[Any] = []
+    monkeypatch.setattr(torch.compiler, "disable", lambda step: (disabled.append(step), step)[1])
+    for compiles, works, expected in [(False, True, 0), (True, False, 0), (True, True, 1)]:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiles=compiles: compiles)
+        monkeypatch.setattr(optimizer, "_works_on_the_host", lambda works=works: works)
+        optimizer.step()
+        assert len(disabled) == expected
+
+
 # ---- rare states ----
+
+
+@pytest.mark.filterwarnings("ignore:.*non-finite gradient")
+@pytest.mark.parametrize("basis", ["dct2", "identity"])
+def test_a_step_from_the_low_rank_gradient_alone_is_the_step(basis: str) -> None:
+    params = [nn.Parameter(torch.ones(8, 6)) for _ in range(2)]
+    optimizer = DCTAdamW(params, rank=2, basis=basis, update_proj_gap=3)
+    for bad in (False, False, True):
+        grad = torch.full((8, 6), torch.nan) if bad else torch.randn(8, 6)
+        if optimizer.state[params[0]]:
+            plan = optimizer.plan_of(params[1], optimizer.param_groups[0])
+            assert plan.parts.subspace is not None
+            low = plan.parts.subspace.project(grad, plan.state, optimizer.param_groups[0])
+            optimizer.step_low(params[1], low, optimizer.param_groups[0])
+        else:
+            params[1].grad = grad
+        params[0].grad = grad
+        optimizer.step()
+        params[1].grad = None
+        torch.testing.assert_close(params[0], params[1], rtol=0, atol=1e-6)
+    assert params[0].ne(1).any() and params[0].isfinite().all()
+
+
+@pytest.mark.parametrize("two_phase", [False, True])
+def test_a_refresh_under_way_is_declared_where_there_can_be_one(two_phase: bool) -> None:
+    p = nn.Parameter(torch.randn(8, 6))
+    for refresh, can in [("power", True), ("svd", False)]:
+        optimizer = GaLoreAdamW([p], rank=2, refresh=refresh)
+        optimizer.param_groups[0]["two_phase"] = two_phase
+        assert ("pending" in optimizer.slots_of(p, optimizer.param_groups[0])) is (two_phase and can)
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+        assert ("pending" in optimizer.state_dict()["state"][0]) is (two_phase and can)
+
+
+def test_a_state_of_another_number_of_groups_is_refused() -> None:
+    params = [nn.Parameter(torch.randn(8, 6)) for _ in range(2)]
+    one, two = GaLoreAdamW(params[:1], rank=2), GaLoreAdamW([{"params": [p], "rank": 2} for p in params])
+    for loads, saved in [(one, two), (two, one)]:
+        with pytest.raises(ValueError, match="number of parameter groups"):
+            loads.load_state_dict(saved.state_dict())
+
+
+def test_what_belongs_to_no_parameter_is_saved_too() -> None:
+    p = nn.Parameter(torch.randn(8, 6))
+    optimizer = GaLoreAdamW([p], rank=2)
+    optimizer.state["of a wrapper"] = {"calls": 3}  # type: ignore[index]
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    saved = optimizer.state_dict()["state"]
+    assert saved["of a wrapper"] == {"calls": 3} and saved[0]["step"] == 1 and len(saved) == 2
 
 
 def test_an_option_that_changes_between_loading_and_the_next_step_counts() -> None:

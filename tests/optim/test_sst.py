@@ -326,9 +326,27 @@ def test_deepcopy_and_pickle_continue_alike() -> None:
         assert all(torch.equal(p, q) for p, q in zip(clone.parameters(), ours.parameters()))
 
 
+@pytest.mark.parametrize("frozen", ["u", "s", "v"])
+def test_a_part_that_is_frozen_is_sampled_and_decomposed_all_the_same(frozen: str) -> None:
+    layer = SST(rank=2).build(6, 5, bias=False)
+    optimizer = SSTAdamW(spectral_groups(layer), lr=1e-3, update_proj_gap=2, samples_per_round=2)
+    getattr(layer, frozen).requires_grad_(False)
+    trained = [p for p in (layer.u, layer.s, layer.v) if p.requires_grad]
+    for step in range(1, 6):
+        before = getattr(layer, frozen).detach().clone()
+        for p in trained:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert (step % 2 == 0) is not torch.equal(getattr(layer, frozen), before)
+    assert getattr(layer, frozen) not in optimizer.state
+    assert all(optimizer.state[p]["updates"] == 5 and p.isfinite().all() for p in trained)
+
+
 def test_only_what_trains_has_state() -> None:
     model, optimizer = make()
     train(model, optimizer, 0, 1)
+    methods = {row.name: (row.method, row.reason) for row in optimizer.explain()}
+    assert methods["head.weight"] == ("full-rank", "its group has no rank")
     for layer in layers(model):
         assert layer.u_frozen not in optimizer.state and layer.v_frozen not in optimizer.state
         m, n, q = layer.out_features, layer.in_features, layer.s.numel()

@@ -21,7 +21,9 @@ def run(state_dtype: str, grads: list[Tensor], **kwargs: object) -> tuple[nn.Par
     return p, optimizer
 
 
-@pytest.mark.parametrize(("state_dtype", "size"), [("float32", 8), ("bfloat16", 4), ("int8", 2 + 8 / 256)])
+@pytest.mark.parametrize(
+    ("state_dtype", "size"), [("float32", 8), ("bfloat16", 4), ("int8", 2 + 8 / 256), ("int4", 1 + 8 / 128)]
+)
 @pytest.mark.parametrize("rank", [None, 32])
 def test_bytes_of_the_moments(state_dtype: str, size: float, rank: int | None) -> None:
     _, optimizer = run(state_dtype, [torch.randn(256, 64)], rank=rank)
@@ -41,7 +43,7 @@ def test_small_moments_stay_fp32_and_are_updated(rank: int | None) -> None:
     assert torch.equal(p, q) and bool((p != 0).all())
 
 
-@pytest.mark.parametrize(("state_dtype", "tolerance"), [("bfloat16", 0.02), ("int8", 0.06)])
+@pytest.mark.parametrize(("state_dtype", "tolerance"), [("bfloat16", 0.02), ("int8", 0.06), ("int4", 0.3)])
 @pytest.mark.parametrize("rank", [None, 20])
 def test_the_trajectory_stays_near_that_of_fp32(state_dtype: str, tolerance: float, rank: int | None) -> None:
     signal = torch.randn(LARGE)
@@ -86,7 +88,29 @@ def test_a_group_may_differ_from_the_constructor() -> None:
     )
 
 
-@pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
+def test_a_second_moment_of_4_bits_decays_and_stays_positive() -> None:
+    """Rounded to nearest it stands still; every fourth gradient stays, so that the scales do too."""
+    grads = [torch.ones(LARGE)] + 800 * [torch.full(LARGE, 0.1)]
+    for grad in grads:
+        grad[:, ::4] = 1
+    p, optimizer = run("int4", grads, betas=(0.9, 0.99))
+    second = load_moment(optimizer.state[p], "exp_avg_sq", torch.float32)
+    assert float(second[:, ::4].mean()) == pytest.approx(1, rel=0.02)
+    rest = second[:, torch.arange(40) % 4 != 0]
+    assert float(rest.mean()) == pytest.approx(0.01, rel=0.1)
+    assert bool((rest > 0).all())
+
+
+def test_odd_rows_have_8_bits_and_4_bits_have_no_kernel() -> None:
+    p, optimizer = run("int4", [torch.randn(301, 43)])
+    assert optimizer.state[p]["exp_avg.codes"].shape == (301, 43)
+    p, optimizer = run("int4", [torch.randn(301, 42)])
+    assert optimizer.state[p]["exp_avg.nibbles"].shape == (301, 21)
+    with pytest.raises(ValueError, match="Invalid backend: 'triton' with state_dtype='int4'"):
+        run("int4", [torch.randn(LARGE)], backend="triton")
+
+
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "int8", "int4"])
 def test_planned_state_is_real_state(state_dtype: str) -> None:
     shapes = [(300, 40), (40, 300), (16, 12, 3, 3), (5000,), (7,)]
     meta = [nn.Parameter(torch.empty(s, device="meta", dtype=torch.bfloat16)) for s in shapes]
@@ -103,5 +127,7 @@ def test_planned_state_is_real_state(state_dtype: str) -> None:
 
 
 def test_an_unknown_state_dtype_is_named() -> None:
-    with pytest.raises(ValueError, match="Invalid state_dtype: 'fp8', expected one of 'float32', 'bfloat16', 'int8'"):
+    with pytest.raises(
+        ValueError, match="Invalid state_dtype: 'fp8', expected one of 'float32', 'bfloat16', 'int8', 'int4'"
+    ):
         GaLoreAdamW([nn.Parameter(torch.zeros(LARGE))], state_dtype="fp8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_optim.optim import state_storage
-from lowrank_optim.optim.parts import Slot
+from lowrank_optim.ops.rounding import join_24_bits
+from lowrank_optim.optim import state_storage, weight_storage
+from lowrank_optim.optim.parts import Slot, Update
 from lowrank_optim.optim.state_storage import SALTS, load_moment, moment_slots, replace_moment_, slices, store_moment_
 from lowrank_optim.optim.views import as_matrices, seed_of, view_of
-from lowrank_optim.optim.weight_storage import check_storable, is_int8, value_of, weight_slots, writable
+from lowrank_optim.optim.weight_storage import check_storable, is_quantized, value_of, weight_slots, writable, write_
 
 
 @pytest.mark.parametrize(
@@ -111,6 +113,7 @@ def test_slices_of_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
     state = {
         "step": 3, "exp_avg": torch.arange(1300.0), "half": torch.zeros(650),
         "exp_avg_sq.codes": torch.zeros(1300, dtype=torch.uint8), "exp_avg_sq.scale": torch.arange(6.0),
+        "error.nibbles": torch.zeros(2, 325, dtype=torch.uint8), "error.nibble_scale": torch.arange(11.0),
         "odd": torch.arange(2600.0)[::2],
     }  # fmt: skip
     parts = list(slices(state, tensor, tensor + 1))
@@ -119,6 +122,8 @@ def test_slices_of_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
     for part, (some, _) in parts:
         assert torch.equal(part["exp_avg"], some) and len(part["exp_avg_sq.codes"]) == len(some)
         assert part["half"] is state["half"] and part["step"] == 3 and part["odd"] is state["odd"]
+    assert [part["error.nibbles"].numel() for part, _ in parts] == [256, 256, 138]
+    assert [part["error.nibble_scale"].tolist() for part, _ in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
     assert [part["exp_avg_sq.scale"].tolist() for part, _ in parts] == [[0, 1], [2, 3], [4, 5]]
     # All at once: shapes that differ, strides, and few values.
     for tensors in [(tensor, other), (tensor, torch.arange(2600.0)[::2]), (tensor[:512], tensor[:512])]:
@@ -129,7 +134,7 @@ def test_slices_of_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
 def int8_param() -> tuple[nn.Parameter, Any]:
     holder = SimpleNamespace(parts=lambda: (torch.full((2, 3), 127, dtype=torch.int8), torch.ones(2, 1)))
     p = nn.Parameter(torch.empty(1).expand(2, 3), requires_grad=False)
-    p.int8_reference = holder  # type: ignore[attr-defined]
+    p.quantized_reference = holder  # type: ignore[attr-defined]
     return p, holder
 
 
@@ -146,11 +151,11 @@ def test_what_is_kept_beside_a_weight() -> None:
                 check_storable(p, rounding)
     param, _ = int8_param()
     bf16 = torch.empty(2, 3, dtype=torch.bfloat16)
-    bf16.int8_reference = None  # type: ignore[attr-defined]
-    assert is_int8(param) and not weight_slots(bf16, "compensated")
+    bf16.quantized_reference = None  # type: ignore[attr-defined]
+    assert is_quantized(param) and not weight_slots(bf16, "compensated")
     assert value_of(param).tolist() == [[127.0] * 3] * 2
     plain = torch.ones(2)
-    assert value_of(plain) is plain and not is_int8(plain)
+    assert value_of(plain) is plain and not is_quantized(plain)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
@@ -174,3 +179,112 @@ def test_what_is_written_to(rounding: str, dtype: torch.dtype) -> None:
             assert value.sub(1 + step).abs().max() < 2.0**-14
     else:
         assert set(p.unique().tolist()) == {1.0, 1 + 2.0**-7} and state["weight_correction"].eq(0).all()
+
+
+def written(dtype: torch.dtype, rounding: str, backend: str | None, **changes: Any) -> tuple[torch.Tensor, Any]:
+    """A weight of ones after ``write_``, and its state; changes are of the update and of the numbers."""
+    p = torch.ones(6, 5, dtype=dtype)
+    state = {"seed": 1, "step": 1, "left": False, "weight_correction": torch.zeros(6, 5, dtype=torch.int8)}
+    numbers = {"size": -(2.0**-11), "decay": 1.0, **changes}
+    update = Update(torch.ones(6, 2), **({"row_scale": torch.ones(6, 1)} if numbers.pop("scales", False) else {}))
+    basis = torch.ones(5, 2, dtype=dtype)
+    group = {"weight_rounding": rounding, "backend": backend}
+    view = view_of(p, None, 2)
+    write_(p, view, update, torch.ones(6, 5, dtype=dtype), basis, state, group, decay_first=True, **numbers)
+    return p, state
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding", "backend", "changes", "asks"),
+    [
+        # cuBLAS is faster, or nothing else is there.
+        (torch.bfloat16, "nearest", None, {}, False),
+        (torch.float32, "nearest", None, {"scales": True}, False),
+        (torch.float64, "nearest", "triton", {"scales": True}, False),
+        (torch.bfloat16, "nearest", "triton", {}, True),
+        (torch.bfloat16, "stochastic", None, {}, True),
+        (torch.bfloat16, "compensated", None, {}, True),
+        (torch.bfloat16, "nearest", None, {"scales": True}, True),
+        (torch.bfloat16, "nearest", None, {"size": torch.tensor(-0.5)}, True),
+        (torch.bfloat16, "nearest", None, {"decay": torch.tensor(0.5)}, True),
+    ],
+    ids=str,
+)
+def test_which_updates_ask_for_a_kernel(
+    dtype: torch.dtype, rounding: str, backend: str | None, changes: dict[str, Any], asks: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    asked: list[Any] = []
+    monkeypatch.setattr(weight_storage, "pick", lambda eager, backend, device: (asked.append(backend), eager)[1])
+    written(dtype, rounding, backend, **changes)
+    assert asked == ([backend] if asks else [])
+
+
+def test_a_compressed_weight_keeps_what_rounding_cuts_off() -> None:
+    # A quarter of the distance to the next number of bf16 below 1.
+    p, state = written(torch.bfloat16, "compensated", None)
+    assert join_24_bits(p, state["weight_correction"]).sub(1 - 2.0**-10).abs().max() < 2.0**-15
+    p, state = written(torch.bfloat16, "stochastic", None)
+    assert set(p.unique().tolist()) == {1.0, 1 - 2.0**-8} and state["weight_correction"].eq(0).all()
+
+
+@pytest.mark.parametrize("per_matrix", ["size", "decay", "both"])
+@pytest.mark.parametrize("scale", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 8e-3)], ids=str)
+def test_matrices_with_step_sizes_of_their_own(dtype: torch.dtype, atol: float, scale: Any, per_matrix: str) -> None:
+    torch.manual_seed(1)
+    weight, low, basis, grad = (torch.randn(2, *shape) for shape in [(6, 5), (6, 2), (5, 2), (6, 5)])
+    update = Update(low, scale, torch.rand(2, 6, 1), torch.rand(2, 1, 5))
+    sizes, decays = torch.tensor([-0.5, -0.25]).view(2, 1, 1), torch.tensor([0.5, 0.75]).view(2, 1, 1)
+    size, decay = sizes if per_matrix != "decay" else -0.5, decays if per_matrix != "size" else torch.tensor(0.5)
+    group = {"weight_rounding": "compensated", "backend": None}
+    p = weight.to(dtype, copy=True)
+    state: dict[str, Any] = {"seed": 1, "step": 1, "left": False}
+    if dtype == torch.bfloat16:
+        state["weight_correction"] = torch.zeros(2, 6, 5, dtype=torch.int8)
+    view = view_of(p, "experts", 2)
+    write_(p, view, update, grad, basis, state, group, size=size, decay=decay, decay_first=True)
+    found = p
+    if dtype == torch.bfloat16:
+        found = join_24_bits(p, state["weight_correction"])
+        assert state["weight_correction"].ne(0).any((-2, -1)).all()
+    for i in range(2):
+        one, kept = (float(x[i]) if isinstance(x, torch.Tensor) and x.ndim else float(x) for x in (size, decay))
+        slope = update.row_scale[i] * grad[i] * update.column_scale[i]  # type: ignore[index]
+        expected = kept * weight[i].to(dtype).float() + one * (0.5 * low[i] @ basis[i].mT + slope)
+        torch.testing.assert_close(found[i], expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("decay_first", [False, True])
+def test_a_weight_moves_by_the_update_of_its_oriented_view(
+    decay_first: bool, left: bool, batch: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    def draw(*shape: int, kind: torch.dtype = torch.float64) -> torch.Tensor:
+        return torch.randn(*batch, *shape, dtype=kind)
+
+    weight, grad, low, basis = (draw(*shape, kind=dtype) for shape in [(6, 5), (6, 5), (6, 2), (5, 2)])
+    full = draw(6, 5, kind=dtype)
+    kept = {"size": -0.5, "decay": 0.75, "decay_first": decay_first}
+    for changes in (
+        {"low": low, "scale": 0.3},
+        *({"row_scale": draw(rows, 1)} for rows in (6, 1)),
+        {"column_scale": draw(1, 5)},
+        *({"low": low, "row_scale": draw(rows, 1), "column_scale": draw(1, 5)} for rows in (6, 1)),
+        {"full": full},
+    ):
+        update = Update(**changes)
+        move = torch.zeros_like(weight) if update.full is None else full
+        if update.low is not None:
+            move = move + update.scale * low @ basis.mH
+        if update.row_scale is not None or update.column_scale is not None:
+            scales = [scale for scale in (update.row_scale, update.column_scale) if scale is not None]
+            move = move + math.prod(scales, start=grad)
+        expected = 0.75 * (weight - 0.5 * move) if not decay_first else 0.75 * weight - 0.5 * move
+        p = (weight.mT if left else weight).contiguous().clone()
+        state, group = {"seed": 1, "step": 1, "left": left}, {"weight_rounding": "nearest", "backend": None}
+        view = view_of(p, "experts" if batch else None, 2)
+        write_(p, view, update, grad, None if update.low is None else basis, state, group, **kept)  # type: ignore[arg-type]
+        torch.testing.assert_close(p.mT if left else p, expected, rtol=1e-12, atol=1e-12)

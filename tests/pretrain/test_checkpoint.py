@@ -19,7 +19,8 @@ from lowrank_optim.pretrain.config import Options, Resolved, UserError
 MAY_CHANGE = {
     *("checkpointing", "checkpoint_every", "chunked_loss", "compile", "warmup_steps", "max_steps"),
     *("eval_every", "eval_batches", "legacy_eval", "save_every", "keep", "output_dir", "resume", "log_every"),
-    *("report_to", "sample_prompt", "sample_tokens", "config", "dry_run"),
+    *("report_to", "sample_prompt", "sample_tokens", "config", "dry_run", "max_bad_documents", "allow_changed_data"),
+    *("verify", "max_time", "loss_limit"),
 }
 NAMES = [field.name for field in dataclasses.fields(Options)]
 
@@ -55,8 +56,7 @@ def test_an_option_that_shapes_the_run_stays(name: str, tmp_path: Path) -> None:
     now = options(**{name: changed})
     write(tmp_path)
     if name in MAY_CHANGE:
-        progress, fingerprint = checkpoint.read_state(tmp_path, now, processes=2)
-        assert progress == checkpoint.Progress(7, 70, 2.5) and fingerprint == "f"
+        assert checkpoint.read_state(tmp_path, now, processes=2) == checkpoint.Progress(7, 70, 2.5)
     else:
         with pytest.raises(UserError, match=rf"Cannot resume .*: {name} was .* and is now "):
             checkpoint.read_state(tmp_path, now, processes=2)
@@ -72,13 +72,19 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
         checkpoint.read_state(write(tmp_path, format=99), options(), processes=2)
 
 
-@pytest.mark.parametrize("missing", ["format", "progress", "fingerprint", "processes", "options"])
+@pytest.mark.parametrize("missing", ["format", "progress", "processes", "options"])
 def test_a_broken_state_is_a_broken_checkpoint(missing: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Broken checkpoint: .*state\.json"):
         checkpoint.read_state(write(tmp_path, **{missing: None}), options(), processes=2)
     (tmp_path / "state.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=r"Broken checkpoint: .*state\.json"):
         checkpoint.read_state(tmp_path, options(), processes=2)
+
+
+def test_what_a_checkpoint_says_of_its_data(tmp_path: Path) -> None:
+    assert checkpoint.read_fingerprint(write(tmp_path, fingerprint={"files": {}})) == {"files": {}}
+    with pytest.raises(UserError, match=r"Broken checkpoint: .*state\.json"):
+        checkpoint.read_fingerprint(write(tmp_path, fingerprint=None))
 
 
 def test_an_option_that_an_older_version_did_not_know_has_its_default(tmp_path: Path) -> None:
@@ -103,12 +109,12 @@ def test_where_a_run_resumes(tmp_path: Path) -> None:
     (run / "checkpoint-99").mkdir()
     (run / "checkpoint-last").mkdir()
     assert [p.name for p in checkpoint.checkpoints(run)] == ["checkpoint-9", "checkpoint-10"]
-    assert checkpoint.find("auto", run) == run / "checkpoint-10"
+    assert checkpoint.find("auto", run) == [run / "checkpoint-10", run / "checkpoint-9"]
     for nowhere in (None, tmp_path / "new"):
-        assert checkpoint.find("auto", nowhere) is None and checkpoint.find(None, nowhere) is None
-    assert checkpoint.find(str(run), run) == run / "checkpoint-10"
-    assert checkpoint.find(str(other / "checkpoint-10"), run) == other / "checkpoint-10"
-    assert checkpoint.find(str(other), None) == other / "checkpoint-11"
+        assert not checkpoint.find("auto", nowhere) and not checkpoint.find(None, nowhere)
+    assert checkpoint.find(str(run), run) == [run / "checkpoint-10"]
+    assert checkpoint.find(str(other / "checkpoint-10"), run) == [other / "checkpoint-10"]
+    assert checkpoint.find(str(other), None) == [other / "checkpoint-11"]
     with pytest.raises(UserError, match="holds a run already"):
         checkpoint.find(None, run)
     with pytest.raises(UserError, match="is no checkpoint and holds none"):

@@ -1,123 +1,108 @@
 from __future__ import annotations
 
-import gzip
-import json
-from itertools import chain, islice
+import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from lowrank_optim.pretrain import shards as module
 from lowrank_optim.pretrain.config import UserError
-from lowrank_optim.pretrain.shards import HubDocuments, LocalDocuments, Slice, find_shards, read_shard
-
-from .conftest import documents, write_shard
-
-ALL = Slice(0, 1, None)
+from lowrank_optim.pretrain.shards import changes, find_shards, is_hub_name, name_of, split_of, stamps
 
 
 def test_names_split_the_shards(shards: Path) -> None:
-    train, validation = find_shards(str(shards))
-    assert [p.name[:8] for p in train] == ["c4-train"] * 3
-    assert [p.name[:13] for p in validation] == ["c4-validation"]
-
-
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz", "a.txt", "a.txt.gz"])
-def test_every_format_gives_the_same_documents(tmp_path: Path, name: str) -> None:
-    texts = documents(5, 0)
-    lines = "\n\n\n".join(texts) if ".txt" in name else "\n".join(json.dumps({"text": t}) for t in texts)
-    path = tmp_path / name
-    path.write_bytes(gzip.compress(lines.encode()) if name.endswith(".gz") else lines.encode())
-    assert list(read_shard(path)) == list(enumerate(texts))
-    assert list(read_shard(path, 3)) == list(enumerate(texts))[3:]
+    found = find_shards(str(shards))
+    assert [p.name[:8] for p in found.train] == ["c4-train"] * 3
+    assert [p.name[:13] for p in found.validation] == ["c4-validation"]
+    assert not found.test
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("split", "names"),
     [
-        ("a.jsonl", b"", "Empty shard: .*a.jsonl"),
-        ("a.json.gz", b"", "Empty shard: .*a.json.gz"),
-        # Without the time, which would give the test another name in each of pytest's processes.
-        ("a.json.gz", gzip.compress(b"\n\n", mtime=0), "Empty shard"),
-        ("a.json.gz", b"plain text", "Broken shard: .*a.json.gz"),
-        ("a.json.gz", gzip.compress(b'{"text": "x"}\n' * 9999, mtime=0)[:-20], "Broken shard: .*a.json.gz after line"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "Broken shard: .*a.jsonl line 2 is no JSON"),
-        ("a.jsonl", b'{"text": "x"}\n{"body": "x"}\n', "line 2 is no JSON object with a 'text'"),
-        ("a.jsonl", b'{"text": "x"}\n["x"]\n', "line 2 is no JSON object"),
-        ("a.txt", b"caf\xe9", "no UTF-8"),
-        ("a.csv", b"x", r"holds no \*.json.gz"),
-        ("a-validation.jsonl", b'{"text": "x"}\n', "validation shards only"),
+        ("train", ["a.jsonl", "train/a.txt", "training.md", "c4-train.00000-of-00003.json.gz", "data/train-0.parquet"]),
+        # Within other words a name says something else.
+        ("train", ["cross-validation-notes.txt", "latest.txt", "evaluations.txt", "contest/a.txt"]),
+        # The outermost part counts.
+        ("train", ["train/val_0.jsonl", "train/test/a.md"]),
+        (
+            "validation",
+            ["validation/a.jsonl", "valid.json", "val.jsonl.zst", "dev/b/a.txt", "Val-1.txt", "my_dev.jsonl"],
+        ),
+        ("validation", ["c4-validation.00000-of-00008.json.gz", "data/validation-00000-of-00001-ab12cd.parquet"]),
+        ("test", ["test.jsonl", "test/train.txt", "en/eval.json", "evaluation/x.md", "wikitext-103.test.txt"]),
     ],
 )
-def test_bad_shards(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
+def test_usual_names_of_splits(split: str, names: list[str]) -> None:
+    assert {name: split_of(name.split("/")) for name in names} == dict.fromkeys(names, split)
+
+
+def test_what_is_no_text_is_no_shard(tmp_path: Path) -> None:
+    names = ["README.md", "dataset_info.json", "state.json", ".hidden.txt", ".git/a.txt", "cache-1.arrow", "a.csv"]
+    for name in [*names, "b/notes.md", "test/c.txt"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    found = find_shards(str(tmp_path))
+    assert [name_of(tmp_path, path) for path in found.train] == ["b/notes.md"]
+    assert [name_of(tmp_path, path) for path in found.test] == ["test/c.txt"]
+    # A file that is named by itself is read whatever it is called.
+    assert find_shards(str(tmp_path / "test" / "c.txt")).train == [tmp_path / "test" / "c.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.csv", r"holds no \*.json, "),
+        ("val/a.jsonl", "validation and test shards only"),
+        ("test.jsonl", "validation and test shards only"),
+    ],
+)
+def test_nothing_to_train_on(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("x")
     with pytest.raises(UserError, match=message):
-        for shard in find_shards(str(tmp_path))[0]:
-            list(read_shard(shard))
+        find_shards(str(tmp_path))
 
 
-def test_processes_and_held_out_documents_partition_a_shard(tmp_path: Path) -> None:
-    texts = [f"document {i}" for i in range(130)]
-    write_shard(tmp_path / "a.json.gz", texts)
-    parts = [
-        [text for _, block in LocalDocuments([tmp_path / "a.json.gz"], part, 0, loop=False).blocks() for text in block]
-        for part in (Slice(0, 2, False), Slice(1, 2, False), Slice(0, 2, True), Slice(1, 2, True))
-    ]
-    assert sorted(chain.from_iterable(parts)) == sorted(texts)
-    assert parts[2] == ["document 0", "document 50", "document 100"]
+def test_a_file_of_an_unknown_kind(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.raises(UserError, match=r"a\.csv is none of \*\.json, "):
+        find_shards(str(tmp_path / "a.csv"))
 
 
-def test_reading_on_from_any_position(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BLOCK", 4)
-    paths = [tmp_path / f"{name}.json.gz" for name in "abc"]
-    for seed, path in enumerate(paths):
-        write_shard(path, documents(10, seed))
-    source = LocalDocuments(paths, ALL, seed=1, loop=True)
-    blocks = list(islice(source.blocks(), 25))
-    assert {position["epoch"] for position, _ in blocks} == {0, 1, 2}
-    for i, (position, _) in enumerate(blocks):
-        assert list(islice(source.blocks(position), 25 - i)) == blocks[i:]
-    first = [text for _, block in blocks[:9] for text in block]
-    second = [text for _, block in blocks[9:18] for text in block]
-    assert sorted(first) == sorted(second)
-    assert first != second
-    assert list(islice(LocalDocuments(paths, ALL, seed=2, loop=True).blocks(), 9)) != blocks[:9]
+def test_names_meant_as_paths() -> None:
+    assert not any(map(is_hub_name, ["./x", "/x", "../x", "~/x", "a/b/c", "x.jsonl", "stdlib"]))
+    assert all(map(is_hub_name, ["c4", "allenai/c4", "allenai/c4:en"]))
 
 
-def test_a_process_without_documents(tmp_path: Path) -> None:
-    write_shard(tmp_path / "a.json.gz", ["only one"])
-    with pytest.raises(UserError, match="No training document for process 1"):
-        next(LocalDocuments([tmp_path / "a.json.gz"], Slice(1, 2, None), 0, loop=True).blocks())
+def test_every_change_of_a_file_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HASHED", 1000)
+    monkeypatch.setattr(module, "BLOCK", 10)
+    sizes = {"same": 900, "edited": 900, "touched": 900, "longer": 900, "gone": 900, "long": 5000, "long-end": 5000}
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(b"a" * size)
 
+    def now() -> dict[str, list[object]]:
+        return stamps(tmp_path, sorted(tmp_path.iterdir()))
 
-@pytest.mark.parametrize("state", ["kept", "absent", "frozen"])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_hub_stream_resumes_twice(
-    shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, state: str, rank: int
-) -> None:
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(module, "BLOCK", 4)
-    files = sorted(str(p) for p in shards.glob("*train*"))[:2]
-
-    def stream(name: str, split: str) -> Any:
-        opened = datasets.load_dataset("json", data_files=files, split="train", streaming=True, cache_dir=str(tmp_path))
-        if state == "frozen":
-            # What some releases did after a resume: datasets#8308.
-            frozen = opened.state_dict()
-            monkeypatch.setattr(type(opened), "state_dict", lambda self: frozen)
-        if state == "absent":
-            monkeypatch.delattr(type(opened), "state_dict", raising=False)
-        return opened
-
-    monkeypatch.setattr(module, "open_stream", stream)
-    source = HubDocuments("name", "train", Slice(rank, 2, None), seed=0, loop=True)
-    blocks = [(position, list(block)) for position, block in islice(source.blocks(), 13)]
-    assert {position["epoch"] for position, _ in blocks} == {0, 1, 2}
-    resumed, position = [], None
-    for length in (2, 3, 1, 7):
-        # The position of the block to come is the state that a checkpoint between two blocks holds.
-        part = list(islice(source.blocks(position), length + 1))
-        resumed += [block for _, block in part[:length]]
-        position = part[length][0]
-    assert resumed == [block for _, block in blocks]
+    before = now()
+    assert changes(before, now()) == ([], [])
+    for name, at in (("edited", 450), ("long", 57), ("long-end", 4999)):
+        with (tmp_path / name).open("r+b") as file:
+            file.seek(at)
+            file.write(b"b")
+    (tmp_path / "longer").write_bytes(b"a" * 901)
+    (tmp_path / "gone").rename(tmp_path / "new")
+    for name in ("touched", "long", "long-end"):
+        os.utime(tmp_path / name, ns=(1, 1))
+    # Byte 57 of the long file lies between the parts that are hashed: only its time tells.
+    assert changes(before, now()) == (
+        [
+            "new is new",
+            "gone is gone",
+            "edited has another content of the same size",
+            "long-end has another content of the same size",
+            "longer had 900 bytes and has 901",
+        ],
+        ["long"],
+    )

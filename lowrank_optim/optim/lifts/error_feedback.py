@@ -35,6 +35,7 @@ class ErrorFeedback(Lift):
     ``state_dtype`` says; or ``error.codes`` and ``error.scale`` hold it in linear blockwise int8.
     """
 
+    splits = frozenset({"rows"})
     options = {"error_feedback": Option(one_of(*ERROR_FEEDBACKS), None)}
 
     def reads_gradient(self, group: Group) -> bool:

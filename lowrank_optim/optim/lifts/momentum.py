@@ -31,6 +31,7 @@ class Momentum(Lift):
     The state ``momentum`` is B. S is the only full-size temporary.
     """
 
+    splits = frozenset({"rows"})
     options = {
         "momentum": Option(number(0.0, 1.0, high_open=True), 0.95),
         "scaling": Option(one_of(*SCALINGS), "kj"),
@@ -46,7 +47,7 @@ class Momentum(Lift):
         return total
 
     def update(self, step: Step, state: State, group: Group) -> Update:
-        rows, columns = step.grad.shape[-2:]
+        rows, columns = step.shape[-2:]
         if state["left"]:
             rows, columns = columns, rows
         return Update(step.direction, scale=update_scale(rows, columns, group["scaling"]))

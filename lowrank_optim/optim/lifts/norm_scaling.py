@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.orthonormal import Sums
 from lowrank_optim.optim.options import number, optional
 from lowrank_optim.optim.parts import Group, Lift, Norms, Option, Slot, Slots, State, View
 
@@ -28,16 +29,18 @@ class Factors(NamedTuple):
     direction: Tensor
 
 
-def norm_of(rows: Tensor) -> Tensor:
-    """The norm of every matrix, (..., 1, 1), from the norms of its rows."""
+def norm_of(rows: Tensor, sums: Sums | None) -> Tensor:
+    """The norm of every matrix, (..., 1, 1), from the norms of its rows, of which a process may have some."""
+    if sums is not None:
+        return sums.sum_(rows.square().sum((-2, -1), keepdim=True)).sqrt_()
     return torch.linalg.vector_norm(rows, dim=(-2, -1), keepdim=True)
 
 
-def factors(norms: Norms, *, whole: bool = False) -> Factors:
+def factors(norms: Norms, sums: Sums | None = None, *, whole: bool = False) -> Factors:
     """:class:`Factors` from the norms of rows; ``whole``: one for the matrix."""
-    norm = norm_of(norms.direction)
+    norm = norm_of(norms.direction, sums)
     if whole:
-        return Factors(norm / (norm_of(norms.low) + GUARD), norm)
+        return Factors(norm / (norm_of(norms.low, sums) + GUARD), norm)
     return Factors(norms.direction / (norms.low + GUARD), norm)
 
 
@@ -50,17 +53,18 @@ class GrowthLimiter(Lift):
     """
 
     needs_norms = True
+    splits = frozenset({"rows", "columns"})
     options = {"limiter_gamma": Option(optional(number(1.0)), 1.01)}
 
     def slots(self, view: View, shape: tuple[int, ...], group: Group) -> Slots:
         return {"update_norm": Slot(view.batch, view.wide.to_real())}
 
-    def limit(self, norm: Tensor, direction: Tensor, state: State, group: Group) -> Tensor:
+    def limit(self, norm: Tensor, direction: Tensor | float, state: State, group: Group) -> Tensor:
         """What an update of this norm is multiplied with, (..., 1, 1); 0 where the norm is not finite.
 
         Args:
             norm: of the update before limiting, (..., 1, 1).
-            direction: norm of Adam's direction, the measure of "nearly nothing", (..., 1, 1).
+            direction: norm of Adam's direction, (..., 1, 1), or what is usual: the measure of "nearly nothing".
         """
         previous, gamma = state["update_norm"].view(norm.shape), group["limiter_gamma"]
         # A comparison is one operation on the device, isfinite() four.

@@ -9,6 +9,8 @@ from lowrank_optim.optim.parts import Group, Lift, Option, State, Step, Update
 class Unscaled(Lift):
     """W += size project_back(N)."""
 
+    splits = frozenset({"rows", "columns"})
+
     def reads_gradient(self, group: Group) -> bool:
         return False
 

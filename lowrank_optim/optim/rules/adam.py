@@ -15,7 +15,16 @@ from lowrank_optim.ops.move_columns import move_columns_
 from lowrank_optim.ops.row_norms import row_norms
 from lowrank_optim.optim.options import number
 from lowrank_optim.optim.parts import Group, Option, Rule, Scalar, Slots, State, View
-from lowrank_optim.optim.state_storage import SLICE, load_moment, moment_slots, rounding_key, slices, store_moment_
+from lowrank_optim.optim.state_storage import (
+    SLICE,
+    is_int4,
+    load_moment,
+    moment_slots,
+    position,
+    rounding_key,
+    slices,
+    store_moment_,
+)
 from lowrank_optim.optim.validation import check_range
 
 MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
@@ -39,6 +48,7 @@ class Adam(Rule):
     """
 
     elementwise = True
+    rowwise = True
     options = {"betas": Option(check_betas), "eps": Option(number())}
 
     def slots(self, shape: tuple[int, ...], view: View, group: Group, along: str | None) -> Slots:
@@ -53,7 +63,8 @@ class Adam(Rule):
 
     def direction(self, low: Tensor, state: State, group: Group, norms: Tensor | None = None) -> Tensor:
         """M / (sqrt(V) + eps)."""
-        if norms is not None or "exp_avg.codes" not in state or low.numel() <= SLICE or self._has_kernels(low, group):
+        whole = "exp_avg.codes" not in state and not is_int4(state, "exp_avg")
+        if norms is not None or whole or low.numel() <= SLICE or self._has_kernels(low, group):
             return self._direction(low, state, group, norms)
         direction = torch.empty(low.shape, dtype=torch.promote_types(low.dtype, torch.float32), device=low.device)
         for part, (some, out) in slices(state, low.contiguous(), direction):
@@ -96,7 +107,7 @@ class Adam(Rule):
         return pick(adam_direction, group["backend"], low.device)(
             low, state[first], state[second], beta1=beta1, beta2=beta2, eps=eps,
             keys=(rounding_key(state, first), rounding_key(state, second)) if rounded else None,
-            start=state.get("start", 0), norms=norms,
+            start=position(state, low), norms=norms,
         )  # fmt: skip
 
     def _store_(self, moments: list[Tensor], state: State) -> None:
@@ -104,7 +115,8 @@ class Adam(Rule):
             store_moment_(state, key, moment)
 
     def _has_kernels(self, low: Tensor, group: Group) -> bool:
-        if group["backend"] is None and (low.dtype == torch.float64 or low.is_complex()):
+        wide = low.dtype == torch.float64 or low.is_complex()
+        if group["state_dtype"] == "int4" or (group["backend"] is None and wide):
             return False
         return pick(adam_direction, group["backend"], low.device) is not adam_direction
 

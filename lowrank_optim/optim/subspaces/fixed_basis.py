@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops import pick
-from lowrank_optim.ops.chunks import chunks
+from lowrank_optim.ops.chunks import chunks, column_norms
 from lowrank_optim.ops.dct import add_dct2_, add_dct3_, dct_matrix
-from lowrank_optim.ops.dct_select import dct_select
+from lowrank_optim.ops.dct_select import dct_select, greatest
 from lowrank_optim.ops.orthonormal import orthonormalize
 from lowrank_optim.ops.project import project
 from lowrank_optim.optim.options import flag, one_of
@@ -132,6 +132,9 @@ class Columns(Oriented):
     """``rank`` columns D_I of an orthogonal basis D on the smaller side of a matrix: low = tall @ D_I."""
 
     accumulation: ClassVar[Accumulation | None] = ColumnSketch()
+    orthonormal = True
+    splits = frozenset({"rows"})
+    refreshes_rows = True
     options = {
         "basis": Option(one_of(*BASES), "dct2"),
         "ell_norm": Option(one_of(*ELL_NORMS), 2),
@@ -167,9 +170,12 @@ class Columns(Oriented):
     def select(self, scored: Tensor, state: State, group: Group, which: Which) -> Refresh:
         """Select the largest columns of coefficients; with ``rotate`` the moments follow those that stay."""
         settings = self.settings(group)
-        select = pick(dct_select, group["backend"], scored.device)
         old: Tensor = state["indices"]
-        new = keep_where(which.usable, select(scored, state["rank"], ell_norm=settings.ell_norm), old)
+        if which.sums is None:
+            new = pick(dct_select, group["backend"], scored.device)(scored, state["rank"], ell_norm=settings.ell_norm)
+        else:
+            new = greatest(which.sums.sum_(column_norms(scored, settings.ell_norm)), state["rank"])
+        new = keep_where(which.usable, new, old)
         # Dᵀ D = 1: where a column was before says all that a product of the bases would.
         overlap = None
         if settings.rotate and which.warm is not False:

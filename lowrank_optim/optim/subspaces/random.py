@@ -52,6 +52,7 @@ class Drawn(Oriented):
     """A basis that is drawn anew at every refresh; the state counts the draws in ``refreshes``."""
 
     follows_gradient = False
+    refreshes_rows = True
     options = {
         "proj_type": Option(one_of(*SIDES), "std"),
         "moments": Option(one_of(*MOMENTS), "keep"),
@@ -76,6 +77,8 @@ class Gaussian(Drawn):
     It is not orthonormal; projecting back is the inverse of projecting in expectation.
     """
 
+    splits = frozenset({"rows", "columns"})
+
     def basis(self, like: Tensor, state: State, group: Group) -> Tensor:
         """(..., d, rank) for an oriented gradient (..., rows, d), in its dtype."""
         rank = state["rank"]
@@ -94,6 +97,9 @@ class Gaussian(Drawn):
 
 class RandomOrthonormal(Drawn):
     """A uniformly random orthonormal basis, drawn at every refresh."""
+
+    orthonormal = True
+    splits = frozenset({"rows", "columns"})
 
     def slots(self, view: View, group: Group) -> Slots:
         _, d, _, along = self.sides(view, group)
@@ -120,6 +126,8 @@ class RandomColumns(Drawn):
     """Coordinates of the compressed side, drawn without replacement at every refresh."""
 
     factored = False
+    orthonormal = True
+    splits = frozenset({"rows"})
 
     def slots(self, view: View, group: Group) -> Slots:
         indices = Slot((*view.batch, self.rank(view.shape, group)), torch.int64)

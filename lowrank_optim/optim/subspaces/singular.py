@@ -54,21 +54,23 @@ def top_basis(
         which: matrices of the batch; what is not usable may come out as anything.
         start: the previous basis (..., d, rank), for "power".
     """
-    grad = tall.to(torch.promote_types(tall.dtype, torch.float32))
+    grad, sums = tall.to(torch.promote_types(tall.dtype, torch.float32)), which.sums
+    if sums is not None and refresh == "svd":
+        grad, sums = sums.gather(grad, grad.ndim - 2), None
     basis: Tensor | None = None
     generator = torch.Generator(device="cpu")
     seed = state["seed"] * 1_000_003 + 2 * int(state["step"])
     if refresh == "svd":
         basis = _svd_basis(grad, rank, left, selection, generator.manual_seed(seed))
     elif refresh == "power" and start is not None and which.warm is not False:
-        basis = subspace_iteration(grad, start.to(grad.dtype))
+        basis = subspace_iteration(grad, start.to(grad.dtype), sums=sums)
         if isinstance(which.warm, Tensor):
-            basis = keep_where(which.warm, basis, range_finder(grad, rank, generator.manual_seed(seed)))
+            basis = keep_where(which.warm, basis, range_finder(grad, rank, generator.manual_seed(seed), sums=sums))
     for attempt in range(2):
         if basis is not None and usable(basis, which):
             return basis
         try:
-            basis = range_finder(grad, rank, generator.manual_seed(seed + attempt))
+            basis = range_finder(grad, rank, generator.manual_seed(seed + attempt), sums=sums)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             basis = None
     return basis if basis is not None and usable(basis, which) else None
@@ -134,6 +136,9 @@ class TopSingular(Oriented):
     """
 
     accumulation: ClassVar[Accumulation | None] = HalfIterations()
+    orthonormal = True
+    splits = frozenset({"rows", "columns"})
+    refreshes_rows = True
     options = {
         "proj_type": Option(one_of(*SIDES), "std"),
         "refresh": Option(one_of(*REFRESHES), "power"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowrank_optim.ops.orthonormal import orthonormalize
+from lowrank_optim.ops.orthonormal import normalize_, orthonormalize
 from lowrank_optim.optim.options import number, one_of
 from lowrank_optim.optim.parts import Group, Option, Refresh, Slot, Slots, State, View, Which
 from lowrank_optim.optim.state_storage import load_moment
@@ -26,6 +26,8 @@ def carried_momentum(group: Group) -> float:
 class Tracking(Oriented):
     """The dominant subspace of a mean of momentum and gradient, one block power iteration a step."""
 
+    splits = frozenset({"rows"})
+    refreshes_rows = True
     options = {
         "rho": Option(number(0.0, 1.0), 0.908),
         "proj_type": Option(one_of(*SIDES), "std"),
@@ -69,9 +71,9 @@ class Tracking(Oriented):
             return top_basis(mean, state["rank"], "svd", state, left=bool(state["left"]), which=which)
         # B = share M Pᴴ + (1 - rho) A is never formed: B P and Bᴴ (B P) by their terms.
         image = share * momentum + (1 - rho) * (grad @ old)
-        largest = image.abs().amax((-2, -1), keepdim=True)
-        image = image / largest.clamp_min(torch.finfo(image.dtype).tiny)
-        return orthonormalize((1 - rho) * (grad.mH @ image) + share * (old @ (momentum.mH @ image)))
+        normalize_(image, which.sums)
+        turned = (1 - rho) * (grad.mH @ image) + share * (old @ (momentum.mH @ image))
+        return orthonormalize(turned if which.sums is None else which.sums.sum_(turned))
 
     def basis(self, like: Tensor, state: State, group: Group) -> Tensor:
         basis: Tensor = state["basis"]

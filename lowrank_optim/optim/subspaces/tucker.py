@@ -28,6 +28,7 @@ class Tucker(Subspace):
 
     flattens = False
     factored = False
+    orthonormal = True
     options = {"refresh": Option(one_of(*REFRESHES), "power")}
 
     def compresses(self, shape: tuple[int, ...], group: Group) -> bool:
@@ -39,8 +40,8 @@ class Tucker(Subspace):
     def slots(self, view: View, group: Group) -> Slots:
         rank, batch = self.rank(view.shape, group), len(view.batch)
         found: Slots = {"left": Number(False, fixed=True), "rank": Number(rank, fixed=True)}
-        for axis, d in enumerate(view.shape):
-            if axis >= batch and d > rank:
+        for axis, d in enumerate(view.shape[batch:], batch):
+            if d > rank:
                 along = {len(view.shape) - 2: "rows", len(view.shape) - 1: "columns"}.get(axis)
                 found[f"basis.{axis}"] = Slot((*view.shape[:batch], d, rank), view.dtype, along)
         return found

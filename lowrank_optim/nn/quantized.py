@@ -1,11 +1,11 @@
-"""Linear layers with int8 weights, trained without a floating-point copy of them."""
+"""Linear layers with int8 or int4 weights, trained without a floating-point copy of them."""
 
 from __future__ import annotations
 
 import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,52 +16,55 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from lowrank_optim.nn.base import FactoredLinear, check_weight, uniform_, working_dtype
 from lowrank_optim.nn.convert import check_shared, select_linears, sharing_key
 from lowrank_optim.ops.autocast import compute_dtype
-from lowrank_optim.ops.int8_weight import dequantize_int8_weight, quantize_int8_weight_, scale_shape
+from lowrank_optim.ops.quantized_weight import FORMATS, INT4, INT8, Format
 from lowrank_optim.optim.engine import LowRankOptimizer
-from lowrank_optim.optim.weight_storage import Int8Reference, is_int8
+from lowrank_optim.optim.validation import check_choice
+from lowrank_optim.optim.weight_storage import QuantizedReference, is_quantized
 
 
-def int8_linear_input_gradient(g: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """g W, (T, n), in the dtype of g (T, m)."""
-    return g @ dequantize_int8_weight(codes, scale, g.dtype)
+def quantized_linear_input_gradient(g: Tensor, codes: Tensor, scale: Tensor, columns: int) -> Tensor:
+    """g W, (T, n), in the dtype of g (T, m); ``columns`` is n."""
+    return g @ FORMATS[codes.dtype].dequantize(codes, scale, columns, g.dtype)
 
 
 # Opaque to the compiler, which would otherwise keep the W of the forward pass for the backward pass.
 _compiled_input_gradient = torch.library.custom_op(
-    "lowrank_optim::int8_linear_input_gradient", int8_linear_input_gradient, mutates_args=(),
-    schema="(Tensor g, Tensor codes, Tensor scale) -> Tensor",
+    "lowrank_optim::quantized_linear_input_gradient", quantized_linear_input_gradient, mutates_args=(),
+    schema="(Tensor g, Tensor codes, Tensor scale, SymInt columns) -> Tensor",
 )  # fmt: skip
 
 
 @_compiled_input_gradient.register_fake
-def _(g: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    return g.new_empty(g.shape[0], codes.shape[1])
+def _(g: Tensor, codes: Tensor, scale: Tensor, columns: int) -> Tensor:
+    return g.new_empty(g.shape[0], columns)
 
 
-class _Int8Linear(torch.autograd.Function):
+class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, codes: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(x, codes, scale)
-        return functional.linear(x, dequantize_int8_weight(codes, scale, compute_dtype(weight)), bias)
+        W = FORMATS[codes.dtype].dequantize(codes, scale, weight.shape[1], compute_dtype(weight))
+        return functional.linear(x, W, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x, codes, scale = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        columns = x.shape[-1]
         g = grads[0].reshape(-1, codes.shape[0])
         dx = dW = None
         if needs_x:
             compiling = torch.compiler.is_compiling()
-            input_gradient = _compiled_input_gradient if compiling else int8_linear_input_gradient
-            dx = input_gradient(g, codes, scale).view(x.shape)
+            input_gradient = _compiled_input_gradient if compiling else quantized_linear_input_gradient
+            dx = input_gradient(g, codes, scale, columns).view(x.shape)
         if needs_weight:
-            dW = g.t() @ x.reshape(-1, codes.shape[1]).to(g.dtype)
+            dW = g.t() @ x.reshape(-1, columns).to(g.dtype)
         return dx, dW, g.sum(0) if needs_bias else None, None, None
 
 
-class Int8Linear(FactoredLinear):
-    """y = x Wᵀ + b with W stored as int8 codes and a scale for every 256 neighbours in a row.
+class QuantizedLinear(FactoredLinear):
+    """y = x Wᵀ + b with W stored as codes and a scale for every group of neighbours in a row.
 
     W is dequantized in the forward pass and again in the backward pass; no floating-point copy outlives either.
     Gradients arrive at ``weight``, a parameter that optimizers, hooks and parameter groups see as any other: it has
@@ -79,11 +82,12 @@ class Int8Linear(FactoredLinear):
         weight: the initial values (m, n); None draws them as ``nn.Linear`` does.
 
     Attributes:
+        format: how W is stored.
         weight: the parameter (m, n) that stands for W; not in the state dict.
-        weight_codes: int8 (m, n).
-        weight_scale: fp32 (m, ceil(n / 256)).
+        weight_codes, weight_scale: buffers of the format's shapes.
     """
 
+    format: ClassVar[Format]
     weight_codes: Tensor
     weight_scale: Tensor
 
@@ -95,8 +99,10 @@ class Int8Linear(FactoredLinear):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         shape = (out_features, in_features)
         self.weight = nn.Parameter(torch.empty(1, 1, device=device, dtype=dtype).expand(shape))
-        self.register_buffer("weight_codes", torch.empty(shape, device=device, dtype=torch.int8))
-        self.register_buffer("weight_scale", torch.empty(scale_shape(*shape), device=device, dtype=torch.float32))
+        codes = torch.empty(self.format.codes_shape(*shape), device=device, dtype=self.format.dtype)
+        self.register_buffer("weight_codes", codes)
+        scale = torch.empty(self.format.scale_shape(*shape), device=device, dtype=torch.float32)
+        self.register_buffer("weight_scale", scale)
         self._bind()
         if weight is None:
             self.reset_parameters()
@@ -105,12 +111,12 @@ class Int8Linear(FactoredLinear):
             self.reset_bias_()
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _Int8Linear.apply(x, self.weight, self.bias, self.weight_codes, self.weight_scale)  # type: ignore[no-untyped-call]
+        y: Tensor = _QuantizedLinear.apply(x, self.weight, self.bias, self.weight_codes, self.weight_scale)  # type: ignore[no-untyped-call]
         return y
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
-        return dequantize_int8_weight(self.weight_codes, self.weight_scale, self.weight.dtype)
+        return self.format.dequantize(self.weight_codes, self.weight_scale, self.in_features, self.weight.dtype)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -123,7 +129,7 @@ class Int8Linear(FactoredLinear):
     def from_weight_(self, weight: Tensor) -> None:
         """Each value to the nearest code."""
         check_weight(weight, self)
-        quantize_int8_weight_(self.weight_codes, self.weight_scale, weight)
+        self.format.quantize_(self.weight_codes, self.weight_scale, weight)
 
     def _bind(self) -> None:
         """Tie the parameter to this module: one element, on the device where the buffers are."""
@@ -136,9 +142,9 @@ class Int8Linear(FactoredLinear):
             weight.data = one
         else:
             weight = self.weight = nn.Parameter(one, weight.requires_grad)
-        weight.int8_reference = Int8Reference(self)
+        weight.quantized_reference = QuantizedReference(self)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         def keep_format(tensor: Tensor) -> Tensor:
             if tensor is self.weight:
                 return fn(tensor.as_strided((1, 1), (1, 1))).expand(tensor.shape)
@@ -168,7 +174,7 @@ class Int8Linear(FactoredLinear):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._bind()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Int8Linear:
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedLinear:
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
         # Before the parameter's own way of copying makes a full tensor of it, which _bind could only shrink.
@@ -177,8 +183,27 @@ class Int8Linear(FactoredLinear):
         return clone
 
 
-def quantize_weights(model: nn.Module, targets: str | Iterable[str] | None = None) -> list[str]:
-    """Replace the matching ``nn.Linear`` modules of ``model`` by :class:`Int8Linear` with the nearest codes, in place.
+class Int8Linear(QuantizedLinear):
+    """:class:`QuantizedLinear` with int8 codes (m, n) and a scale for every 256 values."""
+
+    format = INT8
+
+
+class Int4Linear(QuantizedLinear):
+    """:class:`QuantizedLinear` with two codes a byte, uint8 (m, ceil(n / 2)), and a scale for every 128 values.
+
+    The rounding of updates is what it costs: see :mod:`lowrank_optim.ops.int4_weight`. There is no Triton kernel for
+    it: on a GPU an update is a row of operations of torch.
+    """
+
+    format = INT4
+
+
+LAYERS: dict[int, type[QuantizedLinear]] = {8: Int8Linear, 4: Int4Linear}
+
+
+def quantize_weights(model: nn.Module, targets: str | Iterable[str] | None = None, *, bits: int = 8) -> list[str]:
+    """Replace the matching ``nn.Linear`` modules of ``model`` by quantized ones with the nearest codes, in place.
 
     One layer at a time, so that beside the model there is one weight more. Works on the meta device and under
     ``FakeTensorMode``. :func:`lowrank_optim.nn.merge` goes back; :func:`lowrank_optim.nn.merged_state_dict` gives the
@@ -187,29 +212,31 @@ def quantize_weights(model: nn.Module, targets: str | Iterable[str] | None = Non
     Args:
         model: any module; its optimizer is made afterwards, from this package: others raise in ``step``.
         targets: as for :func:`lowrank_optim.nn.convert`.
+        bits: 8 for :class:`Int8Linear`, 4 for :class:`Int4Linear`.
 
     Returns:
         The names of the replaced modules.
 
     Raises:
-        ValueError: a target that matches nothing, a layer that is converted already, or a weight shared with a module
-            that stays.
+        ValueError: other bits, a target that matches nothing, a layer that is converted already, or a weight shared
+            with a module that stays.
     """
+    check_choice("bits", bits, tuple(LAYERS))
     chosen = select_linears(model, targets)
     check_shared(model, chosen)
-    made: dict[tuple[int, int], Int8Linear] = {}
+    made: dict[tuple[int, int], QuantizedLinear] = {}
     keys = {name: sharing_key(linear) for name, linear in chosen.items()}
     for name, key in keys.items():
         linear = chosen.pop(name)
         if key not in made:
-            made[key] = _quantized(linear)
+            made[key] = _quantized(linear, LAYERS[bits])
         model.set_submodule(name, made[key])
     return list(keys)
 
 
-def _quantized(linear: nn.Linear) -> Int8Linear:
+def _quantized(linear: nn.Linear, kind: type[QuantizedLinear]) -> QuantizedLinear:
     weight = linear.weight
-    layer = Int8Linear(
+    layer = kind(
         linear.in_features, linear.out_features, device=weight.device, dtype=weight.dtype, weight=weight
     )  # fmt: skip
     layer.weight.requires_grad_(weight.requires_grad)
@@ -225,10 +252,10 @@ def _guard_against_other_optimizers() -> None:
     def refuse(optimizer: Optimizer, *_: Any) -> None:
         if isinstance(optimizer, LowRankOptimizer):
             return
-        if any(is_int8(p) for group in optimizer.param_groups for p in group["params"]):
+        if any(is_quantized(p) for group in optimizer.param_groups for p in group["params"]):
             raise RuntimeError(
-                f"{type(optimizer).__name__} cannot write int8 weights: use an optimizer of lowrank_optim for the "
-                "parameters of Int8Linear, or merge(model) for floating-point weights"
+                f"{type(optimizer).__name__} cannot write quantized weights: use an optimizer of lowrank_optim for the "
+                "parameters of Int8Linear and Int4Linear, or merge(model) for floating-point weights"
             )
 
     register_optimizer_step_pre_hook(refuse)
