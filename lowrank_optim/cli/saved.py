@@ -49,7 +49,7 @@ def evaluate(argv: Sequence[str]) -> int:
         raise UserError(f"Invalid --dataset: None, expected one, as {given.path} is no checkpoint of a run")
     defaults = Resolved(
         seq_len=256, warmup_steps=0, grad_clip=0.0, max_steps=1, batch_size=8, accumulate=1, eval_every=0,
-        eval_batches=0, save_every=0, restarts="none",
+        eval_batches=0, save_every=0, restarts="none", pack=True,
     )  # fmt: skip
     run = replace(run or defaults, **{**read_values(given), "tokenizer": tokenizer.name_or_path})
     check_ranges(run)

@@ -60,8 +60,8 @@ def run(options: Options) -> int:
         settled = trainer.run
         from lowrank_optim.memory.estimate import state_dtype
 
-        own = (f"{settled.optimizer}, measured", state_dtype(trainer.optimizer), trainer.sizes)
-        memory = report.memory_table([own, *adamw_sizes(options)])
+        measured = (f"{settled.optimizer}, measured", state_dtype(trainer.optimizer), trainer.sizes)
+        memory = report.memory_table([measured, *adamw_sizes(options)])
         seconds = time.perf_counter() - started
         summary = report.summary(trainer.progress, trainer.evaluated, trainer.folder, seconds=seconds)
         trainer.say(f"\n{memory}\n\n{summary}")

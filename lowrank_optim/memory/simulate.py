@@ -189,7 +189,7 @@ def _two_parts_of_a_pass() -> Iterator[None]:
     """Let passes over a matrix in parts end after two: every part makes tensors like those of the one before."""
     passes: dict[Any, Any] = {
         function: (lambda *args, function=function: islice(function(*args), 2))
-        for function in (chunks.chunks, chunks.row_blocks, int8_weight._row_blocks, state_storage.slices)
+        for function in (chunks.chunks, chunks.row_blocks, int8_weight.row_slices, state_storage.slices)
     }
     _replace(passes)
     try:
