@@ -1,4 +1,4 @@
-"""Runs whose updates happen in the backward pass, and the three jobs of configs/ on a tiny model."""
+"""Runs whose updates happen in the backward pass, and the three jobs of lowrank_optim/configs/ on a tiny model."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_checkpointed_layers_compute_the_same(tiny_model: Path) -> None:
 
 @pytest.mark.parametrize("gigabytes", [24, 16, 12])
 def test_jobs_on_a_tiny_model(gigabytes: int, tiny_model: Path, shards: Path, tmp_path: Path) -> None:
-    config = ROOT / "configs" / f"llama_7b_{gigabytes}gb.yaml"
+    config = ROOT / "lowrank_optim" / "configs" / f"llama_7b_{gigabytes}gb.yaml"
     assert train_llama.main(["--config", str(config), "--dry-run"]) == 0
     job = yaml.safe_load(config.read_text())
     tiny = {"model": str(tiny_model), "dataset": str(shards), "tokenizer": None, "seq_len": 24, "batch_size": 2}
