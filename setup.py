@@ -5,11 +5,13 @@ from setuptools import find_packages, setup
 TRAIN = [
     "accelerate>=1.3",
     "datasets>=3.2",
+    "filelock>=3.12",
     "pyyaml>=6.0",
     "safetensors>=0.5",
     "tokenizers>=0.21",
     "tqdm>=4.66",
     "transformers>=4.48",
+    "xxhash>=3.0",
 ]
 
 PLOTS = "matplotlib>=3.9"

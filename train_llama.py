@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 # Before torch starts its threads: where other programs want the cores too, threads that wait by spinning make an
@@ -27,9 +29,16 @@ from lowrank_optim.pretrain.config import Options, UserError, user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 when done, 2 for what the user can correct, 128 + signal when told to stop."""
+    """Run the command line.
+
+    Returns:
+        0 when done, 2 for what the user can correct, 128 + signal when told to stop, 75 when ``--max-time`` was up.
+    """
+    line = sys.argv[1:] if argv is None else argv
     try:
-        options = parse_options(argv)
+        if line[:1] == ["verify"]:
+            return verify(line[1:])
+        options = parse_options(line)
         return dry_run(options) if options.dry_run else train(options)
     except SystemExit as end:
         # --help
@@ -40,7 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         print(f"train_llama.py: error: {error}; saved checkpoints are intact", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("train_llama.py: interrupted; saved checkpoints are intact", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 2
+
+
+def verify(folders: Sequence[str]) -> int:
+    """``verify DIR``: whether the checkpoints of a run are what was written; 1 where one is not."""
+    from lowrank_optim.pretrain import verify
+
+    if len(folders) != 1:
+        raise UserError(f"Invalid arguments: {' '.join(folders) or 'none'}, expected verify DIR")
+    return verify.verify(Path(folders[0]))
 
 
 def dry_run(options: Options) -> int:
@@ -64,10 +85,13 @@ def train(options: Options) -> int:
     started = time.perf_counter()
     from lowrank_optim.pretrain import report
     from lowrank_optim.pretrain.generate import sample
+    from lowrank_optim.pretrain.launch import own, run_folder
     from lowrank_optim.pretrain.trainer import Trainer
 
-    trainer = Trainer(options)
-    status = trainer.train()
+    folder = run_folder(options)
+    with own(folder):
+        trainer = Trainer(options, folder)
+        status = trainer.train()
     if status == 0 and trainer.leads and trainer.sizes:
         run = trainer.run
         sizes = {f"{run.optimizer}, measured": trainer.sizes, "AdamW, same model": adamw_bytes(options)}

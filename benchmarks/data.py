@@ -35,17 +35,20 @@ def batches(dataset: str, tokenizer: str, *, pack: bool, size: int, seq_len: int
     return load_data(resolve(options, hidden_size=512, processes=1), vocab_size=32_000).train(None)
 
 
-def measure(stream: Iterator[tuple[Batch, Any]], rounds: int, each: int) -> dict[str, Any]:
-    """Tokens a second of ``rounds`` times ``each`` tokens, after the first batch."""
-    next(stream)
+def measure(dataset: str, options: argparse.Namespace, *, pack: bool, tokens: int) -> dict[str, Any]:
+    """Tokens a second over the first ``tokens`` of a run, several times.
+
+    From the first batch on, because text is tokenized in blocks of documents, of which most batches only take a part.
+    """
     clock, processor = [], []
-    for _ in range(rounds):
-        began, used, tokens = time.perf_counter(), time.process_time(), 0
-        while tokens < each:
+    for _ in range(options.rounds):
+        stream = batches(dataset, options.tokenizer, pack=pack, size=options.batch_size, seq_len=options.seq_len)
+        began, used, count = time.perf_counter(), time.process_time(), 0
+        while count < tokens:
             batch, _ = next(stream)
-            tokens += int((batch.labels != -100).sum())
-        clock.append(tokens / (time.perf_counter() - began))
-        processor.append(tokens / (time.process_time() - used))
+            count += int((batch.labels != -100).sum())
+        clock.append(count / (time.perf_counter() - began))
+        processor.append(count / (time.process_time() - used))
     return {"tokens_per_second": spread(clock), "tokens_per_processor_second": spread(processor)}
 
 
@@ -55,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--text-tokens", type=int, default=300_000, help="tokens a round, from text")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--text-tokens", type=int, default=1_200_000, help="tokens a round, from text")
     parser.add_argument("--tokens", type=int, default=10_000_000, help="tokens a round, from token shards")
     options = parser.parse_args(argv)
     rates: dict[str, Any] = {}
@@ -65,12 +68,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         line = ["--dataset", options.data, "--tokenizer", options.tokenizer, "--output-dir", shards]
         if tokenize_command.main(line):
             raise SystemExit(2)
-        for (kind, source, each), pack in itertools.product(
+        for (kind, source, tokens), pack in itertools.product(
             (("text", options.data, options.text_tokens), ("token shards", shards, options.tokens)), (True, False)
         ):
-            stream = batches(source, options.tokenizer, pack=pack, size=options.batch_size, seq_len=options.seq_len)
             name = f"{kind}, {'packed' if pack else 'cut and padded'}"
-            rates[name] = found = measure(stream, options.rounds, each)
+            rates[name] = found = measure(source, options, pack=pack, tokens=tokens)
             by_clock, by_processor = (found[key]["median"] for key in found)
             print(f"{name:30} {by_clock:>12,.0f} tokens/s {by_processor:>12,.0f} a processor second", flush=True)
     settings = {key: value for key, value in vars(options).items() if key not in ("data", "tokenizer")}

@@ -102,6 +102,10 @@ def without_draws(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         fixed |= {"refresh": "svd", "selection": "top"} if accepts(name, "selection") else {"refresh": "svd"}
     if accepts(name, "proj"):
         fixed["proj"] = "svd"
+    if accepts(name, "random_from"):
+        fixed["random_from"] = 10**6
+    if accepts(name, "leading"):
+        fixed |= {"leading": None, "start": "svd"}
     if kwargs.get("projection", "columns") in ("columns", "random") and accepts(name, "projection"):
         fixed["projection"] = "dct" if "projection" in kwargs else "svd"
     return fixed

@@ -84,6 +84,22 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("Trion", {"update_proj_gap": 1}),
     ("Trion", {"basis": "identity", "scaling": "none", "stagger": True}),
     ("Trion", {"similarity": "fft", "state_dtype": "bfloat16", "weight_rounding": "compensated", "capturable": True}),
+    ("SinkGD", {}),
+    ("SinkGD", {"iterations": 1, "weight_rounding": "compensated", "state_dtype": "int8", "capturable": True}),
+    ("SCALE", {}),
+    ("SCALE", {"weight_rounding": "stochastic", "adamw_lr": 1e-3, "capturable": True}),
+    ("RACS", {}),
+    ("RACS", {"iterations": 1, "limiter_gamma": None, "state_dtype": "bfloat16", "weight_rounding": "stochastic"}),
+    ("Muon", {}),
+    ("Muon", {"nesterov": False, "scaling": "kj", "ns_steps": 2, "state_dtype": "int8", "capturable": True}),
+    ("GoLoreAdamW", {"random_from": 2}),
+    ("GoLoreAdamW", {"random_from": 0, "state_dtype": "int8", "weight_rounding": "stochastic", "capturable": True}),
+    ("FOAM", {}),
+    ("FOAM", {"level": 1, "second_moment": "mean", "state_dtype": "int8", "weight_rounding": "stochastic"}),
+    ("Alice", {}),
+    ("Alice", {"leading": 2, "beta3": 0.0, "limiter_gamma": None, "state_dtype": "bfloat16", "capturable": True}),
+    ("LoRAPre", {}),
+    ("LoRAPre", {"debias": "factor", "weight_rounding": "compensated", "state_dtype": "int8", "capturable": True}),
 ]
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in kwargs.items())]) for name, kwargs in VARIANTS]
 

@@ -48,6 +48,7 @@ COST_MODEL = f"""Cost of an update of N tokens, in FLOPs; W matrices, H head, r 
   checkpointing       2 W N + attention / 3
   projection          2 W r down, as often as there are gradients to be summed at low rank, and 2 W r up
   refresh             6 W r (DCT: 5 W log2(side)), divided by the gap
+  whole matrices      30 W side (Muon), 16 W r (LoRAPre), in place of projection and refresh
   traffic             weights in each pass (int8: 5 bytes a value, else 2), gradients twice a micro-batch,
                       weights and states twice an update
 Plans within {TIE:.0%} count as equally fast; among them the highest rank wins, then the widest states and weights."""
@@ -152,7 +153,8 @@ def _plans(model: str, tokens: int, seq_len: int, optimizers: Sequence[str]) -> 
     weight_bytes = {weights: _weight_bytes(model, weights) for weights in WEIGHTS}
     for name in optimizers:
         own, accepted = name in low_rank_names(), accepted_arguments(name)
-        ranks = [config.hidden_size // part for part in (4, 8, 16)] if own and name != "APOLLOMini" else [None]
+        ranked = "rank" in accepted and name != "APOLLOMini"
+        ranks = [config.hidden_size // part for part in (4, 8, 16)] if ranked else [None]
         states = STATES if "state_dtype" in accepted else (None,)
         for rank, state in product(ranks, states):
             args: dict[str, Any] = {"rank": rank, "state_dtype": state}
@@ -246,7 +248,8 @@ def _cost(config: Any, job: Job, profile: Profile) -> float:
         rank = parse_optimizer_args(job.optimizer_args).get("rank", 1)
         downs = job.accumulate if job.per_layer and profile.sums else 1
         refresh = 5 * math.log2(hidden) if job.optimizer in ("DCTAdamW", "Trion") else 6.0 * rank
-        flops += matrices * (2.0 * rank * (downs + 1) + refresh / (1 if job.optimizer in EVERY_UPDATE else GAP))
+        low_rank = 2.0 * rank * (downs + 1) + refresh / (1 if job.optimizer in EVERY_UPDATE else GAP)
+        flops += matrices * {"Muon": 30.0 * hidden, "LoRAPre": 16.0 * rank}.get(job.optimizer, low_rank)
     passes = 3 if job.checkpointing else 2
     traffic = job.accumulate * passes * (matrices * (5 if job.weights == "int8" else 2) + 2 * head)
     traffic += job.accumulate * 2 * profile.gradients + 2 * (profile.weights + profile.optimizer)

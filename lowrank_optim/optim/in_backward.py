@@ -55,8 +55,9 @@ def step_in_backward(
     where a refresh is due. Only the first basis comes from the first micro-batch alone.
 
     The whole gradient is summed in ``p.grad``, and freed in the last micro-batch's backward pass, for full-rank
-    parameters and where an update reads it: Fira, APOLLO, FRUGAL, Trion, LDAdam, error feedback, tensors and
-    ``proj_type="full"``, ``refresh="svd"``, DCTAdamW with ``update_proj_gap=1`` or ``ell_norm=1``.
+    parameters and where an update reads it: Fira, APOLLO, FRUGAL, Trion, LDAdam, Alice, methods without a basis (Muon,
+    FOAM, LoRAPre, SinkGD, SCALE, RACS), error feedback, tensors and ``proj_type="full"``, ``refresh="svd"``, DCTAdamW
+    with ``update_proj_gap=1`` or ``ell_norm=1``.
 
     Args:
         optimizer: any of this package. Parameters that are unfrozen or added later are updated too.

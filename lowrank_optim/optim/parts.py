@@ -37,6 +37,7 @@ class Slot(NamedTuple):
     along: the axis of the weight, "rows" or "columns", that the first axis of the tensor after those of a batch runs
         along; "elements" where it has the layout of the weight; None where it runs along neither.
     fill: what a new tensor holds.
+    std: of normal numbers that are added to it, a function of the parameter's seed.
     late: whether it may be absent from the state, which then stands for a tensor of zeros that nothing uses.
     """
 
@@ -45,6 +46,7 @@ class Slot(NamedTuple):
     along: str | None = None
     fill: float = 0.0
     late: bool = False
+    std: float = 0.0
 
 
 class Number(NamedTuple):
@@ -182,6 +184,8 @@ class Subspace(Part):
     flattens: ClassVar[bool] = True
     # Whether `basis` exists, so that a product projects back; else `project_back_` alone does.
     factored: ClassVar[bool] = True
+    # Whether there is a basis to be renewed at all.
+    refreshes: ClassVar[bool] = True
     # Whether the basis comes from the gradient, so that a zero gradient gives none.
     follows_gradient: ClassVar[bool] = True
     # Whether the basis has orthonormal columns, so that a gradient which is projected back has the same projection.
@@ -201,6 +205,10 @@ class Subspace(Part):
         """The rank that the group gives a parameter of this view."""
         rank: int = group["rank"]
         return rank
+
+    def describe(self, shape: tuple[int, ...], group: Group) -> str:
+        """What a parameter of this view gets, in the words of ``explain``."""
+        return f"rank {self.rank(shape, group)}"
 
     def slots(self, view: View, group: Group) -> Slots:
         """What it keeps."""

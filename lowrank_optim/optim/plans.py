@@ -215,7 +215,8 @@ class PlannedOptimizer(Optimizer):
             shape = (*param.shape, 2) if param.is_complex() else tuple(param.shape)
             slots.update(parts.rule.slots(shape, view, group, "elements"))
         else:
-            slots["waiting"] = Number(0)
+            if subspace.refreshes:
+                slots["waiting"] = Number(0)
             slots.update(subspace.slots(view, group))
             along = subspace.kept_axis(view, group) if parts.rule.rowwise else None
             slots.update(parts.rule.slots(subspace.low_shape(view, group), view, group, along))
@@ -244,10 +245,10 @@ class PlannedOptimizer(Optimizer):
 
     def _explain(self, param: Tensor, group: Group) -> tuple[str, str]:
         view, parts = self._view_and_parts(param, group)
-        if group["rank"] is None:
-            role = self._role(param, group)
-            return "full-rank", "its group has no rank" if role is None or role in HIDDEN else describe(role)
         if parts.subspace is None:
+            if group["rank"] is None:
+                role = self._role(param, group)
+                return "full-rank", "its group has no rank" if role is None or role in HIDDEN else describe(role)
             if param.ndim < 2:
                 return "full-rank", "fewer than two dimensions"
             return "full-rank", f"its smaller side does not exceed {group['rank']}"
@@ -256,12 +257,13 @@ class PlannedOptimizer(Optimizer):
         present = self.state.get(param, {}).get("rank", rank)
         if present != rank:
             return f"rank {present}", f"its state has rank {present}; the next step rebuilds it with rank {rank}"
+        method, limit = subspace.describe(view.shape, group), max(rank, 1)
         if view.kind == "matrix":
-            return f"rank {rank}", f"its smaller side exceeds {rank}"
+            return method, f"its smaller side exceeds {limit}"
         if view.kind == "stack":
-            return f"rank {rank}", f"a stack of {view.matrices} matrices whose smaller side exceeds {rank}"
-        how = f"as a matrix {view.shape[0]} x {view.shape[1]}" if parts.subspace.flattens else "along its long axes"
-        return f"rank {rank}", f"a convolution, compressed {how}"
+            return method, f"a stack of {view.matrices} matrices whose smaller side exceeds {limit}"
+        how = f"as a matrix {view.shape[0]} x {view.shape[1]}" if subspace.flattens else "along its long axes"
+        return method, f"a convolution, compressed {how}"
 
     def init_state(self, param: Tensor, group: Group) -> State:
         """Create the state of one parameter; this only allocates, so it works on the meta device."""

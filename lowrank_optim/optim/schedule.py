@@ -11,8 +11,10 @@ from lowrank_optim.optim.parts import Group, State, Subspace, View, Which
 def refresh_due(state: State, group: Group, place: int) -> bool:
     """Whether the coming step refreshes the basis: it is scheduled, or matrices wait for one.
 
-    While a CUDA graph is being captured the answer is no.
+    While a CUDA graph is being captured the answer is no, and so it is where there is no basis.
     """
+    if "waiting" not in state:
+        return False
     step = state["step"]
     if isinstance(step, Tensor) and step.is_cuda and torch.cuda.is_current_stream_capturing():
         return False

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.gaussian import gaussian
+from lowrank_optim.ops.rounding import mix_key
 from lowrank_optim.optim.parts import Group, Number, Slot, Slots, State
+from lowrank_optim.optim.state_storage import SALTS
 
 # What some method of the package keeps, up to the first dot. Everything else in a state belongs to somebody else.
 OWN = frozenset(
@@ -29,7 +33,7 @@ OWN = frozenset(
             "first",
         ),
         *("exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "error", "momentum", "update_norm"),
-        *("reset_step", "updates", "weight_correction", "batch"),
+        *("covariance", "outside", "row_scale", "column_scale", "reset_step", "updates", "weight_correction", "batch"),
     }
 )
 
@@ -46,6 +50,13 @@ def allocate_(state: State, slots: Slots, device: torch.device) -> None:
             state[key] = slot.initial
         elif not slot.late:
             state[key] = torch.full(slot.shape, slot.fill, dtype=slot.dtype, device=device)
+            if slot.std > 0:
+                *batch, rows, columns = slot.shape
+                normal = gaussian(
+                    rows, columns, key=mix_key(state["seed"], crc32(key.encode()), SALTS["start"]),
+                    dtype=slot.dtype.to_real(), device=device, batch=batch,
+                )  # fmt: skip
+                state[key].add_(normal, alpha=slot.std)
 
 
 def fit_(state: State, slots: Slots, device: torch.device, before: Slots | None) -> bool:

@@ -277,7 +277,8 @@ def layout_of(param: Tensor, view: View, parts: Parts, group: Group) -> Layout |
         )
     shards, subspace = shards_of(param), parts.subspace
     batch = len(view.batch)
-    if shards.group is None:
+    # Two codes a byte do not split along every axis.
+    if shards.group is None or group["state_dtype"] == "int4":
         return Layout(shards, "whole", batch)
     if subspace is None:
         return Layout(shards, "elements" if parts.rule.elementwise else "whole", batch)

@@ -31,7 +31,10 @@ NIBBLES = (".nibbles", ".nibble_scale")
 UNSIGNED = frozenset({"exp_avg_sq"})
 
 # Each use of random bits of one parameter in one step has a number of its own, "sum" one for every micro-batch.
-SALTS = {"weight": 0, "exp_avg": 1, "exp_avg_sq": 2, "momentum": 3, "error": 4, "basis": 5, "sketch": 6, "sum": 7}
+SALTS = {
+    **{"start": -1, "weight": 0, "exp_avg": 1, "exp_avg_sq": 2, "momentum": 3, "error": 4, "basis": 5, "sketch": 6},
+    "sum": 7,
+}
 
 # The number of the first row, in the state of a parameter of which this process has some rows.
 FIRST = "first"

@@ -7,14 +7,13 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.optim.lifts.momentum import Momentum
-from lowrank_optim.optim.options import Common, arguments, number
-from lowrank_optim.optim.parts import Group, Option, Parts, Scalar
-from lowrank_optim.optim.plans import Plan
+from lowrank_optim.optim.options import Common, arguments
+from lowrank_optim.optim.parts import Group, Parts
 from lowrank_optim.optim.rules.adam import CorrectedAdam
 from lowrank_optim.optim.rules.newton_schulz import NewtonSchulz
 from lowrank_optim.optim.subspaces.fixed_basis import Coefficients, Settings
+from lowrank_optim.optim.two_rates import TwoRates
 
 
 class Unrotated(Coefficients):
@@ -26,7 +25,7 @@ class Unrotated(Coefficients):
         return Settings(group["basis"], group["ell_norm"], group["similarity"], rotate=False)
 
 
-class Trion(LowRankOptimizer):
+class Trion(TwoRates):
     """Orthogonalised low-rank momentum for matrices, AdamW for everything else.
 
     For a weight W (m, n) with n <= m (else all of it transposed), gradient G and an orthogonal basis D (n, n),
@@ -57,7 +56,7 @@ class Trion(LowRankOptimizer):
             "none" 1.
         basis, ell_norm, similarity: as in :class:`DCTAdamW`.
         update_proj_gap: updates between two selections, >= 1.
-        adamw_lr: learning rate of AdamW while ``lr`` has its initial value.
+        adamw_lr: learning rate of AdamW while ``lr`` has its initial value; None is ``lr``.
         common: stagger, state_dtype, weight_rounding, maximize, capturable, backend; see
             :class:`lowrank_optim.optim.options.Common`.
 
@@ -74,7 +73,6 @@ class Trion(LowRankOptimizer):
 
     triple = Parts(Unrotated(), NewtonSchulz(), Momentum())
     full_rank = CorrectedAdam()
-    options = {"adamw_lr": Option(number()), "adamw_share": Option(number(), 1.0)}
     decay_first = True
 
     def __init__(
@@ -93,25 +91,7 @@ class Trion(LowRankOptimizer):
         ell_norm: int = 2,
         similarity: str = "auto",
         update_proj_gap: int = 1,
-        adamw_lr: float | Tensor = 3e-4,
+        adamw_lr: float | Tensor | None = 3e-4,
         **common: Unpack[Common],
     ) -> None:
         super().__init__(params, arguments(locals()))
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; one with an ``lr`` of its own and no ``adamw_lr`` keeps it for AdamW too."""
-        own = "lr" in param_group and "adamw_lr" not in param_group
-        group = {**self.defaults, **param_group}
-        share = 1.0 if own else ratio(group["adamw_lr"], group["lr"])
-        super().add_param_group({"adamw_share": share, **param_group})
-
-    def step_size(self, plan: Plan, param: Tensor, group: Group) -> tuple[Scalar, Scalar]:
-        """AdamW's learning rate keeps its share of the group's."""
-        rule = plan.parts.rule
-        lr = group["lr"] if rule is self.triple.rule else group["lr"] * group["adamw_share"]
-        return lr * rule.correction(plan.state["step"], group), self.kept_by_decay(lr, group)
-
-
-def ratio(part: Scalar, whole: Scalar) -> float:
-    """part / whole, 1 where both are zero or cannot be compared."""
-    return float(part) / float(whole) if float(whole) > 0 else 1.0

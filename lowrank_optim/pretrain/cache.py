@@ -8,6 +8,9 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+# How the names of folders begin that are being written, or removed.
+TEMPORARY = ".tmp-"
+
 
 def cache_root() -> Path:
     """``$XDG_CACHE_HOME/lowrank-optim``, by default below ``~/.cache``."""
@@ -21,7 +24,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     Every file reaches the disk before the rename, so a crash at any moment leaves either nothing or everything.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".tmp-{target.name}-{uuid.uuid4().hex[:8]}"
+    temporary = _temporary(target)
     try:
         temporary.mkdir()
         fill(temporary)
@@ -34,6 +37,17 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         # An interrupt as well must leave nothing behind.
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def remove_folder(target: Path) -> None:
+    """Remove ``target``; a crash at any moment leaves it whole or not under its name."""
+    temporary = _temporary(target)
+    os.rename(target, temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary(target: Path) -> Path:
+    return target.parent / f"{TEMPORARY}{target.name}-{uuid.uuid4().hex[:8]}"
 
 
 def _sync(path: Path) -> None:

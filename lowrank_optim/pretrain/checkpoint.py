@@ -1,19 +1,19 @@
 """Checkpoints: complete or absent, resumable to the last bit, and each a folder that transformers loads.
 
 ``checkpoint-N`` holds the exported model (``config.json``, ``model.safetensors``, the tokenizer), ``optimizer.pt``,
-``processes.pt`` (data position and random-number states of every process) and ``state.json``. A parameterized model is
-resumed from its parts in ``factored.safetensors``; ``model.safetensors`` holds its merged weights, and is absent where
-activations between the factors leave nothing to merge.
+``processes.pt`` (data position and random-number states of every process) and ``state.json``, with the digests of all
+others and of itself. A parameterized model is resumed from its parts in ``factored.safetensors``; ``model.safetensors``
+holds its merged weights, and is absent where activations between the factors leave nothing to merge.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import os
 import random
-import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +22,20 @@ import torch
 
 from lowrank_optim.nn.base import FactoredLinear
 from lowrank_optim.nn.convert import factored_layers
-from lowrank_optim.pretrain.cache import write_folder
+from lowrank_optim.pretrain import manifest
+from lowrank_optim.pretrain.cache import remove_folder, write_folder
 from lowrank_optim.pretrain.config import Options, Resolved, UserError
+from lowrank_optim.pretrain.divergence import Guard
 from lowrank_optim.pretrain.update import Updater
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FORMAT = 1
+# 1 (release 0.1) has no digests.
+FORMAT = 2
+STATE = "state.json"
+# What resuming reads beside it, whatever the model.
+NEEDED = ("optimizer.pt", "processes.pt")
 FACTORED = "factored.safetensors"
 # A resumed run must continue the one that was saved; how long it runs and what it reports may change.
 FIXED = (
@@ -39,14 +45,19 @@ FIXED = (
     *("accumulate_dtype", "ranks"),
 )
 
+# What reading a damaged state.json raises.
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
 
 @dataclass
 class Progress:
-    """Where a run stands, beside the tensors of model and optimizer."""
+    """Where a run stands, beside the tensors of model and optimizer; ``rollbacks`` counts those after a divergence."""
 
     step: int = 0
     tokens: int = 0
     untrained_loss: float | None = None
+    rollbacks: int = 0
+    guard: Guard = field(default_factory=Guard)
 
 
 def save(
@@ -59,6 +70,8 @@ def save(
     fingerprint: Any,
 ) -> Path:
     """Write ``folder/checkpoint-<step>`` in one rename, then drop the oldest beyond ``run.keep`` (0 = none).
+
+    The newest one that was not written while the run may have been diverging stays in any case.
 
     Raises:
         UserError: it cannot be written; whatever was saved before is untouched.
@@ -77,8 +90,10 @@ def save(
             "processes": len(processes),
             "options": asdict(update.run),
             "torch": torch.__version__,
+            "files": manifest.of_folder(into),
         }
-        (into / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        state["digest"] = manifest.of_values(state)
+        (into / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
 
     try:
         write_folder(target, fill)
@@ -87,8 +102,11 @@ def save(
         before = checkpoints(folder)
         kept = f"{before[-1]} is intact" if before else "no earlier checkpoint exists"
         raise UserError(f"Cannot save {target}: {_reason(error)}; {kept}") from error
-    for old in checkpoints(folder)[: -update.run.keep or None] if update.run.keep else []:
-        shutil.rmtree(old, ignore_errors=True)
+    if update.run.keep:
+        newest_good = _good(folder)[-1:]
+        for old in checkpoints(folder)[: -update.run.keep]:
+            if old not in newest_good:
+                remove_folder(old)
     return target
 
 
@@ -132,31 +150,94 @@ def _export(model: PreTrainedModel, layers: Mapping[str, FactoredLinear], into: 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[-1].isdecimal()]
-    return sorted((p for p in found if (p / "state.json").is_file()), key=lambda p: int(p.name.split("-")[-1]))
+    return [path for path in numbered(folder) if (path / STATE).is_file()]
 
 
-def find(resume: str | None, output_dir: Path | None) -> Path | None:
-    """The checkpoint that ``--resume`` means, None for a fresh start.
+def find(resume: str | None, output_dir: Path | None) -> list[Path]:
+    """The checkpoints that ``--resume`` may mean, best first; none for a fresh start.
 
     Raises:
         UserError: nothing to resume at a given path, or results in ``output_dir`` that a run would overwrite.
     """
     there = checkpoints(output_dir) if output_dir else []
     if resume == "auto":
-        return there[-1] if there else None
+        return there[::-1]
     if resume is None:
         if there:
             raise UserError(f"{output_dir} holds a run already: add --resume auto or choose another --output-dir")
-        return None
+        return []
     path = Path(resume)
-    found = path if (path / "state.json").is_file() else next(iter(checkpoints(path)[::-1]), None)
+    found = path if (path / STATE).is_file() else next(iter(checkpoints(path)[::-1]), None)
     if found is None:
         raise UserError(f"Invalid resume: {resume} is no checkpoint and holds none")
     later = [p for p in there if _step(p) > _step(found)]
     if later:
         raise UserError(f"Invalid resume: {later[-1]} is newer than {found}; choose another --output-dir")
-    return found
+    return [found]
+
+
+def newest_whole(found: Sequence[Path], *, digests: bool = True) -> tuple[Path | None, dict[Path, str]]:
+    """The first of ``found`` that is whole, and what is wrong with those before it.
+
+    Raises:
+        UserError: there are some, and none is whole.
+    """
+    wrong: dict[Path, str] = {}
+    for path in found:
+        reason = damage(path, digests=digests)
+        if reason is None:
+            return path, wrong
+        wrong[path] = reason
+    if wrong:
+        raise UserError("Broken checkpoint: " + "; ".join(f"{path}: {reason}" for path, reason in wrong.items()))
+    return None, wrong
+
+
+def last_good(folder: Path) -> list[Path]:
+    """The checkpoints that were not written while the run may have been diverging, newest first."""
+    return _good(folder)[::-1]
+
+
+def damage(path: Path, *, digests: bool = True) -> str | None:
+    """What is wrong with a checkpoint in one line, None where it is whole.
+
+    Args:
+        path: its folder.
+        digests: read and compare all files, instead of their presence alone. One of format 1 has no digests.
+    """
+    try:
+        state = _read(path)
+        missing = [name for name in NEEDED if not (path / name).is_file()]
+        if missing:
+            return f"{missing[0]} is missing"
+        if path.name != f"checkpoint-{state['progress']['step']}" and path in numbered(path.parent):
+            return f"{STATE} is that of update {state['progress']['step']}"
+        if state["format"] == 1 or not digests:
+            return None
+        if manifest.of_values({key: value for key, value in state.items() if key != "digest"}) != state["digest"]:
+            return f"{STATE} is not what was written (its digest differs)"
+        return manifest.damage(path, state["files"])
+    except OSError as error:
+        return f"{Path(error.filename or path).name} cannot be read ({error.strerror or error})"
+    except UNREADABLE as error:
+        return f"{STATE} is not what was written ({_line(error)})"
+
+
+def set_aside(folder: Path, step: int, mark: str) -> list[Path]:
+    """Rename what is called a checkpoint beyond ``step``, or is none, so that it is out of the way and nothing is lost.
+
+    Returns:
+        The new names, ``checkpoint-<N>.<mark>``.
+    """
+    moved = []
+    for path in numbered(folder):
+        if _step(path) > step or not (path / STATE).is_file():
+            target = path.with_name(f"{path.name}.{mark}")
+            if target.exists():
+                remove_folder(target)
+            os.rename(path, target)
+            moved.append(target)
+    return moved
 
 
 def read_fingerprint(path: Path) -> Any:
@@ -166,9 +247,9 @@ def read_fingerprint(path: Path) -> Any:
         UserError: the file cannot be read.
     """
     try:
-        return json.loads((path / "state.json").read_text(encoding="utf-8"))["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"Broken checkpoint: {path / 'state.json'} ({error!r})") from error
+        return _read(path)["fingerprint"]
+    except (OSError, *UNREADABLE) as error:
+        raise UserError(f"Broken checkpoint: {path / STATE} ({error!r})") from error
 
 
 def read_state(path: Path, options: Resolved, *, processes: int) -> Progress:
@@ -178,17 +259,15 @@ def read_state(path: Path, options: Resolved, *, processes: int) -> Progress:
         UserError: an option that shapes the run differs, or the file cannot be read.
     """
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        if state["format"] != FORMAT:
-            raise UserError(f"Cannot resume {path}: its format is {state['format']!r}, expected {FORMAT}")
+        state = _read(path)
         # An older version may not have known an option.
         saved, now = {**asdict(Options()), **state["options"]}, json.loads(json.dumps(asdict(options)))
         changed = {name: (saved[name], now[name]) for name in FIXED if saved[name] != now[name]}
         if state["processes"] != processes:
             changed["processes"] = (state["processes"], processes)
-        progress = Progress(**state["progress"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"Broken checkpoint: {path / 'state.json'} ({error!r})") from error
+        progress = _progress(state["progress"])
+    except (OSError, *UNREADABLE) as error:
+        raise UserError(f"Broken checkpoint: {path / STATE} ({error!r})") from error
     if changed:
         what = ", ".join(f"{name} was {old!r} and is now {new!r}" for name, (old, new) in changed.items())
         raise UserError(f"Cannot resume {path}: {what}")
@@ -210,10 +289,10 @@ def load_(path: Path, update: Updater, *, rank: int) -> Any:
         saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
         processes = torch.load(path / "processes.pt", map_location="cpu", weights_only=True)
         update.load_state_dict(saved)
+        set_random_state(processes[rank]["random"])
+        return processes[rank]["data"]
     except Exception as error:
-        raise UserError(f"Broken checkpoint: {path} ({' '.join(str(error).split())[:300]})") from error
-    set_random_state(processes[rank]["random"])
-    return processes[rank]["data"]
+        raise UserError(f"Broken checkpoint: {path} ({_line(error)})") from error
 
 
 def random_state() -> dict[str, Any]:
@@ -252,6 +331,49 @@ def _reason(error: BaseException) -> str:
     while first is not None and not isinstance(first, OSError):
         first = first.__context__
     return " ".join(str(first or error).split())
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """``state.json`` of a checkpoint.
+
+    Raises:
+        UserError: a format of a later version.
+        OSError, UNREADABLE: it is no such file.
+    """
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    if state["format"] not in range(1, FORMAT + 1):
+        raise UserError(f"Cannot resume {path}: its format is {state['format']!r}, expected at most {FORMAT}")
+    return dict(state)
+
+
+def _progress(saved: Mapping[str, Any]) -> Progress:
+    guard = Guard(**saved.get("guard", {}))
+    progress = Progress(**{**saved, "guard": guard})
+    numbers = (progress.step, progress.tokens, progress.rollbacks, guard.suspect)
+    if not all(isinstance(n, int) and n >= 0 for n in numbers) or not all(isinstance(x, float) for x in guard.losses):
+        raise ValueError(f"Invalid progress: {progress}")
+    return progress
+
+
+def _good(folder: Path) -> list[Path]:
+    good = []
+    for path in checkpoints(folder):
+        try:
+            suspect = _progress(_read(path)["progress"]).guard.suspect
+        except (OSError, UserError, *UNREADABLE):
+            continue
+        if not suspect:
+            good.append(path)
+    return good
+
+
+def numbered(folder: Path) -> list[Path]:
+    """What is called a checkpoint, complete or not, in the order of its updates."""
+    return sorted((p for p in folder.glob("checkpoint-*") if p.name.split("-")[-1].isdecimal()), key=_step)
 
 
 def _step(path: Path) -> int:

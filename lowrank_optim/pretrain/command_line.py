@@ -19,7 +19,7 @@ TRANSIENT = ("config", "resume", "dry_run", "allow_changed_data")
 POSITIVE = ("checkpoint_every", "seq_len", "batch_size", "accumulate", "max_steps", "log_every")
 NOT_NEGATIVE = (
     *("weight_decay", "warmup_steps", "grad_clip", "seed", "eval_every", "eval_batches", "save_every"),
-    *("keep", "sample_tokens", "max_bad_documents"),
+    *("keep", "sample_tokens", "max_bad_documents", "max_time", "loss_limit"),
 )
 
 
@@ -139,7 +139,8 @@ def _read_yaml(path: str) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"Invalid config: cannot read {path} ({error})") from error
-    except yaml.YAMLError as error:
+    # Brackets in brackets, numbers and dates out of range: not all are errors of its own.
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"Invalid config: {path} is not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, Mapping):
         raise UserError(f"Invalid config: {path} is not a mapping of options")

@@ -177,6 +177,20 @@ class Options:
         "saving",
         "auto (newest checkpoint in --output-dir, or a fresh start) or the path of a checkpoint",
     )
+    verify: bool = option(
+        True, "saving", "read a checkpoint and compare it with its digests before it is resumed (0.1 s a GB)"
+    )
+    max_time: float | None = option(
+        None,
+        "saving",
+        "minutes after which the run has saved and ends with status 75, to be resumed; default: no limit",
+    )
+    loss_limit: float = option(
+        2.0,
+        "run",
+        "go back to the last good checkpoint, once, and go on with later data after 10 updates in a row whose loss or "
+        "gradient is not finite or whose loss exceeds this multiple of its running median; 0 = where not finite only",
+    )
     log_every: int = option(10, "report", "updates between log lines; metrics.jsonl records every update")
     report_to: str = option(
         "none",

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowrank_optim.pretrain.config import Options, UserError
+from lowrank_optim.pretrain.cache import TEMPORARY
+from lowrank_optim.pretrain.config import Options, UserError, user_errors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+LOCK = ".lock"
+# What schedulers send before they end a job, and people; Windows has the first two.
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if name in dir(signal)]
+# What file systems without locks say.
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+# EX_TEMPFAIL: try again.
+OUT_OF_TIME = 75
 
 
 def run_folder(options: Options) -> Path:
@@ -65,23 +77,142 @@ def start_accelerator(options: Options, folder: Path) -> Accelerator:
         )
     if tracker:
         scalars = {k: v for k, v in vars(options).items() if isinstance(v, (int, float, str))}
-        accelerator.init_trackers("lowrank-optim", config=scalars)
+        try:
+            accelerator.init_trackers("lowrank-optim", config=scalars)
+        # Each has exceptions of its own.
+        except Exception as error:
+            raise UserError(f"Cannot report to {tracker}: {' '.join(str(error).split())}") from error
     return accelerator
 
 
 @contextmanager
-def catch_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM and the first SIGINT append to, so that the update in progress ends and is saved."""
-    received: list[int] = []
+def own(folder: Path) -> Iterator[None]:
+    """Make a run folder if need be, keep other runs out of it, and clear what killed writes left there.
 
-    def handle(number: int, frame: Any) -> None:
-        received.append(number)
-        # A second Ctrl-C ends the process as usual.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    The lock is one of the operating system: it ends with the process, however that ends. Of several processes that
+    train together the first holds it.
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    Raises:
+        UserError: another run holds it, or the folder cannot be written.
+    """
+    if int(os.environ.get("RANK", "0")):
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    made = not folder.exists()
+    file = folder / LOCK
+    lock = FileLock(file, timeout=0)
     try:
-        yield received
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"Invalid output_dir: another run is writing {folder}") from error
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise UserError(f"Cannot write {folder}: {error}") from error
+        print(f"warning: nothing keeps a second run out of {folder} ({error})", file=sys.stderr)
+    try:
+        if lock.is_locked:
+            with user_errors(OSError):
+                for path in folder.glob(f"{TEMPORARY}checkpoint-*"):
+                    shutil.rmtree(path)
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        # Before the release, after which it may be another's.
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+            if made:
+                # Where nothing came of the run.
+                folder.rmdir()
+        lock.release()
+
+
+# Asked for, and no error.
+class Stopped(Exception):  # noqa: N818
+    """The run is to end before its time with all that is done saved, then with ``error`` or ``status``."""
+
+    def __init__(self, reason: str, status: int, error: Exception | None = None) -> None:
+        super().__init__(reason)
+        self.status, self.error = status, error
+
+
+class Stop:
+    """Whether a run is to stop: because of a signal, or because its time is nearly up.
+
+    Args:
+        started: when the run began, of ``time.monotonic``.
+        minutes: how long it may take, None without a limit.
+    """
+
+    def __init__(self, started: float, minutes: float | None) -> None:
+        self.deadline = None if minutes is None else started + 60 * minutes
+        self.signals: list[int] = []
+        # Seconds that the last save took, and that one look at the clock may come after the other.
+        self.save_seconds = self.pause = 0.0
+        self.looked: float | None = None
+        self.interrupts = False
+
+    def is_due(self) -> bool:
+        """Whether to stop now; to be asked once a micro-batch."""
+        now = time.monotonic()
+        if self.looked is not None:
+            # An hour after a slow first update its length says nothing any more.
+            self.pause = max(0.9 * self.pause, now - self.looked)
+        self.looked = now
+        return bool(self.signals) or self.is_late(now)
+
+    def is_late(self, now: float) -> bool:
+        """Whether a save that begins at the next look, and takes half longer than any before, would come too late."""
+        return self.deadline is not None and now + self.pause + 1.5 * self.save_seconds > self.deadline
+
+    def expect(self, size: int) -> None:
+        """Before the first save: how long one of ``size`` bytes may take, at 100 MB/s."""
+        self.save_seconds = self.save_seconds or size / 100e6
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around a save, which no time limit interrupts."""
+        began = time.monotonic()
+        yield
+        self.looked = time.monotonic()
+        self.save_seconds = self.looked - began
+
+    def cause(self, error: Exception | None = None) -> Stopped:
+        """Why to stop, once it is known that it is so, here or on another process."""
+        if error:
+            return Stopped(str(error), 2, error)
+        if self.signals:
+            return Stopped(signal.Signals(self.signals[0]).name, 128 + self.signals[0])
+        if self.deadline is not None:
+            return Stopped("--max-time", OUT_OF_TIME)
+        return Stopped("another process", 128 + signal.SIGTERM)
+
+    @contextmanager
+    def interrupting(self, possible: bool) -> Iterator[None]:
+        """Within it a signal raises :class:`Stopped` at once, where that is possible."""
+        self.interrupts = possible
+        try:
+            yield
+        finally:
+            self.interrupts = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within it the signals of :data:`SIGNALS` are noted, so that the run can save; a second SIGINT interrupts."""
+
+        def note(number: int, frame: Any) -> None:
+            self.signals.append(number)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if self.interrupts:
+                self.interrupts = False
+                raise self.cause()
+
+        # nohup has SIGHUP ignored, and so it stays.
+        caught = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, note) for number in caught}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,4 +1,8 @@
-"""``metrics.jsonl``: one JSON object a line, with no row twice however often a run is resumed."""
+"""``metrics.jsonl``: one JSON object a line, with no row twice however often a run is resumed.
+
+A run that was rolled back makes some updates again. The rows of those that led to the divergence stay; every later row
+says in ``rollbacks`` how many there have been, and the first of them, which has no loss, where the run went back to.
+"""
 
 from __future__ import annotations
 
@@ -7,51 +11,86 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lowrank_optim.pretrain.config import UserError
+
 FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """The metrics of one run folder, cut back to ``step`` on a resume (0 = start empty).
+    """The metrics of one run folder, cut back on a resume to what a checkpoint knows (step 0 = start empty).
 
     A process that may not write gets ``folder=None``; its rows go nowhere.
+
+    Raises:
+        UserError: here and in every method, the file cannot be written.
     """
 
-    def __init__(self, folder: Path | None, step: int) -> None:
+    def __init__(self, folder: Path | None, step: int, rollbacks: int = 0) -> None:
         self.file = None
+        self.rollbacks = rollbacks
+        self.last_evaluation: int | None = None
         if folder is None:
             return
-        path = folder / FILE
-        rows = read_metrics(path) if path.exists() and step else []
-        kept = folder / f".{FILE}.new"
-        kept.write_text("".join(_line(row) for row in rows if row["step"] <= step), encoding="utf-8")
-        os.replace(kept, path)
-        self.file = path.open("a", encoding="utf-8")
+        self.path = folder / FILE
+        now = (rollbacks, step)
+        try:
+            rows = read_metrics(self.path) if self.path.exists() and step else []
+            # All rows before an earlier rollback, and those up to the step since.
+            rows = [row for row in rows if _kept((row.get("rollbacks", 0), row["step"]), now)]
+            new = folder / f".{FILE}.new"
+            new.write_text("".join(_line(row) for row in rows), encoding="utf-8")
+            os.replace(new, self.path)
+            # Without a buffer that would be written once more when the process ends.
+            self.file = self.path.open("ab", buffering=0)
+        except OSError as error:
+            raise self._failed(error) from error
+        evaluations = [row for row in rows if "eval_loss" in row and row.get("rollbacks", 0) == rollbacks]
+        self.last_evaluation = evaluations[-1]["step"] if evaluations else None
 
-    def write(self, **row: Any) -> None:
+    def write(self, step: int, **row: Any) -> None:
         """Append one row; it survives the end of this process, though not a power failure before :meth:`sync`."""
-        if self.file:
-            self.file.write(_line(row))
-            self.file.flush()
+        if not self.file:
+            return
+        marked = {"step": step, **row} | ({"rollbacks": self.rollbacks} if self.rollbacks else {})
+        left = memoryview(_line(marked).encode())
+        try:
+            while left:
+                left = left[self.file.write(left) or 0 :]
+        except OSError as error:
+            raise self._failed(error) from error
 
     def sync(self) -> None:
         """Make every row durable, before a checkpoint that relies on them."""
-        if self.file:
+        if not self.file:
+            return
+        try:
             os.fsync(self.file.fileno())
+        except OSError as error:
+            raise self._failed(error) from error
 
     def close(self) -> None:
         if self.file:
             self.file.close()
 
+    def _failed(self, error: OSError) -> UserError:
+        return UserError(f"Cannot write {self.path}: {error.strerror or error}; saved checkpoints are intact")
+
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; a last line that a kill cut short is left out."""
+    """The rows of a ``metrics.jsonl``; a last line that a kill cut short is left out, and what is no row."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("rollbacks", 0), int):
+            rows.append(row)
     return rows
+
+
+def _kept(row: tuple[int, int], now: tuple[int, int]) -> bool:
+    return row[0] < now[0] or (row[0] == now[0] and row[1] <= now[1])
 
 
 def _line(row: dict[str, Any]) -> str:

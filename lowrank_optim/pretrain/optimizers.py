@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 import lowrank_optim
-from lowrank_optim.pretrain.muon import MuonWithAdamW
 
 # LBFGS evaluates the loss several times a step, SparseAdam takes sparse gradients only, PytorchLARS is the
 # yardstick of bitsandbytes' own tests.
@@ -69,8 +68,7 @@ def accepted_arguments(name: str) -> list[str]:
         for parameter in inspect.signature(cls).parameters.values()
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     ]
-    selects = cls is MuonWithAdamW or name in low_rank_names()
-    return [key for key in named if key not in ("params", "hidden", "rest")] + ["targets"] * selects
+    return [key for key in named if key != "params"] + ["targets"] * (name in low_rank_names())
 
 
 def build_optimizer(
@@ -83,9 +81,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer ``name`` over the trainable parameters of ``model``, which may be on the meta device.
 
-    Ours compress the hidden matrices that :func:`lowrank_optim.low_rank_groups` selects and give
-    the rest the full-rank rule; Muon takes the same matrices and leaves the rest to AdamW. LOROAdamW and SSTAdamW
-    take a model with layers of their parameterization.
+    Ours take the hidden matrices that :func:`lowrank_optim.low_rank_groups` selects and give
+    the rest the full-rank rule. LOROAdamW and SSTAdamW take a model with layers of their parameterization.
 
     Args:
         name: a class of ``lowrank_optim``, ``torch.optim`` or ``bitsandbytes.optim``, in this order.
@@ -119,11 +116,9 @@ def build_optimizer(
             return cls(_OF_LAYERS[name](model), **options)
         if name in _own_classes():
             # In groups the key "rank" is the switch; the class's other options are defaults of every group.
-            rank = options.pop("rank", inspect.signature(cls).parameters["rank"].default)
-            return cls(lowrank_optim.low_rank_groups(model, rank=rank, **selection), **options)
-        if cls is MuonWithAdamW:
-            hidden, *rest = lowrank_optim.low_rank_groups(model, **selection)
-            return MuonWithAdamW(_named(hidden), _named(*rest), **options)
+            if "rank" in allowed:
+                selection["rank"] = options.pop("rank", inspect.signature(cls).parameters["rank"].default)
+            return cls(lowrank_optim.low_rank_groups(model, **selection), **options)
         return cls([(n, p) for n, p in model.named_parameters() if p.requires_grad], **options)
     except (TypeError, IndexError) as error:
         # What constructors raise on a value of the wrong kind, such as betas=0.9 or eps=tiny.
@@ -146,10 +141,6 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _named(*groups: Mapping[str, Any]) -> list[tuple[str, nn.Parameter]]:
-    return [pair for group in groups for pair in zip(group["param_names"], group["params"], strict=True)]
-
-
 def _resolve(name: str) -> type[torch.optim.Optimizer]:
     for classes in (_own_classes, _torch_classes, _bitsandbytes_classes):
         found = classes().get(name)
@@ -170,10 +161,7 @@ def _own_classes() -> dict[str, type[torch.optim.Optimizer]]:
 
 
 def _torch_classes() -> dict[str, type[torch.optim.Optimizer]]:
-    classes = _optimizers(torch.optim, vars(torch.optim))
-    if "Muon" in classes:
-        classes["Muon"] = MuonWithAdamW
-    return classes
+    return _optimizers(torch.optim, vars(torch.optim))
 
 
 def _bitsandbytes_classes() -> dict[str, type[torch.optim.Optimizer]]:

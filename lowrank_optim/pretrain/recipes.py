@@ -1,8 +1,8 @@
 """Published hyper-parameters per model size and method: the values of options that are not given.
 
-Sources: the shell scripts of the methods' own repositories (GaLore ``scripts/benchmark_c4``) and GaLore's paper,
-arXiv 2403.03507, Tables 2 and 5. Common to all of them: 512 sequences of 256 tokens an update, warm-up over 10 %
-of the updates, a cosine to 10 %, no weight decay.
+Sources: the shell scripts of the methods' own repositories (GaLore ``scripts/benchmark_c4``), GaLore's paper,
+arXiv 2403.03507, Tables 2 and 5, and that of RACS and Alice, arXiv 2502.07752, Tables 9 to 11. Common to all of them:
+512 sequences of 256 tokens an update, warm-up over 10 % of the updates, a cosine to 10 %, no weight decay.
 """
 
 from __future__ import annotations
@@ -63,6 +63,22 @@ GALORE = {
     "llama_1b": GaLore(0.01, 512),
     "llama_7b": GaLore(0.005, 1024, 500),
 }
+# What differs from the defaults of the class: for all sizes, and for one; ranks are GaLore's.
+METHODS: dict[str, dict[str, dict[str, Any]]] = {
+    "Alice": {"": {"lr": 0.02}, "llama_1b": {"leading": 160, "scale": 0.25, "compensation": 0.2, "adamw_lr": 7e-4}},
+    "FOAM": {"": {"lr": 0.01}},
+    "GoLoreAdamW": {"": {"lr": 1e-3}},
+    "LoRAPre": {"": {}},
+    "RACS": {"": {"lr": 0.02}, "llama_1b": {"scale": 0.02, "adamw_lr": 7e-4}},
+    # The small scripts leave the rate of vectors at the command line's default.
+    "SCALE": {
+        "": {"lr": 1e-3, "adamw_lr": 0.02},
+        "llama_1b": {"lr": 2e-4, "adamw_lr": 1e-3},
+        "llama_7b": {"lr": 1e-4, "adamw_lr": 1e-3},
+    },
+}
+# The share of a run after which GoLore draws its bases.
+GOLORE_SHARE = 0.8
 
 
 def resolve(options: Options, *, hidden_size: int, processes: int) -> Resolved:
@@ -89,11 +105,21 @@ def resolve(options: Options, *, hidden_size: int, processes: int) -> Resolved:
         default(name, getattr(budget, name))
     default("warmup_steps", values["max_steps"] // 10)
     default("eval_batches", math.ceil(budget.evaluated_tokens / (values["batch_size"] * values["seq_len"])))
+    galore = GALORE.get(options.model) or GALORE["llama_60m"]._replace(rank=max(1, hidden_size // 4))
+    rest: dict[str, Any] = {}
     if options.optimizer.startswith("GaLore"):
-        galore = GALORE.get(options.model) or GALORE["llama_60m"]._replace(rank=max(1, hidden_size // 4))
         rest = galore._asdict()
-        default("lr", rest.pop("lr"))
-        _add_pairs(values, "optimizer_args", rest)
+    elif options.optimizer in METHODS:
+        sizes = METHODS[options.optimizer]
+        own = {"rank": galore.rank, "random_from": round(GOLORE_SHARE * values["max_steps"])}
+        accepted = accepted_arguments(options.optimizer)
+        rest = {
+            **{key: value for key, value in own.items() if key in accepted},
+            **sizes[""],
+            **sizes.get(options.model, {}),
+        }
+    default("lr", rest.pop("lr", None))
+    _add_pairs(values, "optimizer_args", rest)
     default("lr", BASELINE_LR.get(options.optimizer))
     if "weight_decay" in accepted_arguments(options.optimizer):
         default("weight_decay", 0.0)

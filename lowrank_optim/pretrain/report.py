@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import resource
 import sys
@@ -19,6 +20,7 @@ from torch.optim import Optimizer
 
 from lowrank_optim.pretrain.checkpoint import Progress
 from lowrank_optim.pretrain.config import QUANTIZED, Resolved
+from lowrank_optim.pretrain.steps import perplexity_of
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -148,6 +150,10 @@ class Meter:
         self.step, self.rate = step, tokens / self.seconds
         return self.rate
 
+    def rewind(self, step: int) -> None:
+        """The run has gone back to ``step``."""
+        self.start, self.began = step, time.perf_counter()
+
     def skip(self) -> None:
         """Leave the time since the last update (an evaluation, a checkpoint) out of the rate."""
         self.last = time.perf_counter()
@@ -184,16 +190,20 @@ def write(text: str) -> None:
     from tqdm import tqdm
 
     # Redrawing the bar around every line is for terminals.
-    (tqdm.write if sys.stderr.isatty() else print)(text)
-    sys.stdout.flush()
+    try:
+        (tqdm.write if sys.stderr.isatty() else print)(text)
+        sys.stdout.flush()
+    except OSError:
+        # A terminal that is gone or a full disk behind a pipe ends what is said, not the run.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def summary(progress: Progress, loss: float, folder: Path, *, seconds: float) -> str:
     """The last lines of a run."""
-    untrained = math.exp(progress.untrained_loss) if progress.untrained_loss is not None else math.nan
+    untrained = math.nan if progress.untrained_loss is None else perplexity_of(progress.untrained_loss)
     return "\n".join(
         [
-            f"validation perplexity {math.exp(loss):.2f}, untrained {untrained:.2f}",
+            f"validation perplexity {perplexity_of(loss):.2f}, untrained {untrained:.2f}",
             f"{progress.step:,} updates, {progress.tokens:,} tokens, {duration(seconds)}",
             f"run folder {folder}",
         ]

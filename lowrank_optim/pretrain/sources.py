@@ -87,9 +87,11 @@ def open_source(options: Options, *, vocab_size: int, show: bool, saved: Saved |
     Raises:
         UserError: nothing to read, more broken documents than allowed, or no tokenizer.
     """
-    tokenizer = None
-    if options.tokenizer or saved:
-        tokenizer = tokenization.load_tokenizer(options.tokenizer or str(saved and saved.folder))
+    name, tokenizer = options.tokenizer, None
+    if saved and not name and (saved.folder / "tokenizer_config.json").is_file():
+        name = str(saved.folder)
+    if name:
+        tokenizer = tokenization.load_tokenizer(name)
     faults = Faults(options.max_bad_documents, show)
     if shards.is_hub_name(options.dataset):
         return _from_hub(options, tokenizer, faults)

@@ -49,12 +49,20 @@ def clip_gradients_(parameters: Iterable[nn.Parameter], largest: float) -> Tenso
 
 
 class Evaluation(NamedTuple):
+    """Mean loss over so many tokens; ``stopped`` where it has not come to its end and there is none."""
+
     loss: float
     tokens: int
+    stopped: bool = False
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return perplexity_of(self.loss)
+
+
+def perplexity_of(loss: float) -> float:
+    """exp(loss), infinite where that is no float."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def evaluate(
@@ -66,23 +74,29 @@ def evaluate(
     device: torch.device,
     chunked: bool = False,
     reduce: Callable[[Tensor], Tensor] = lambda total: total,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Mean next-token loss of at most ``limit`` micro-batches (0 = all) of this process, and of all through ``reduce``.
+
+    It ends early where ``stopping``, which is asked before every micro-batch, is true on this process or on another.
 
     The mean is over tokens, so it does not depend on the batch size. ``legacy`` takes the mean of the batches'
     means and divides by their number plus one, as the harness does from which the published tables come.
     """
     was_training = model.training
     model.eval()
-    # loss, tokens, sum of batch means, batches
-    total = torch.zeros(4, dtype=torch.float64, device="cpu")
+    # loss, tokens, sum of batch means, batches, processes that stopped
+    total = torch.zeros(5, dtype=torch.float64, device="cpu")
     with torch.no_grad():
         for batch in itertools.islice(batches, limit or None):
+            if stopping():
+                total[4] = 1
+                break
             loss, tokens = loss_sum(model, batch.to(device), chunked=chunked).item(), batch.targets
             if tokens:
-                total += torch.tensor([loss, tokens, loss / tokens, 1], dtype=torch.float64)
+                total += torch.tensor([loss, tokens, loss / tokens, 1, 0], dtype=torch.float64)
     model.train(was_training)
-    loss, count, means, number = reduce(total).tolist()
-    if not count:
-        return Evaluation(math.nan, 0)
+    loss, count, means, number, stopped = reduce(total).tolist()
+    if stopped or not count:
+        return Evaluation(math.nan, 0, bool(stopped))
     return Evaluation(means / (number + 1) if legacy else loss / count, int(count))

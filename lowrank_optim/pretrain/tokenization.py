@@ -30,7 +30,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        # Without the answer "no" it asks whether to run code that comes with a tokenizer.
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     # The hub client, the JSON readers and the model classes each have exceptions of their own.
     except Exception as error:
         where = "from this folder" if Path(name).exists() else "(no such folder, and not from the hub)"

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import math
-import signal
-from collections.abc import Iterator
-from contextlib import closing
+import os
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_optim.pretrain import checkpoint, report
-from lowrank_optim.pretrain.batches import Batch, State
 from lowrank_optim.pretrain.build import build, restarts_for
 from lowrank_optim.pretrain.command_line import write_options
 from lowrank_optim.pretrain.config import Options, UserError, user_errors
 from lowrank_optim.pretrain.data import load_data, read_ahead
-from lowrank_optim.pretrain.launch import catch_signals, run_folder, start_accelerator
+from lowrank_optim.pretrain.divergence import PATIENCE
+from lowrank_optim.pretrain.launch import Stop, Stopped, start_accelerator
 from lowrank_optim.pretrain.metrics import Metrics
 from lowrank_optim.pretrain.sizes import kept_bytes
 from lowrank_optim.pretrain.sources import Saved
 from lowrank_optim.pretrain.steps import evaluate
 from lowrank_optim.pretrain.update import Updater
 
-NON_FINITE_LIMIT = 10
-
 
 class Trainer:
-    """The run of ``options``; :meth:`train` makes it.
+    """The run of ``options`` in ``folder``, which it must own; :meth:`train` makes it.
 
     Attributes:
         run, config, model: what is trained, with the published values of what is not given.
@@ -40,9 +40,9 @@ class Trainer:
         UserError: what the user can correct; nothing is written before.
     """
 
-    def __init__(self, options: Options) -> None:
-        self.folder = run_folder(options)
-        found = checkpoint.find(options.resume, self.folder)
+    def __init__(self, options: Options, folder: Path) -> None:
+        self.folder, self.stop = folder, Stop(time.monotonic(), options.max_time)
+        candidates = checkpoint.find(options.resume, folder)
         self.accelerator = start_accelerator(options, self.folder)
         self.leads, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
@@ -50,6 +50,7 @@ class Trainer:
         # memory.
         with user_errors(ImportError):
             run, config, *_ = build(options, "meta", processes=self.world)
+        found = self._choose(candidates, digests=run.verify)
         self.progress = checkpoint.read_state(found, run, processes=self.world) if found else checkpoint.Progress()
         saved = Saved(checkpoint.read_fingerprint(found), found) if found else None
         with self.accelerator.main_process_first():
@@ -60,14 +61,15 @@ class Trainer:
             self.update = Updater(self.run, self.model, self.optimizer, restarts=restarts, processes=self.accelerator)
         device = report.device_name(self.device)
         self.say(report.banner(self.run, self.config, self.model, world=self.world, device=device))
-        self.position = None
         self.say(f"data       {self.text.description}\nfolder     {self.folder}")
+        self.position = None
         if found:
             self.position = checkpoint.load_(found, self.update, rank=self.rank)
             self.say(f"resumed    {found} after {self.progress.step} updates")
-        self.saved = self.progress.step
+        # The update whose checkpoint this folder has already.
+        self.saved = self.progress.step if found and found.parent == folder else None
         self.sizes: dict[str, int] | None = None
-        self.evaluated, self.skipped = math.nan, 0
+        self.evaluated, self.postponed, self.reports = math.nan, False, True
 
     def say(self, text: str) -> None:
         """Print once, whatever the number of processes."""
@@ -75,56 +77,89 @@ class Trainer:
             report.write(text)
 
     def train(self) -> int:
-        """Every update that is left; 0 at the end, 128 + signal where a signal stopped the run."""
+        """Every update that is left.
+
+        Returns:
+            0 at the end, 128 + signal where a signal stopped the run, 75 where its time was up.
+        """
+        with self.stop.listening():
+            try:
+                return self._train()
+            except Stopped as stopped:
+                return self._end_early(stopped)
+
+    def _train(self) -> int:
+        self._open_folder()
+        if self.progress.step == 0:
+            self.progress.untrained_loss = self._validate()
+        elif self._owes_evaluation():
+            self.evaluated = self._validate()
         if self.progress.step >= self.run.max_steps:
             self.say(f"done       all {self.run.max_steps} updates had been made")
             return 0
-        if self.leads:
-            with user_errors(OSError):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_options(self.run, self.folder / "config.yaml")
-        self.metrics = Metrics(self.folder if self.leads else None, self.progress.step)
         # The optimizer and the schedule are not prepared: the wrapped schedule would step once a process.
         network = self.accelerator.prepare_model(self.update.network)
         self.update.network = torch.compile(network) if self.run.compile else network
         self.model.train()
-        if self.progress.step == 0:
-            self.progress.untrained_loss = self._validate()
         meter = report.Meter(self.run, self.config, self.model, start=self.progress.step, device=self.device)
         with (
             closing(read_ahead(self.text.train(self.position), depth=2 * self.run.accumulate)) as stream,
             report.progress_bar(self.run, self.progress.step, show=self.leads) as bar,
-            catch_signals() as stop,
         ):
             while self.progress.step < self.run.max_steps:
-                if self._advance(stream, meter, bar, stop):
-                    self.say(f"stopped by a signal; --output-dir {self.folder} --resume auto continues")
-                    return 128 + max(stop, default=signal.SIGTERM)
+                self._advance(stream, meter, bar)
                 meter.skip()
         self.metrics.close()
-        self.accelerator.end_training()
+        self._report(self.accelerator.end_training)
         return 0
 
-    def _advance(self, stream: Any, meter: report.Meter, bar: Any, stop: list[int]) -> bool:
-        """One update with what is due after it; whether the run stops before its end."""
+    def _choose(self, candidates: list[Path], *, digests: bool) -> Path | None:
+        """The newest whole checkpoint, as the first process finds it."""
+        from accelerate.utils import broadcast_object_list
+
+        chosen: list[Path | None] = [None]
+        if self.leads:
+            chosen[0], wrong = checkpoint.newest_whole(candidates, digests=digests)
+            for path, reason in wrong.items():
+                self.say(f"warning: passed over {path}: {reason}")
+        broadcast_object_list(chosen)
+        return chosen[0]
+
+    def _open_folder(self) -> None:
+        step = self.progress.step
+        if self.leads:
+            with user_errors(OSError):
+                self._set_aside("broken")
+                self.folder_is = self.folder.stat()
+                if step < self.run.max_steps:
+                    write_options(self.run, self.folder / "config.yaml")
+        self.metrics = Metrics(self.folder if self.leads else None, step, self.progress.rollbacks)
+
+    def _set_aside(self, mark: str) -> None:
+        for path in checkpoint.set_aside(self.folder, self.progress.step, mark):
+            self.say(f"warning: set aside as {path}, to be deleted when it is of no use")
+
+    def _advance(self, stream: Any, meter: report.Meter, bar: Any) -> None:
+        """One update with what is due after it.
+
+        Raises:
+            Stopped: the run is to stop; this update is not made.
+        """
         run, progress = self.run, self.progress
-        # All micro-batches of an update first: its loss is a mean over all of their tokens.
-        update, error = _read(stream, run.accumulate)
-        batches = [batch for batch, _ in update]
-        counts = torch.tensor([sum(batch.targets for batch in batches), len(stop), int(error is not None)])
-        tokens, stopping, failed = self._total(counts).tolist()
-        if failed:
-            # No process gets further than the one that cannot read on.
-            if progress.step > self.saved:
-                self._save()
-            raise error or UserError("Another process cannot read its data")
+        update, tokens = self._next(stream)
+        random_state = checkpoint.random_state()
+        try:
+            made = self.update([batch for batch, _ in update], tokens, stepped=self._measure, between=self._look)
+        except Stopped:
+            checkpoint.set_random_state(random_state)
+            raise
         self._say_epoch(update[-1][1]["epoch"])
         self.position = update[-1][1]
-        made = self.update(batches, tokens, stepped=self._measure)
-        if made.made:
-            self.skipped = 0
-        else:
-            self._leave_out(made.loss, made.grad_norm)
+        if not made.made:
+            where = " where gradients were not finite" if run.per_layer else ""
+            found = f"loss {made.loss}, gradient norm {made.grad_norm}"
+            self.say(f"warning: update {progress.step + 1} left out{where}: {found}")
+        diverged = progress.guard.sees(made.loss, made=made.made, factor=run.loss_limit)
         progress.step += 1
         for restart in self.update.restarts:
             restart.after_step(progress.step)
@@ -132,31 +167,102 @@ class Trainer:
         row = {"loss": made.loss, "lr": made.lr, "grad_norm": made.grad_norm, "epoch": self.position["epoch"]}
         row["tokens_per_second"] = meter.update(progress.step, tokens)
         self._log(row)
-        bar.set_postfix_str(f"loss {made.loss:.3f}", refresh=False)
-        bar.update()
+        with suppress(OSError):
+            bar.set_postfix_str(f"loss {made.loss:.3f}", refresh=False)
+            bar.update(progress.step - bar.n)
         ends = progress.step == run.max_steps
         if progress.step % run.log_every == 0 or progress.step == 1 or ends:
             refresh_seconds = getattr(self.optimizer, "refresh_seconds", 0.0)
             self.say(meter.line(made.loss, made.lr, made.grad_norm, refresh_seconds))
-        if ends or (run.eval_every and progress.step % run.eval_every == 0):
+        if diverged:
+            self._roll_back(made.loss)
+            meter.rewind(self.progress.step)
+            return
+        if ends or self._evaluates(progress.step):
             self.evaluated = self._validate()
-        if ends or stopping or (run.save_every and progress.step % run.save_every == 0):
+        self.postponed |= bool(run.save_every) and progress.step % run.save_every == 0
+        # What the first updates of a divergence leave is no place to go back to.
+        if ends or (self.postponed and not progress.guard.suspect):
             self._save()
-        return bool(stopping) and not ends
+
+    def _next(self, stream: Any) -> tuple[list[Any], int]:
+        """The micro-batches of an update, and the number of their tokens on all processes.
+
+        All of them first: the loss of an update is a mean over all of their tokens.
+
+        Raises:
+            Stopped: it is not to be made, here or on another process.
+        """
+        failed: Exception | None = None
+        update: list[Any] = []
+        try:
+            # A stream may hang; where others take part in an update, they must agree before it is left.
+            with self.stop.interrupting(self.world == 1):
+                update = list(islice(stream, self.run.accumulate))
+        except Stopped:
+            raise
+        # Whatever it is, the other processes must learn of it before they wait for this one.
+        except Exception as error:
+            failed = error
+        ends = bool(failed) or self.stop.is_due()
+        counts = torch.tensor([sum(batch.targets for batch, _ in update), int(ends)])
+        tokens, ending = self._total(counts).tolist()
+        if ending:
+            raise self.stop.cause(failed)
+        return update, tokens
 
     def _say_epoch(self, epoch: int) -> None:
         if self.position is not None and epoch != self.position.get("epoch"):
             self.say(f"data       the text begins anew at update {self.progress.step + 1}, epoch {epoch + 1}")
 
-    def _leave_out(self, loss: float, norm: float) -> None:
-        self.skipped += 1
-        where = " where gradients were not finite" if self.run.per_layer else ""
-        self.say(f"warning: update {self.progress.step + 1} left out{where}: loss {loss}, gradient norm {norm}")
-        if self.skipped == NON_FINITE_LIMIT:
-            raise UserError(f"{self.skipped} updates in a row without a finite loss and gradient: lower --lr")
+    def _look(self) -> None:
+        """Between two micro-batches."""
+        due = self.stop.is_due()
+        if self._any(due):
+            raise self.stop.cause()
+
+    def _any(self, here: bool) -> bool:
+        """Whether something is so on any process."""
+        return here if self.world == 1 else bool(self._total(torch.tensor(int(here))))
+
+    def _end_early(self, stopped: Stopped) -> int:
+        """Save, and say why and how to go on."""
+        step = self.progress.step
+        if step and step != self.saved:
+            self._save()
+        if stopped.error:
+            raise stopped.error
+        how = f"--output-dir {self.folder} --resume auto continues" if step else "nothing had been trained"
+        self.say(f"stopped by {stopped} after {step} updates; {how}")
+        return stopped.status
+
+    def _roll_back(self, loss: float) -> None:
+        """Go back to the last good checkpoint, and on with the data after those of the divergence.
+
+        Raises:
+            UserError: that has happened before, or there is none.
+        """
+        at, rollbacks = self.progress.step, self.progress.rollbacks
+        what = f"{PATIENCE} updates in a row whose loss exploded or was not finite (loss {loss:.4g} at update {at})"
+        found = self._choose(checkpoint.last_good(self.folder) if self.leads else [], digests=self.run.verify)
+        if found is None or rollbacks:
+            kept = f" since a rollback; {found} is the last good checkpoint" if found else ""
+            raise UserError(f"{what}{kept}: lower --lr")
+        self.progress = checkpoint.read_state(found, self.run, processes=self.world)
+        checkpoint.load_(found, self.update, rank=self.rank)
+        self.progress.rollbacks = self.metrics.rollbacks = rollbacks + 1
+        self.saved = self.progress.step
+        first = self.saved + 1
+        self.say(f"warning: {what}: back to {found}; the data of updates {first} to {at} are left out from now on")
+        self._log({"rolled_back_from": at})
+        if self.leads:
+            with user_errors(OSError):
+                self._set_aside("diverged")
 
     def _measure(self) -> None:
-        self.sizes = self.sizes or kept_bytes(self.model, self.optimizer)
+        if self.sizes is None:
+            self.sizes = kept_bytes(self.model, self.optimizer)
+            self.stop.expect(self.sizes["weights"] + self.sizes["optimizer"])
 
     def _total(self, values: Tensor) -> Tensor:
         """The sum over all processes."""
@@ -164,8 +270,28 @@ class Trainer:
         return summed
 
     def _log(self, row: dict[str, float]) -> None:
-        self.metrics.write(step=self.progress.step, **row)
-        self.accelerator.log(row, step=self.progress.step)
+        self.metrics.write(self.progress.step, **row)
+        self._report(lambda: self.accelerator.log(row, step=self.progress.step))
+
+    def _report(self, act: Callable[[], None]) -> None:
+        """Have ``--report-to`` told something, until that fails."""
+        if not self.reports:
+            return
+        try:
+            act()
+        # A service and its files fail in ways of their own, and no run is worth less for it.
+        except Exception as error:
+            self.reports = False
+            self.say(f"warning: no more reports to {self.run.report_to}: {' '.join(str(error).split())}")
+
+    def _evaluates(self, step: int) -> bool:
+        return bool(self.run.eval_every) and step % self.run.eval_every == 0
+
+    def _owes_evaluation(self) -> bool:
+        """Whether the run was stopped before the evaluation after its last update had ended."""
+        step = self.progress.step
+        due = self._evaluates(step) or step == self.run.max_steps
+        return self._any(self.leads and due and self.metrics.last_evaluation != step)
 
     def _validate(self) -> float:
         result = evaluate(
@@ -176,7 +302,10 @@ class Trainer:
             device=self.device,
             chunked=self.run.chunked_loss,
             reduce=self._total,
+            stopping=self.stop.is_due,
         )
+        if result.stopped:
+            raise self.stop.cause()
         if not result.tokens:
             raise UserError(f"Invalid dataset: {self.run.dataset} has no validation text")
         self._log({"eval_loss": result.loss, "perplexity": result.perplexity})
@@ -190,25 +319,25 @@ class Trainer:
         from accelerate.utils import gather_object
 
         processes = gather_object([{"data": self.position, "random": checkpoint.random_state()}])
-        self.metrics.sync()
-        if self.leads:
-            path = checkpoint.save(
-                self.folder,
-                self.progress,
-                self.update,
-                tokenizer=self.text.tokenizer,
-                processes=processes,
-                fingerprint=self.text.fingerprint,
-            )
-            self.say(f"saved      {path}")
-        self.saved = self.progress.step
+        with self.stop.saving():
+            self.metrics.sync()
+            if self.leads:
+                self._write(processes)
+        self.saved, self.postponed = self.progress.step, False
         self.accelerator.wait_for_everyone()
 
-
-def _read(stream: Iterator[tuple[Batch, State]], number: int) -> tuple[list[tuple[Batch, State]], Exception | None]:
-    """The micro-batches of one update, or why there are none."""
-    try:
-        return list(islice(stream, number)), None
-    # Whatever it is, the other processes must learn of it before they wait for this one.
-    except Exception as error:
-        return [], error
+    def _write(self, processes: list[dict[str, Any]]) -> None:
+        is_there = self.folder.is_dir()
+        if is_there and not os.path.samestat(self.folder.stat(), self.folder_is):
+            raise UserError(f"{self.folder} has been replaced during the run; nothing was written into the new one")
+        path = checkpoint.save(
+            self.folder,
+            self.progress,
+            self.update,
+            tokenizer=self.text.tokenizer,
+            processes=processes,
+            fingerprint=self.text.fingerprint,
+        )
+        self.say(f"saved      {path}")
+        if not is_there:
+            raise UserError(f"{self.folder} was removed during the run; what is left of it is {path}")

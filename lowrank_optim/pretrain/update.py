@@ -95,15 +95,23 @@ class Updater:
         if self.in_backward:
             self.in_backward.load_state_dict(state["in_backward"])
 
-    def __call__(self, batches: Sequence[Batch], tokens: int, *, stepped: Callable[[], None] = lambda: None) -> Update:
+    def __call__(
+        self,
+        batches: Sequence[Batch],
+        tokens: int,
+        *,
+        stepped: Callable[[], None] = lambda: None,
+        between: Callable[[], None] = lambda: None,
+    ) -> Update:
         """One update.
 
         Args:
             batches: the micro-batches of this process.
             tokens: how many count in the loss, over all micro-batches and processes.
             stepped: called after the step, while the gradients are still there.
+            between: called between micro-batches; what it raises ends the update, as if it had not begun.
         """
-        loss_value = self._accumulate(batches, tokens)
+        loss_value = self._accumulate(batches, tokens, between)
         with self.phase("update"):
             norm = self._clip()
             lr = float(self.optimizer.param_groups[0]["lr"]) * math.prod(r.lr_factor for r in self.restarts)
@@ -116,13 +124,24 @@ class Updater:
             self.schedule.step()
         return Update(loss_value, norm, lr, made)
 
-    def _accumulate(self, batches: Sequence[Batch], tokens: int) -> float:
+    def _accumulate(self, batches: Sequence[Batch], tokens: int, between: Callable[[], None]) -> float:
         """Gradients of all micro-batches, and the mean loss over their tokens."""
         loss: Any = 0.0
         for number, batch in enumerate(batches, 1):
+            if number > 1:
+                try:
+                    between()
+                except BaseException:
+                    self._abandon()
+                    raise
             with self._around(last=number == len(batches)):
                 loss = loss + self._backward(batch, tokens)
         return float(self.processes.reduce(loss, reduction="sum").item())
+
+    def _abandon(self) -> None:
+        if self.in_backward is not None:
+            self.in_backward.abandon()
+        self.optimizer.zero_grad()
 
     def _backward(self, batch: Batch, tokens: int) -> Tensor:
         with self.phase("forward"):

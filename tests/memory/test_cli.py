@@ -61,7 +61,7 @@ def test_sheet_shows_both_units_and_what_is_missing(capsys):
         ([*GALORE, "betas=0.9"], "betas"),
         ([*GALORE, "--dtype", "int3"], "invalid choice: 'int3'"),
         ([*GALORE, "--batch-size", "0"], "Invalid batch_size: 0, expected a positive number"),
-        ([*GALORE, "--weights", "int4"], "invalid choice: 'int4'"),
+        ([*GALORE, "--weights", "int3"], "invalid choice: 'int3'"),
         ([*GALORE, "--bogus"], "--bogus"),
         (["compare", "--model", "llama_9m", "--optimizer", "AdamW", "--optimizer-args", "rank=1"], "'rank'"),
         (["compare", "--model", "llama_9m", "--optimizer-args", "rnk=1"], "did you mean rank?"),

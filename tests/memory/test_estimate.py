@@ -36,8 +36,6 @@ METHODS = [
     ("AdamW8bit", {}),
     ("Lion8bit", {}),
 ]
-if hasattr(torch.optim, "Muon"):
-    METHODS.append(("Muon", {}))
 
 
 def save_config(folder, **changes):

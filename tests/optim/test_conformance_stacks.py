@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lowrank_optim.optim.engine import LowRankOptimizer
+from lowrank_optim.optim.parts import Slot
 from tests.conformance import every_variant, quiet, values, without_draws
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*non-finite gradient", "ignore:.*all get the full-rank rule")
@@ -31,6 +33,21 @@ def kwargs_of(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     return fixed
 
 
+def start_alike(together: LowRankOptimizer, alone: LowRankOptimizer) -> None:
+    """What is drawn for a stack at the start is for its matrices, too."""
+    group, single = together.param_groups[0], iter(alone.param_groups[0]["params"])
+    for stack in group["params"]:
+        drawn = [
+            key for key, slot in together.slots_of(stack, group).items() if isinstance(slot, Slot) and slot.std > 0
+        ]
+        for expert in range(EXPERTS):
+            matrix = next(single)
+            if drawn:
+                state = together.state[stack] or together.init_state(stack, group)
+                own = alone.init_state(matrix, alone.param_groups[0])
+                own.update({key: state[key][expert].clone() for key in drawn})
+
+
 def is_absent(expert: int, step: int) -> bool:
     """The first matrix always has a gradient, the second none at first, the third none at a refresh, the last never."""
     return (expert == 1 and step < 2) or (expert == 2 and step in (3, 4)) or expert == 3
@@ -45,6 +62,7 @@ def stack_and_singles(
     stacks = [nn.Parameter(start.clone()) for start in starts]
     singles = [nn.Parameter(matrix.clone()) for start in starts for matrix in start]
     together, alone = (quiet(name, params, **kwargs) for params in (stacks, singles))
+    start_alike(together, alone)
     for step in range(STEPS):
         grads = [torch.randn(EXPERTS, *shape, generator=generator).to(dtype) for shape in SHAPES]
         for grad in grads:

@@ -12,7 +12,7 @@ from lowrank_optim import DCTAdamW, FiraAdamW, FRUGALAdamW, GaLoreAdamW, QGaLore
 from lowrank_optim.ops import lowrank_update
 from lowrank_optim.ops.chunks import chunks, row_blocks
 from lowrank_optim.ops.fused_adam import fused_adam_fits
-from lowrank_optim.ops.int8_weight import _row_blocks
+from lowrank_optim.ops.int8_weight import row_slices
 from lowrank_optim.ops.newton_schulz import newton_schulz
 from lowrank_optim.ops.project import project
 from lowrank_optim.optim import plans, weight_storage
@@ -131,7 +131,7 @@ def test_parts_are_eighths_where_every_part_is_a_launch() -> None:
 
 def test_a_compiler_gets_one_part(compiling: None) -> None:
     assert list(row_blocks(torch.empty(3, 64, 3))) == [(slice(0, 3), slice(0, 64))]
-    assert _row_blocks(4096, 4096) == [slice(0, 4096)]
+    assert row_slices(4096, 4096) == [slice(0, 4096)]
 
 
 def test_the_fft_begins_later_where_it_was_not_measured() -> None:

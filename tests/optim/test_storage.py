@@ -15,14 +15,7 @@ from lowrank_optim.optim import state_storage, weight_storage
 from lowrank_optim.optim.parts import Slot, Update
 from lowrank_optim.optim.state_storage import SALTS, load_moment, moment_slots, replace_moment_, slices, store_moment_
 from lowrank_optim.optim.views import as_matrices, seed_of, view_of
-from lowrank_optim.optim.weight_storage import (
-    check_storable,
-    is_quantized,
-    value_of,
-    weight_slots,
-    writable,
-    write_,
-)
+from lowrank_optim.optim.weight_storage import check_storable, is_quantized, value_of, weight_slots, writable, write_
 
 
 @pytest.mark.parametrize(

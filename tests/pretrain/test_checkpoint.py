@@ -20,6 +20,7 @@ MAY_CHANGE = {
     *("checkpointing", "checkpoint_every", "chunked_loss", "compile", "warmup_steps", "max_steps"),
     *("eval_every", "eval_batches", "legacy_eval", "save_every", "keep", "output_dir", "resume", "log_every"),
     *("report_to", "sample_prompt", "sample_tokens", "config", "dry_run", "max_bad_documents", "allow_changed_data"),
+    *("verify", "max_time", "loss_limit"),
 }
 NAMES = [field.name for field in dataclasses.fields(Options)]
 
@@ -108,12 +109,12 @@ def test_where_a_run_resumes(tmp_path: Path) -> None:
     (run / "checkpoint-99").mkdir()
     (run / "checkpoint-last").mkdir()
     assert [p.name for p in checkpoint.checkpoints(run)] == ["checkpoint-9", "checkpoint-10"]
-    assert checkpoint.find("auto", run) == run / "checkpoint-10"
+    assert checkpoint.find("auto", run) == [run / "checkpoint-10", run / "checkpoint-9"]
     for nowhere in (None, tmp_path / "new"):
-        assert checkpoint.find("auto", nowhere) is None and checkpoint.find(None, nowhere) is None
-    assert checkpoint.find(str(run), run) == run / "checkpoint-10"
-    assert checkpoint.find(str(other / "checkpoint-10"), run) == other / "checkpoint-10"
-    assert checkpoint.find(str(other), None) == other / "checkpoint-11"
+        assert not checkpoint.find("auto", nowhere) and not checkpoint.find(None, nowhere)
+    assert checkpoint.find(str(run), run) == [run / "checkpoint-10"]
+    assert checkpoint.find(str(other / "checkpoint-10"), run) == [other / "checkpoint-10"]
+    assert checkpoint.find(str(other), None) == [other / "checkpoint-11"]
     with pytest.raises(UserError, match="holds a run already"):
         checkpoint.find(None, run)
     with pytest.raises(UserError, match="is no checkpoint and holds none"):

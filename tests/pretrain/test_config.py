@@ -78,6 +78,31 @@ def test_a_given_batch_size_is_obeyed() -> None:
     assert resolve(Options(model="llama_60m", batch_size=8), hidden_size=512, processes=1).accumulate == 1
 
 
+@pytest.mark.parametrize(
+    ("model", "optimizer", "lr", "args"),
+    [
+        ("llama_60m", "RACS", 0.02, set()),
+        ("llama_1b", "RACS", 0.02, {"scale=0.02", "adamw_lr=0.0007"}),
+        ("llama_130m", "SCALE", 1e-3, {"adamw_lr=0.02"}),
+        ("llama_7b", "SCALE", 1e-4, {"adamw_lr=0.001"}),
+        ("llama_350m", "Alice", 0.02, {"rank=256"}),
+        ("llama_1b", "Alice", 0.02, {"rank=512", "leading=160", "scale=0.25", "compensation=0.2", "adamw_lr=0.0007"}),
+        ("llama_60m", "GoLoreAdamW", 1e-3, {"rank=128", "random_from=8000"}),
+        ("llama_130m", "LoRAPre", None, {"rank=256"}),
+        ("llama_60m", "FOAM", 0.01, set()),
+        ("llama_60m", "SinkGD", None, set()),
+        ("llama_60m", "Muon", None, set()),
+    ],
+)
+def test_published_values_of_other_methods(model: str, optimizer: str, lr: float | None, args: set[str]) -> None:
+    run = resolve(Options(model=model, optimizer=optimizer), hidden_size=512, processes=1)
+    assert (run.lr, set(run.optimizer_args)) == (lr, args)
+    given = resolve(
+        Options(model=model, optimizer=optimizer, lr=0.5, optimizer_args=["eps=1e-3"]), hidden_size=512, processes=1
+    )
+    assert (given.lr, set(given.optimizer_args)) == (0.5, {"eps=1e-3", *args})
+
+
 def test_help_does_not_import_transformers() -> None:
     code = (
         "import sys, train_llama; assert train_llama.main(['--help']) == 0;"

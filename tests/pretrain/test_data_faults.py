@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,11 +18,13 @@ import pytest
 import train_llama
 from lowrank_optim.pretrain import checkpoint, readers
 from lowrank_optim.pretrain import documents as documents_module
+from lowrank_optim.pretrain.build import build
 from lowrank_optim.pretrain.metrics import read_metrics
 from lowrank_optim.pretrain.tokenization import train_bpe
 
 from .conftest import documents
 
+ROOT = Path(__file__).parents[2]
 BAD = 70
 
 
@@ -199,7 +204,11 @@ def test_a_file_that_breaks_off(train: Callable[..., int], data: Path, tmp_path:
 def test_data_is_checked_before_the_model_is_built(
     train: Callable[..., int], data: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lowrank_optim.pretrain.trainer.build", lambda *_, **__: pytest.fail("the model was built"))
+    def on_meta(options: Any, device: Any, **more: Any) -> Any:
+        assert device == "meta", "the model was built"
+        return build(options, device, **more)
+
+    monkeypatch.setattr("lowrank_optim.pretrain.trainer.build", on_meta)
     (data / "a.jsonl").write_text(json.dumps({"content": "x"}) + "\n")
     assert train() == 2
     assert "line 1 has no 'text' string (its fields: content; --text-field names another)" in capfd.readouterr().err
@@ -240,3 +249,48 @@ def test_every_kind_of_fault_is_said_and_left_out(
     warnings = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
     for number, ((why, _), warning) in enumerate(zip(FAULTS, warnings, strict=True)):
         assert warning.startswith(f"warning: left out: {data}/a.jsonl line {10 * number + 1} {why}")
+
+
+@pytest.mark.slow
+def test_two_processes_save_and_stop_at_the_same_fault(tiny_model: Path, tmp_path: Path) -> None:
+    folder, run, whole = tmp_path / "data", tmp_path / "run", tmp_path / "whole"
+    (folder / "validation").mkdir(parents=True)
+    write(folder / "validation" / "a.jsonl", documents(5, 1))
+    train_bpe(documents(50, 0), 320).save_pretrained(tmp_path / "tokenizer")
+    write(folder / "a.jsonl", documents(700, 0))
+    lines = (folder / "a.jsonl").read_text()
+    line = (
+        f"--model {tiny_model} --dataset {folder} --tokenizer {tmp_path / 'tokenizer'} --optimizer-args rank=4"
+        " --seq-len 24 --no-pack --batch-size 64 --max-steps 9 --warmup-steps 1 --save-every 0 --eval-every 0"
+        " --eval-batches 2 --sample-tokens 0 --max-bad-documents 0 --resume auto --allow-changed-data --output-dir"
+    ).split()
+    assert train_llama.main([*line, str(whole), "--accumulate", "2"]) == 0
+    (folder / "a.jsonl").write_text(lines.replace(lines.splitlines()[600], "{"))
+    script = (
+        "import sys; from lowrank_optim.pretrain import documents; documents.LOOK = 1; import train_llama;"
+        "sys.exit(train_llama.main(sys.argv[1:]))"
+    )
+    (tmp_path / "main.py").write_text(script)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    start = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29614",
+        str(tmp_path / "main.py"),
+    ]
+    ended = subprocess.run(
+        [sys.executable, *start, str(tmp_path / "main.py"), *line, str(run), "--accumulate", "1"],
+        env=environment,
+        timeout=300,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode
+    assert ended.stderr.count("a.jsonl line 601 is no JSON") == 2
+    # Four updates of 128 documents come from the first block of 512.
+    assert saved(run) == ["checkpoint-4"]
+    assert losses(run) == pytest.approx(losses(whole)[:4], rel=1e-4)

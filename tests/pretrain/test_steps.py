@@ -42,9 +42,20 @@ def test_evaluation_is_the_mean_over_tokens(tiny_model: Path) -> None:
     legacy = evaluate(model, iter(batches), limit=0, legacy=True, device=cpu)
     assert legacy.loss == pytest.approx(sum(s / n for s, n in zip(sums, counts)) / 4)
     # Two processes with unequal shares agree with one.
-    other = torch.tensor([sums[2], counts[2], sums[2] / counts[2], 1], dtype=torch.float64)
+    other = torch.tensor([sums[2], counts[2], sums[2] / counts[2], 1, 0], dtype=torch.float64)
     both = evaluate(model, iter(batches[:2]), limit=0, legacy=False, device=cpu, reduce=lambda t: t + other)
     assert both.loss == pytest.approx(result.loss)
+
+
+def test_an_evaluation_that_is_stopped(tiny_model: Path) -> None:
+    model = build_model(build_config(str(tiny_model))).train()
+    batches, cpu = make_batches(), torch.device("cpu")
+    asked = iter((False, False, True))
+    assert evaluate(model, iter(batches), limit=0, legacy=False, device=cpu, stopping=lambda: next(asked)).stopped
+    # On another process.
+    other = torch.tensor([0, 0, 0, 0, 1], dtype=torch.float64)
+    assert evaluate(model, iter(batches), limit=0, legacy=False, device=cpu, reduce=lambda t: t + other).stopped
+    assert model.training
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -120,8 +120,7 @@ def test_sigterm_saves_and_the_run_continues(
     with monkeypatch.context() as patch:
         patch.setattr(report.Meter, "update", stop_at_two)
         assert train_llama.main(line) == 128 + signal.SIGTERM
-    # The update in progress when the signal was seen is complete and saved.
-    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["checkpoint-2"]
     assert train_llama.main(line) == 0
     assert rows(tmp_path) == rows(unbroken)
 
@@ -282,13 +281,17 @@ def test_two_processes(arguments: list[str], unbroken: Path, tmp_path: Path) -> 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     # `accelerate launch --cpu --num_processes 2` starts one process.
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29613"]
-    subprocess.run(
-        [sys.executable, *command, str(ROOT / "train_llama.py"), *line], env=environment, check=True, timeout=300
-    )
+    script = [sys.executable, *command, str(ROOT / "train_llama.py"), *line]
+    subprocess.run(script, env=environment, check=True, timeout=300)
     mine, other = rows(tmp_path), rows(unbroken)
     assert json.loads((tmp_path / "checkpoint-8" / "state.json").read_text())["processes"] == 2
     assert mine[:2] == [pytest.approx(row, rel=1e-5) for row in other[:2]]
     assert mine == [pytest.approx(row, rel=1e-3) for row in other]
+    # Both go on from the checkpoint that the first finds whole, and end as they did.
+    (tmp_path / "checkpoint-8" / "model.safetensors").write_bytes(b"torn")
+    subprocess.run([*script, "--resume", "auto"], env=environment, check=True, timeout=300)
+    assert rows(tmp_path) == mine
+    assert (tmp_path / "checkpoint-8.broken").is_dir()
 
 
 @pytest.mark.slow

@@ -59,12 +59,12 @@ class GrowthLimiter(Lift):
     def slots(self, view: View, shape: tuple[int, ...], group: Group) -> Slots:
         return {"update_norm": Slot(view.batch, view.wide.to_real())}
 
-    def limit(self, norm: Tensor, direction: Tensor, state: State, group: Group) -> Tensor:
+    def limit(self, norm: Tensor, direction: Tensor | float, state: State, group: Group) -> Tensor:
         """What an update of this norm is multiplied with, (..., 1, 1); 0 where the norm is not finite.
 
         Args:
             norm: of the update before limiting, (..., 1, 1).
-            direction: norm of Adam's direction, the measure of "nearly nothing", (..., 1, 1).
+            direction: norm of Adam's direction, (..., 1, 1), or what is usual: the measure of "nearly nothing".
         """
         previous, gamma = state["update_norm"].view(norm.shape), group["limiter_gamma"]
         # A comparison is one operation on the device, isfinite() four.
