@@ -39,7 +39,19 @@ NEEDED = ("optimizer.pt", "processes.pt")
 FACTORED = "factored.safetensors"
 # A resumed run must continue the one that was saved; how long it runs and what it reports may change.
 FIXED = (
-    *("dataset", "text_field", "tokenizer", "seq_len", "pack", "model", "dtype", "optimizer", "optimizer_args", "lr"),
+    *(
+        "dataset",
+        "text_field",
+        "tokenizer",
+        "seq_len",
+        "pack",
+        "model",
+        "init",
+        "dtype",
+        "optimizer",
+        "optimizer_args",
+        "lr",
+    ),
     *("weight_decay", "grad_clip", "batch_size", "accumulate", "seed"),
     *("parameterization", "parameterization_args", "restarts", "restart_args", "per_layer", "weights"),
     *("accumulate_dtype", "ranks"),

@@ -201,6 +201,7 @@ def sums_match(config, name, args, accumulate, dtype="fp32", per_layer=True):
     assert found == {**predicted, "weights": predicted["weights"] + buffers}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*reads whole gradients")
 def test_sums_of_micro_batches_are_those_of_the_simulation(tmp_path):
     sums_match(save_config(tmp_path), "GaLoreAdamW", {"rank": 16}, 64, "bf16")

@@ -20,14 +20,9 @@ import torch
 import train_llama
 from lowrank_optim.pretrain import checkpoint, report, steps
 from lowrank_optim.pretrain.metrics import read_metrics
+from tests.pretrain.logs import rows
 
 ROOT = Path(__file__).parents[2]
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    """What was logged, without what another machine or load would change."""
-    of_machine = {"tokens_per_second", "refresh_seconds", "memory_bytes", "peak_memory_bytes"}
-    return [{k: v for k, v in row.items() if k not in of_machine} for row in read_metrics(folder / "metrics.jsonl")]
 
 
 def weights(folder: Path) -> bytes:
@@ -126,6 +121,7 @@ def test_sigterm_saves_and_the_run_continues(
     assert rows(tmp_path) == rows(unbroken)
 
 
+@pytest.mark.slow
 def test_sigkill_and_resume(unbroken: Path, arguments: list[str], tmp_path: Path) -> None:
     line = [*arguments, "--output-dir", str(tmp_path), "--resume", "auto"]
     code = "import sys, torch, train_llama; torch.set_num_threads(1); sys.exit(train_llama.main(sys.argv[1:]))"
