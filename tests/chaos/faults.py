@@ -257,7 +257,8 @@ def saved(folder: Path) -> Any:
     """What its last checkpoint holds."""
     last = checkpoint.checkpoints(folder)[-1]
     state = json.loads((last / "state.json").read_text())
-    files = {name: file for name, file in state["files"].items() if not name.endswith(".pt")}
+    # A tokenizer that was loaded says where from.
+    files = {name: file for name, file in state["files"].items() if name.endswith(".safetensors")}
     optimizer, processes = (torch.load(last / name, weights_only=True) for name in checkpoint.NEEDED)
     for group in optimizer["optimizer"]["param_groups"]:
         # A load gives groups keys that say nothing: "differentiable" is False and "clip_norm" None.
