@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 TRAIN = [
     "accelerate>=1.3",
+    "bitsandbytes>=0.50; platform_system == 'Linux'",
     "datasets>=3.2",
     "filelock>=3.12",
     "pyyaml>=6.0",
@@ -29,14 +30,9 @@ setup(
     # Hugging Face distribution "kernels", which transformers probes by that very name.
     packages=find_packages(include=["lowrank_optim*"]) + find_packages("kernels"),
     package_dir={"lowrank_kernels": "kernels/lowrank_kernels"},
-    package_data={"lowrank_optim": ["py.typed"], "lowrank_kernels": ["py.typed"]},
-    install_requires=[
-        "torch>=2.6",
-        "numpy>=1.26",
-        "accelerate>=1.3; platform_system == 'Linux'",
-        "bitsandbytes>=0.50; platform_system == 'Linux'",
-        "triton>=3.2; platform_system == 'Linux'",
-    ],
+    package_data={"lowrank_optim": ["py.typed", "configs/*.yaml"], "lowrank_kernels": ["py.typed"]},
+    # On Linux torch brings triton.
+    install_requires=["torch>=2.6", "numpy>=1.26"],
     extras_require={
         "train": TRAIN,
         "test": [
@@ -53,7 +49,12 @@ setup(
         "plots": [PLOTS],
         "peers": ["galore-torch==1.0", "apollo-torch==1.0.3", "fira==1.0.2"],
     },
-    entry_points={"console_scripts": ["lowrank-memory = lowrank_optim.memory.cli:main"]},
+    entry_points={
+        "console_scripts": [
+            "lowrank-memory = lowrank_optim.memory.cli:main",
+            "lowrank-train = lowrank_optim.cli.main:main",
+        ]
+    },
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

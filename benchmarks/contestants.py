@@ -1,4 +1,4 @@
-"""Who is measured: every public optimizer of this package, torch's AdamW, and the published packages."""
+"""Who is measured: every public optimizer of this package, torch's AdamW and Muon, and the published packages."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "GaLoreAdafactor": {"scale_parameter": False},
     # Published with a new subspace at every step.
     "DCTAdamW": {"update_proj_gap": 1},
+    "LDAdamW": {"update_proj_gap": 1},
     "Trion": {"update_proj_gap": 1},
     "APOLLOMini": {"rank": 1},
 }
@@ -54,6 +55,7 @@ def contestants() -> Iterator[Contestant]:
             yield Contestant(label, _own(optimizer, arguments), arguments)
     for way in ("foreach", "fused"):
         yield Contestant(f"torch AdamW {way}", _torch_adamw(way), {way: True})
+    yield Contestant("torch Muon", _torch_muon, {})
     for label, (module, cls, group, arguments) in PEERS.items():
         yield Contestant(label, _peer(module, cls, group, arguments), {**group, **arguments})
 
@@ -77,6 +79,13 @@ def _own(name: str, arguments: Mapping[str, Any]) -> Callable[[Sequence[nn.Param
 
 def _torch_adamw(way: str) -> Callable[[Sequence[nn.Parameter], int], Optimizer]:
     return lambda params, rank: torch.optim.AdamW(params, lr=LR, **{way: True})  # type: ignore[arg-type]
+
+
+def _torch_muon(params: Sequence[nn.Parameter], rank: int) -> Optimizer:
+    # New in torch 2.9.
+    from torch.optim import Muon
+
+    return Muon(params, lr=LR)
 
 
 # label: module, class, the keys of its low-rank group beside the gap, arguments of its constructor.

@@ -12,11 +12,14 @@ from torch.utils._pytree import tree_leaves
 from lowrank_optim.ops import pick
 from lowrank_optim.ops.adam8bit_direction import adam8bit_direction
 from lowrank_optim.ops.adam_direction import adam_direction
+from lowrank_optim.ops.adam_update import adam_update_
 from lowrank_optim.ops.blockwise import BLOCK
 from lowrank_optim.ops.dct_select import dct_select
 from lowrank_optim.ops.gaussian import gaussian
 from lowrank_optim.ops.gram import gram
+from lowrank_optim.ops.int4 import dequantize_int4, group_count, packed_shape, quantize_int4_
 from lowrank_optim.ops.int8_weight import quantize_int8_weight_, scale_shape
+from lowrank_optim.ops.limited_scale import limited_scale
 from lowrank_optim.ops.lowrank_update import lowrank_update_
 from lowrank_optim.ops.lowrank_update_int8 import lowrank_update_int8_
 from lowrank_optim.ops.move_columns import move_columns_
@@ -125,6 +128,45 @@ def _adam8bit_direction(size: Size, device: torch.device) -> Case:
     # bf16 in; two moments of a byte in and out, with their scales; fp32 out.
     moved = (2 + 4 + 4) * size.rows * size.rank + 16 * blocks
     return Case(adam8bit_direction, tensors, options, moved, mutated=tuple(tensors)[1:])
+
+
+def _adam_update(size: Size, device: torch.device) -> Case:
+    shape = (size.rows, size.rank)
+    tensors = {"weight": _random(*shape, device=device), "grad": _random(*shape, device=device)}
+    tensors |= {name: torch.zeros(shape, device=device) for name in ("exp_avg", "exp_avg_sq")}
+    options = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "alpha": -0.03, "decay": 0.99}
+    # bf16 in; a bf16 weight and two fp32 moments in and out.
+    moved = (2 + 4 + 16) * size.rows * size.rank
+    return Case(adam_update_, tensors, options, moved, mutated=("exp_avg", "exp_avg_sq", "weight"))
+
+
+def _limited_scale(size: Size, device: torch.device) -> Case:
+    """Fira's, with what is to be projected back."""
+    low, direction = (_random(size.rows, size.rank, device=device, dtype=torch.float32) for _ in range(2))
+    norms = torch.stack([low.norm(dim=1), direction.norm(dim=1)])
+    tensors = {
+        "norms": norms,
+        "grad_norms": 3 * low.norm(dim=1, keepdim=True),
+        # So small that the limiter has something to do.
+        "update_norm": direction.norm() / 4,
+        "low": low,
+        "direction": direction,
+    }
+    options = {"gamma": 1.01, "inner": 0.25, "alpha": 0.25, "dtype": torch.bfloat16}
+    return Case(limited_scale, tensors, options, (4 + 4 + 2) * low.numel(), mutated=("update_norm",))
+
+
+def _dequantize_int4(size: Size, device: torch.device) -> Case:
+    values = _random(size.columns, size.rank, device=device)
+    groups = group_count(size.columns, size.rank, BLOCK)
+    tensors = {
+        "codes": torch.zeros(packed_shape(size.columns, size.rank), dtype=torch.uint8, device=device),
+        "scale": torch.zeros(groups, device=device),
+        "zero": torch.zeros(groups, dtype=torch.uint8, device=device),
+    }
+    quantize_int4_(**tensors, values=values, group_size=BLOCK)
+    options = {"columns": size.rank, "group_size": BLOCK, "dtype": torch.bfloat16}
+    return Case(dequantize_int4, tensors, options, tensors["codes"].nbytes + values.nbytes)
 
 
 def _product(size: Size, device: torch.device) -> dict[str, Tensor]:
@@ -245,6 +287,6 @@ def _sddmm(size: Size, device: torch.device) -> Case:
 # Those that most methods launch in every step, and the others.
 MOST_USED = (
     _adam_direction, _adam8bit_direction, _lowrank_update, _rescaled_update, _rescaled_columns, _two_sided_update,
-    _lowrank_update_int8, _gaussian,
+    _lowrank_update_int8, _gaussian, _adam_update, _limited_scale,
 )  # fmt: skip
-MAKERS = (*MOST_USED, _dct_select, _move_columns, _gram, _square, _sltrain_weight, _sddmm)
+MAKERS = (*MOST_USED, _dequantize_int4, _dct_select, _move_columns, _gram, _square, _sltrain_weight, _sddmm)

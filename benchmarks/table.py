@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lowrank_optim
-from benchmarks import aot_table, memory_7b, parameterizations_table
+from benchmarks import aot_table, launches, memory_7b, parameterizations_table
 from benchmarks.common import read_result
 from benchmarks.contestants import ARGUMENTS, own_names
 from benchmarks.gpu import table as gpu_table
@@ -130,21 +130,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing, fail where a file is out of date")
     options = parser.parse_args(argv)
-    readme = README.read_text(encoding="utf-8")
     try:
-        new = replaced(readme, current())
+        new = replaced(README.read_text(encoding="utf-8"), current())
         for table in (memory_7b, parameterizations_table):
             new = replaced(new, table.current(), table.BEGIN)
-        changed = [(README, readme, new)]
-        for table in (aot_table, gpu_table):
-            page = table.PAGE.read_text(encoding="utf-8")
-            changed.append((table.PAGE, page, replaced(page, table.current(), table.BEGIN)))
+        pages = {README: new}
+        for table in (launches, aot_table, gpu_table):
+            page = pages.get(table.PAGE) or table.PAGE.read_text(encoding="utf-8")
+            pages[table.PAGE] = replaced(page, table.current(), table.BEGIN)
     except ValueError as error:
         raise SystemExit(f"benchmarks.table: error: {error}") from error
-    for path, old, text in changed:
+    for path, text in pages.items():
         if not options.check:
             path.write_text(text, encoding="utf-8")
-        elif text != old:
+        elif text != path.read_text(encoding="utf-8"):
             raise SystemExit(f"benchmarks.table: error: {path.name} is out of date; run python -m benchmarks.table")
 
 

@@ -43,6 +43,8 @@ def targets(figures: Mapping[str, Any]) -> Iterator[Target]:
     yield from step("GaLoreAdamW", "galore-torch GaLoreAdamW", 0.85)
     yield from step("FiraAdamW", "GaLoreAdamW", 1.2)
     yield from step("FiraAdamW", "fira FiraAdamW", 0.45)
+    yield from step("DCTAdamW", "LDAdamW", 1.0)
+    yield from step("Trion", "torch Muon", 1.0)
     # A subspace iteration projects and back-projects once as well.
     svd, power = (figures["refresh"][kind] for kind in ("svd", "power"))
     bound = svd["seconds"]["median"] / figures["floor_seconds"]["median"]

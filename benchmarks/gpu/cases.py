@@ -74,7 +74,8 @@ def checks(device: torch.device) -> list[Check]:
     found += [
         Check(f"{name}, {label}, one NaN", partial(_made, MAKER[name], size, device, change), judge_nan)
         for name, label, change in CHANGED
-        if label in ("stochastic", "compensated", "bf16 moments")
+        # A step counts a value that is not finite as zero.
+        if label in ("stochastic", "compensated", "bf16 moments") and name != "adam_update"
     ]
     return sorted(found, key=lambda check: not check.most_used)
 
@@ -200,6 +201,12 @@ CHANGED: list[tuple[str, str, Change]] = [
     ("adam_direction", "bf16 moments", bf16_moments),
     ("adam_direction", "norms", with_norms),
     ("adam_direction", "eps on the device", lambda case: on_device(with_moments(case))),
+    ("adam_update", "random moments", with_moments),
+    ("adam_update", "stochastic", stochastic),
+    ("adam_update", "compensated", compensated),
+    ("adam_update", "bf16 moments", bf16_moments),
+    ("adam_update", "fp32", lambda case: in_fp32(with_moments(case))),
+    ("adam_update", "scalars on the device", lambda case: on_device(compensated(case))),
     ("adam8bit_direction", "random moments", with_moments),
     ("adam8bit_direction", "norms", with_norms),
 ]

@@ -1,4 +1,4 @@
-"""What wrappers share, checks of their operands, and where the stored entries of a tile of a sparse matrix stand.
+"""What kernels and wrappers share, checks of operands, and where the stored entries of a tile of a sparse matrix stand.
 
 For the packings see ``lowrank_optim.ops.support``. Entries are sorted by position. A tile finds its share of each of
 its rows by bisection, so that neither atomics nor an order of their own are needed.
@@ -17,6 +17,16 @@ from lowrank_optim.ops.support import positions
 
 INDICES = (torch.int32, torch.int64)
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; triton's takes ten times as long, and a launch takes it several times."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least one that is at least n >= 1."""
+    return 1 << (n - 1).bit_length()
 
 
 def check_operand(
@@ -79,6 +89,17 @@ def check_scalar(name: str, value: object, device: torch.device, dtypes: Sequenc
         raise ValueError(
             f"Invalid {name}: {found}, expected a number or one element {' or '.join(map(str, dtypes))} on {device}"
         )
+
+
+@triton.jit
+def all_finite(values_ptr, count):
+    """Whether ``count`` fp32 values are neither NaN nor infinite."""
+    bad = tl.zeros((1024,), dtype=tl.int32)
+    for first in range(0, count, 1024):
+        at = first + tl.arange(0, 1024)
+        values = tl.load(values_ptr + at, mask=at < count, other=0.0)
+        bad = tl.where(tl.abs(values) < float("inf"), bad, 1)
+    return tl.max(bad, 0) == 0
 
 
 @triton.jit

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import check_operand, check_scalar
-from lowrank_kernels.adam_direction import SCALARS, adam
+from lowrank_kernels._support import all_finite, cdiv, check_operand, check_scalar
+from lowrank_kernels.adam_direction import SCALARS, STAYS, adam, check_verdict, move_elements
+from lowrank_kernels.rounding import round_to_nearest
 from lowrank_optim.ops.blockwise import BLOCK, GREATEST_SCALE, LEAST_SCALE, search_tables
 
 # Blocks of 256 values a program: 4 values a thread of 4 warps.
@@ -36,27 +37,39 @@ def quantize(
     return code.to(tl.uint8), scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key_weight", "start"])
 def adam8bit_direction_kernel(
     grad_ptr,  # (n,) R, any floating dtype
     exp_avg_ptr,  # (n,) codes of M, modified in place
     exp_avg_scale_ptr,  # (ceil(n / 256),) likewise
     exp_avg_sq_ptr,  # (n,) codes of V, likewise
     exp_avg_sq_scale_ptr,  # (ceil(n / 256),) likewise
-    direction_ptr,  # (n,) N, fp32
+    direction_ptr,  # (n,) N, any floating dtype, or None
+    ok_ptr,  # (looked,) fp32, or None
+    weight_ptr,  # (n,) W, modified in place, in the place of N; or None
+    correction_ptr,  # (n,) int8, modified in place, or None
     signed_map_ptr,  # (256,) the values of codes
     signed_table_ptr,  # (65536,) int32
     signed_bounds_ptr,  # (256,)
     unsigned_map_ptr,
     unsigned_table_ptr,
     unsigned_bounds_ptr,
+    key_weight,  # of the random bits that round W: an int32, or a pointer to one
+    start,  # position of the first element among all that share the key
+    looked,
     n,
     beta1,
     beta2,
     one_minus_beta1,
     one_minus_beta2,
     eps,  # a number, or a pointer to one
+    alpha,  # likewise
+    decay,  # likewise
     EPS_ON_DEVICE: tl.constexpr,
+    ALPHA_ON_DEVICE: tl.constexpr,
+    DECAY_ON_DEVICE: tl.constexpr,
+    KEY_ON_DEVICE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     LEAST_SCALE: tl.constexpr,
@@ -64,12 +77,22 @@ def adam8bit_direction_kernel(
 ):
     if EPS_ON_DEVICE:
         eps = tl.load(eps).to(tl.float32)
+    if ALPHA_ON_DEVICE:
+        alpha = tl.load(alpha).to(tl.float32)
+    if DECAY_ON_DEVICE:
+        decay = tl.load(decay).to(tl.float32)
+    if KEY_ON_DEVICE:
+        key_weight = tl.load(key_weight)
     # int64: a 7B embedding has 1.3e8 elements, a larger vocabulary passes 2^31.
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[:, None]
     offsets = block * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = offsets < n
     used = block * BLOCK < n
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if ok_ptr is not None:
+        grad = tl.where(all_finite(ok_ptr, looked), grad, 0.0)
+    if weight_ptr is not None:
+        grad = tl.where(tl.abs(grad) < float("inf"), grad, 0.0)
     code = tl.load(exp_avg_ptr + offsets, mask=mask, other=0).to(tl.int32)
     exp_avg = tl.load(signed_map_ptr + code) * tl.load(exp_avg_scale_ptr + block, mask=used, other=0.0)
     code = tl.load(exp_avg_sq_ptr + offsets, mask=mask, other=0).to(tl.int32)
@@ -77,7 +100,10 @@ def adam8bit_direction_kernel(
     exp_avg, exp_avg_sq, direction = adam(
         grad, exp_avg, exp_avg_sq, beta1, beta2, one_minus_beta1, one_minus_beta2, eps
     )
-    tl.store(direction_ptr + offsets, direction, mask=mask)
+    if weight_ptr is None:
+        tl.store(direction_ptr + offsets, round_to_nearest(direction, direction_ptr.dtype.element_ty), mask=mask)
+    else:
+        move_elements(weight_ptr, correction_ptr, offsets, mask, direction, alpha, decay, key_weight, start, ROUNDING)
     # A last block that is not full must not get its scale from what is past the end.
     exp_avg = tl.where(mask, exp_avg, 0.0)
     code, scale = quantize(exp_avg, signed_table_ptr, signed_bounds_ptr, LEAST_SCALE, GREATEST_SCALE, SIGNED=True)
@@ -93,7 +119,8 @@ def adam8bit_direction_kernel(
 
 def adam8bit_direction(
     grad: Tensor, exp_avg_codes: Tensor, exp_avg_scale: Tensor, exp_avg_sq_codes: Tensor, exp_avg_sq_scale: Tensor,
-    *, beta1: float, beta2: float, eps: float | Tensor, norms: Tensor | None = None,
+    *, beta1: float, beta2: float, eps: float | Tensor, norms: Tensor | None = None, ok: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """See ``lowrank_optim.ops.adam8bit_direction``; computed in fp32.
 
@@ -101,22 +128,21 @@ def adam8bit_direction(
         ValueError: tensors that do not fit the gradient, or moments that are not contiguous.
     """
     shape, device, n = grad.shape, grad.device, grad.numel()
-    blocks = (triton.cdiv(n, BLOCK),)
-    check_operand("grad", grad, shape, device, contiguous=False)
-    check_operand("exp_avg_codes", exp_avg_codes, shape, device, (torch.uint8,))
-    check_operand("exp_avg_scale", exp_avg_scale, blocks, device, (torch.float32,))
-    check_operand("exp_avg_sq_codes", exp_avg_sq_codes, shape, device, (torch.uint8,))
-    check_operand("exp_avg_sq_scale", exp_avg_sq_scale, blocks, device, (torch.float32,))
+    check_codes(grad, exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale)
     check_scalar("eps", eps, device, SCALARS)
+    check_verdict(ok, device)
     if norms is not None:
         check_operand("norms", norms, (2, *shape[:-1]), device, (torch.float32,))
-    direction = torch.empty(shape, dtype=torch.float32, device=device)
+        # A gradient that counts as zeros has the norms of zeros.
+        grad = grad if ok is None else torch.where(ok.isfinite().all(), grad, 0)
+        ok = None
+    direction = torch.empty(shape, dtype=torch.float32 if dtype is None else dtype, device=device)
     if n:
         tables = search_tables(device)
-        adam8bit_direction_kernel[(triton.cdiv(n, BLOCK * BLOCKS),)](
-            grad.contiguous(), exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale, direction,
-            *tables[True], *tables[False], n, beta1, beta2, 1 - beta1, 1 - beta2, eps,
-            EPS_ON_DEVICE=isinstance(eps, Tensor), **FORMAT,
+        adam8bit_direction_kernel[(cdiv(n, BLOCK * BLOCKS),)](
+            grad.contiguous(), exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale, direction, ok, None,
+            None, *tables[True], *tables[False], 0, 0, 0 if ok is None else ok.numel(), n, beta1, beta2, 1 - beta1,
+            1 - beta2, eps, 1.0, 1.0, EPS_ON_DEVICE=isinstance(eps, Tensor), **STAYS, **FORMAT,
         )  # fmt: skip
     if norms is not None:
         # Not in the kernel: blocks do not end where rows do.
@@ -125,17 +151,43 @@ def adam8bit_direction(
     return direction
 
 
+def check_codes(
+    grad: Tensor, exp_avg: Tensor, exp_avg_scale: Tensor, exp_avg_sq: Tensor, exp_avg_sq_scale: Tensor
+) -> None:
+    """Raise ValueError where codes and scales are not those of moments of the gradient's shape."""
+    shape, device, blocks = grad.shape, grad.device, (cdiv(grad.numel(), BLOCK),)
+    check_operand("grad", grad, shape, device, contiguous=False)
+    check_operand("exp_avg_codes", exp_avg, shape, device, (torch.uint8,))
+    check_operand("exp_avg_scale", exp_avg_scale, blocks, device, (torch.float32,))
+    check_operand("exp_avg_sq_codes", exp_avg_sq, shape, device, (torch.uint8,))
+    check_operand("exp_avg_sq_scale", exp_avg_sq_scale, blocks, device, (torch.float32,))
+
+
 def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
-    """fp32 and bf16 gradients: label, kernel, signature, constants, options."""
-    constants = {"EPS_ON_DEVICE": False, **FORMAT}
-    types = {"exp_avg_ptr": "*u8", "exp_avg_sq_ptr": "*u8", "n": "i32"}
-    types |= {"signed_table_ptr": "*i32", "unsigned_table_ptr": "*i32"}
+    """Low-rank gradients and whole steps: label, kernel, signature, constants, options."""
+    types = {
+        "exp_avg_ptr": "*u8",
+        "exp_avg_sq_ptr": "*u8",
+        "n": "i32",
+        "looked": "i32",
+        "key_weight": "i32",
+        "start": "i32",
+    }
+    types |= {"signed_table_ptr": "*i32", "unsigned_table_ptr": "*i32", "direction_ptr": "*bf16"}
     cases: list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]] = []
-    for grad in ("fp32", "bf16"):
+    for label, grad, rounding in (
+        ("adam8bit_direction fp32", "fp32", None),
+        ("adam_update bf16, moments int8", "bf16", "nearest"),
+        ("adam_update bf16, moments int8, stochastic", "bf16", "stochastic"),
+    ):
+        constants: dict[str, object] = {"EPS_ON_DEVICE": False, **STAYS, **FORMAT, "correction_ptr": None}
+        constants |= dict.fromkeys(("weight_ptr",) if rounding is None else ("direction_ptr", "ok_ptr"))
+        constants |= {} if rounding is None else {"ROUNDING": rounding}
         signature = {
             name: "constexpr" if name in constants else types.get(name, "*fp32" if name.endswith("_ptr") else "fp32")
             for name in adam8bit_direction_kernel.arg_names
         }
         signature["grad_ptr"] = f"*{grad}"
-        cases.append((f"adam8bit_direction {grad}", adam8bit_direction_kernel, signature, dict(constants), {}))
+        signature |= {} if rounding is None else {"weight_ptr": f"*{grad}"}
+        cases.append((label, adam8bit_direction_kernel, signature, constants, {}))
     return cases

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_kernels._support import cdiv
 from lowrank_optim.ops.chunks import as_batch
 from lowrank_optim.ops.dct_select import dct_select as eager
 from lowrank_optim.ops.dct_select import greatest
@@ -51,10 +52,10 @@ def dct_select(scored: Tensor, rank: int, *, ell_norm: int) -> Tensor:
     shape = scored.shape
     scored = as_batch("scored", scored if scored.stride(-1) == 1 else scored.contiguous())
     matrices, rows, columns = scored.shape
-    parts = triton.cdiv(rows, ROWS)
+    parts = cdiv(rows, ROWS)
     partial = torch.empty(matrices, parts, columns, dtype=torch.float32, device=scored.device)
     if partial.numel():
-        column_scores_kernel[(triton.cdiv(columns, BLOCK_COLUMNS), parts, matrices)](
+        column_scores_kernel[(cdiv(columns, BLOCK_COLUMNS), parts, matrices)](
             scored, partial, rows, columns, *scored.stride()[:2], SQUARE=ell_norm == 2,
             ROWS=ROWS, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS,
         )  # fmt: skip

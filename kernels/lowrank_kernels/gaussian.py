@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import check_scalar
+from lowrank_kernels._support import cdiv, check_scalar
 from lowrank_kernels.rounding import random_bits
 
 BLOCK = 1024
@@ -43,6 +43,7 @@ def gaussian_kernel(
     key,  # an int32, or a pointer to one
     first,  # number of the first matrix
     size,
+    scale,  # what all are multiplied with
     half,  # the pairs of Box and Muller: elements i and half + i
     KEY_ON_DEVICE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -56,7 +57,7 @@ def gaussian_kernel(
     other = one + half
     start = (first + matrix) * 2 * half
     word = tl.full((BLOCK,), 0, tl.int32) + word
-    radius = tl.sqrt(-2.0 * tl.log(uniform(one + start, word)))
+    radius = scale * tl.sqrt(-2.0 * tl.log(uniform(one + start, word)))
     cosine, sine = cosine_and_sine(uniform(other + start, word))
     out_ptr += matrix.to(tl.int64) * size
     tl.store(out_ptr + one, radius * cosine, mask=one < half)
@@ -65,7 +66,7 @@ def gaussian_kernel(
 
 def gaussian(
     rows: int, columns: int, *, key: int | Tensor, dtype: torch.dtype, device: torch.device,
-    batch: Sequence[int] = (), first: int = 0,
+    batch: Sequence[int] = (), first: int = 0, scale: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """See ``lowrank_optim.ops.gaussian``; computed in fp32 whatever the dtype.
 
@@ -80,8 +81,8 @@ def gaussian(
     check_scalar("key", key, device, (torch.int32,))
     out = torch.empty(*batch, rows, columns, dtype=dtype, device=device)
     if out.numel():
-        gaussian_kernel[(triton.cdiv(half, BLOCK), matrices)](
-            out, key, first, size, half, KEY_ON_DEVICE=isinstance(key, Tensor), BLOCK=BLOCK
+        gaussian_kernel[(cdiv(half, BLOCK), matrices)](
+            out, key, first, size, scale, half, KEY_ON_DEVICE=isinstance(key, Tensor), BLOCK=BLOCK
         )
     return out
 
@@ -96,6 +97,7 @@ def aot_cases():
                 "key": key,
                 "first": "i32",
                 "size": "i32",
+                "scale": "fp32",
                 "half": "i32",
                 "KEY_ON_DEVICE": "constexpr",
                 "BLOCK": "constexpr",

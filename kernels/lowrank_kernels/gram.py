@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import check_operand
+from lowrank_kernels._support import cdiv, check_operand
 from lowrank_optim.ops.chunks import as_batch
 from lowrank_optim.ops.gram import gram as eager
 
@@ -81,7 +81,7 @@ def gram(x: Tensor, addend: Tensor | None = None, *, alpha: float = 1.0, beta: f
     out = torch.empty(*batch, columns, columns, dtype=x.dtype, device=x.device)
     if out.numel():
         x = as_batch("x", x)
-        blocks = triton.cdiv(columns, BLOCK)
+        blocks = cdiv(columns, BLOCK)
         gram_kernel[(blocks * (blocks + 1) // 2, x.shape[0])](
             x, out if addend is None else addend.contiguous(), out, rows, columns, *x.stride(), alpha, beta,
             ADD=addend is not None, BLOCK=BLOCK, BLOCK_K=BLOCK_K, num_warps=8, num_stages=2,

@@ -9,20 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import check_operand, check_scales
-from lowrank_kernels.rounding import (
-    join_24_bits,
-    random_bits,
-    round_to_bfloat16,
-    round_to_nearest,
-    split_24_bits,
-)
-from lowrank_kernels.tiles import (
-    add_product,
-    grouped_tile,
-    rescaled,
-    tile_options,
-)
+from lowrank_kernels._support import cdiv, check_operand, check_scales
+from lowrank_kernels.rounding import join_24_bits, store_rounded
+from lowrank_kernels.tiles import add_product, grouped_tile, rescaled, tile_options
 from lowrank_optim.ops.chunks import as_batch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -31,10 +20,10 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 @triton.jit
 def move(
     product, rows, columns, weight_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, correction_ptr, key, start, decay,
-    m, n, weight_stride_m, weight_stride_n, grad_stride_m, grad_stride_n,
+    grad_alpha, m, n, weight_stride_m, weight_stride_n, grad_stride_m, grad_stride_n,
     ONE_ROW_SCALE: tl.constexpr, ROUNDING: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """weight = decay weight + product + row_scale grad column_scale, for one tile."""
+    """weight = decay weight + product + grad_alpha row_scale grad column_scale, for one tile."""
     mask = (rows < m)[:, None] & (columns < n)[None, :]
     if WIDE:
         rows, columns = rows.to(tl.int64), columns.to(tl.int64)
@@ -48,18 +37,10 @@ def move(
     if grad_ptr is not None:
         grad = grad_ptr + rows[:, None] * grad_stride_m + columns[None, :] * grad_stride_n
         grad = tl.load(grad, mask=mask, other=0.0)
-        value += rescaled(grad, rows, columns, row_scale_ptr, column_scale_ptr, m, n, ONE_ROW_SCALE)
+        value += grad_alpha * rescaled(grad, rows, columns, row_scale_ptr, column_scale_ptr, m, n, ONE_ROW_SCALE)
 
-    if ROUNDING == "nearest":
-        tl.store(weight, round_to_nearest(value, weight_ptr.dtype.element_ty), mask=mask)
-    else:
-        bits = random_bits(position + start, tl.zeros_like(product).to(tl.int32) + key)
-        if ROUNDING == "stochastic":
-            tl.store(weight, round_to_bfloat16(value, bits), mask=mask)
-        else:
-            high, correction = split_24_bits(value, bits)
-            tl.store(weight, high, mask=mask)
-            tl.store(correction_ptr + position, correction, mask=mask)
+    correction = weight if correction_ptr is None else correction_ptr + position
+    store_rounded(weight, correction, value, position + start, key, mask, ROUNDING)
 
 
 @triton.jit
@@ -81,6 +62,7 @@ def lowrank_update_kernel(
     key,  # an int32, or a pointer to one
     alpha,  # a number, or a pointer to one
     decay,  # likewise
+    grad_alpha,  # likewise
     m,
     n,
     rank,
@@ -101,6 +83,7 @@ def lowrank_update_kernel(
     KEY_ON_DEVICE: tl.constexpr,
     ALPHA_ON_DEVICE: tl.constexpr,
     DECAY_ON_DEVICE: tl.constexpr,
+    GRAD_ALPHA_ON_DEVICE: tl.constexpr,
     WIDE: tl.constexpr,  # 2^31 elements or more in a matrix
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -129,12 +112,15 @@ def lowrank_update_kernel(
         alpha = tl.load(alpha).to(tl.float32)
     if DECAY_ON_DEVICE:
         decay = tl.load(decay).to(tl.float32)
+    if GRAD_ALPHA_ON_DEVICE:
+        grad_alpha = tl.load(grad_alpha).to(tl.float32)
 
     product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if left_ptr is None:
         move(
             product, rows, columns, weight_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, correction_ptr, key, start,
-            decay, m, n, weight_stride_m, weight_stride_n, grad_stride_m, grad_stride_n, ONE_ROW_SCALE, ROUNDING, WIDE,
+            decay, grad_alpha, m, n, weight_stride_m, weight_stride_n, grad_stride_m, grad_stride_n, ONE_ROW_SCALE,
+            ROUNDING, WIDE,
         )  # fmt: skip
     else:
         left_ptr += matrix * left_stride_e
@@ -157,7 +143,7 @@ def lowrank_update_kernel(
             columns = first + i * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
             move(
                 quarters[i], rows, columns, weight_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, correction_ptr, key,
-                start, decay, m, n, weight_stride_m, weight_stride_n, grad_stride_m, grad_stride_n,
+                start, decay, grad_alpha, m, n, weight_stride_m, weight_stride_n, grad_stride_m, grad_stride_n,
                 ONE_ROW_SCALE, ROUNDING, WIDE,
             )  # fmt: skip
 
@@ -170,6 +156,7 @@ def lowrank_update_(
     alpha: float | Tensor = 1.0,
     decay: float | Tensor = 1.0,
     grad: Tensor | None = None,
+    grad_alpha: float | Tensor = 1.0,
     row_scale: Tensor | None = None,
     column_scale: Tensor | None = None,
     key: int | Tensor | None = None,
@@ -202,15 +189,16 @@ def lowrank_update_(
     grad = None if grad is None else as_batch("grad", grad)
     one = row_scale is not None and row_scale.shape[-2] == 1
     row_scale, column_scale = (None if x is None else x.contiguous() for x in (row_scale, column_scale))
-    alpha, decay = (on_device(device, x) for x in (alpha, decay))
+    alpha, decay, grad_alpha = (on_device(device, x) for x in (alpha, decay, grad_alpha))
     options = launch_options(weight.dtype, rank)
-    tiles = triton.cdiv(m, options["BLOCK_M"]) * triton.cdiv(n, options["BLOCK_N"])
+    tiles = cdiv(m, options["BLOCK_M"]) * cdiv(n, options["BLOCK_N"])
     lowrank_update_kernel[(tiles, weight.shape[0])](
         weight, left, right, grad, row_scale, column_scale, correction, 0 if key is None else key, alpha, decay,
-        m, n, rank, *weight.stride(), *strides(left), *strides(right), *strides(grad), ONE_ROW_SCALE=one,
+        grad_alpha, m, n, rank, *weight.stride(), *strides(left), *strides(right), *strides(grad), ONE_ROW_SCALE=one,
         ROUNDING="compensated" if correction is not None else "stochastic" if rounds else "nearest",
         KEY_ON_DEVICE=isinstance(key, Tensor), ALPHA_ON_DEVICE=isinstance(alpha, Tensor),
-        DECAY_ON_DEVICE=isinstance(decay, Tensor), WIDE=m * n >= 2**31, **options,
+        DECAY_ON_DEVICE=isinstance(decay, Tensor), GRAD_ALPHA_ON_DEVICE=isinstance(grad_alpha, Tensor),
+        WIDE=m * n >= 2**31, **options,
     )  # fmt: skip
 
 
@@ -249,7 +237,7 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
     ]:
         options: dict[str, Any] = launch_options(dtype, 256 if product else 0)
         launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-        flags = ("ONE_ROW_SCALE", "KEY_ON_DEVICE", "ALPHA_ON_DEVICE", "DECAY_ON_DEVICE", "WIDE")
+        flags = ("ONE_ROW_SCALE", "KEY_ON_DEVICE", "ALPHA_ON_DEVICE", "DECAY_ON_DEVICE", "GRAD_ALPHA_ON_DEVICE", "WIDE")
         strides = ("weight_stride_n", "left_stride_k", "right_stride_k", "grad_stride_n")
         constants: dict[str, object] = {**options, "ROUNDING": rounding}
         constants |= {**dict.fromkeys(flags, False), **dict.fromkeys(strides, 1), **absent(product, scales)}
@@ -257,7 +245,7 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
             constants["correction_ptr"] = None
         pointers = dict.fromkeys(("weight_ptr", "left_ptr", "right_ptr", "grad_ptr"), types[dtype])
         pointers |= dict.fromkeys(ROWS + COLUMNS, "*fp32")
-        pointers |= {"correction_ptr": "*i8", "alpha": "fp32", "decay": "fp32"}
+        pointers |= {"correction_ptr": "*i8", **dict.fromkeys(("alpha", "decay", "grad_alpha"), "fp32")}
         signature = {
             name: "constexpr" if name in constants else pointers.get(name, "i32")
             for name in lowrank_update_kernel.arg_names

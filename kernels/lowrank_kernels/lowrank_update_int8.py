@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import FLOATING, check_operand, check_scales
+from lowrank_kernels._support import FLOATING, cdiv, check_operand, check_scales, power_of_2
 from lowrank_kernels.lowrank_update import COLUMNS, ROWS, absent, gradient, halves, on_device, strides
 from lowrank_kernels.rounding import random_bits
 from lowrank_kernels.tiles import add_product, grouped_tile, rescaled
@@ -20,10 +20,10 @@ QUARTER = tl.constexpr(64)
 
 @triton.jit
 def moved(
-    product, rows, columns, codes_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, step, decay, m, n,
-    grad_stride_m, grad_stride_n, ONE_ROW_SCALE: tl.constexpr,
+    product, rows, columns, codes_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, step, decay, grad_alpha,
+    m, n, grad_stride_m, grad_stride_n, ONE_ROW_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """decay weight + product + rescaled grad in fp32, for some columns of a group; 0 outside of the weight."""
+    """decay weight + product + grad_alpha rescaled grad, fp32, for some columns of a group; 0 outside of the weight."""
     mask = (rows < m)[:, None] & (columns < n)[None, :]
     code = tl.load(codes_ptr + rows[:, None] * n + columns[None, :], mask=mask, other=0)
     value = code.to(tl.float32) * step[:, None] * decay + tl.where(mask, product, 0.0)
@@ -31,25 +31,25 @@ def moved(
         grad = tl.load(
             grad_ptr + rows[:, None] * grad_stride_m + columns[None, :] * grad_stride_n, mask=mask, other=0.0
         )
-        value += rescaled(grad, rows, columns, row_scale_ptr, column_scale_ptr, m, n, ONE_ROW_SCALE)
+        value += grad_alpha * rescaled(grad, rows, columns, row_scale_ptr, column_scale_ptr, m, n, ONE_ROW_SCALE)
     return value
 
 
 @triton.jit
 def moved_half(
-    product, rows, first, codes_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, step, decay, m, n,
-    grad_stride_m, grad_stride_n, ONE_ROW_SCALE: tl.constexpr,
+    product, rows, first, codes_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, step, decay, grad_alpha,
+    m, n, grad_stride_m, grad_stride_n, ONE_ROW_SCALE: tl.constexpr,
 ):  # fmt: skip
     """Two quarters of a group, one after the other to save registers, and the largest magnitudes of their rows."""
     one, two = halves(product)
     columns = first + tl.arange(0, QUARTER)
     one = moved(
-        one, rows, columns, codes_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, step, decay, m, n,
-        grad_stride_m, grad_stride_n, ONE_ROW_SCALE,
+        one, rows, columns, codes_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, step, decay, grad_alpha,
+        m, n, grad_stride_m, grad_stride_n, ONE_ROW_SCALE,
     )  # fmt: skip
     two = moved(
-        two, rows, columns + QUARTER, codes_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, step, decay, m, n,
-        grad_stride_m, grad_stride_n, ONE_ROW_SCALE,
+        two, rows, columns + QUARTER, codes_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, step, decay, grad_alpha,
+        m, n, grad_stride_m, grad_stride_n, ONE_ROW_SCALE,
     )  # fmt: skip
     return one, two, tl.maximum(tl.max(tl.abs(one), axis=1), tl.max(tl.abs(two), axis=1))
 
@@ -79,6 +79,7 @@ def lowrank_update_int8_kernel(
     key,  # an int32, or a pointer to one
     alpha,  # a number, or a pointer to one
     decay,  # likewise
+    grad_alpha,  # likewise
     m,
     n,
     rank,
@@ -92,6 +93,7 @@ def lowrank_update_int8_kernel(
     KEY_ON_DEVICE: tl.constexpr,
     ALPHA_ON_DEVICE: tl.constexpr,
     DECAY_ON_DEVICE: tl.constexpr,
+    GRAD_ALPHA_ON_DEVICE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # one group
@@ -106,6 +108,8 @@ def lowrank_update_int8_kernel(
         alpha = tl.load(alpha).to(tl.float32)
     if DECAY_ON_DEVICE:
         decay = tl.load(decay).to(tl.float32)
+    if GRAD_ALPHA_ON_DEVICE:
+        grad_alpha = tl.load(grad_alpha).to(tl.float32)
 
     product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if left_ptr is not None:
@@ -125,12 +129,12 @@ def lowrank_update_int8_kernel(
     step = tl.load(scale, mask=rows < m, other=0.0)
     left_half, right_half = halves(product * alpha)
     v0, v1, largest = moved_half(
-        left_half, rows, first, codes_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, step, decay, m, n,
-        grad_stride_m, grad_stride_n, ONE_ROW_SCALE,
+        left_half, rows, first, codes_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, step, decay, grad_alpha,
+        m, n, grad_stride_m, grad_stride_n, ONE_ROW_SCALE,
     )  # fmt: skip
     v2, v3, largest_right = moved_half(
-        right_half, rows, first + 2 * QUARTER, codes_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, step, decay, m, n,
-        grad_stride_m, grad_stride_n, ONE_ROW_SCALE,
+        right_half, rows, first + 2 * QUARTER, codes_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, step, decay,
+        grad_alpha, m, n, grad_stride_m, grad_stride_n, ONE_ROW_SCALE,
     )  # fmt: skip
     step = tl.div_rn(tl.maximum(largest, largest_right), tl.full((BLOCK_M,), 127.0, tl.float32))
     tl.store(scale, step, mask=rows < m)
@@ -152,6 +156,7 @@ def lowrank_update_int8_(
     alpha: float | Tensor = 1.0,
     decay: float | Tensor = 1.0,
     grad: Tensor | None = None,
+    grad_alpha: float | Tensor = 1.0,
     row_scale: Tensor | None = None,
     column_scale: Tensor | None = None,
     key: int | Tensor,
@@ -181,14 +186,15 @@ def lowrank_update_int8_(
     check_scales(row_scale, column_scale, shape, device)
     one = row_scale is not None and len(row_scale) == 1
     row_scale, column_scale = (None if x is None else x.contiguous() for x in (row_scale, column_scale))
-    alpha, decay = (on_device(codes.device, x) for x in (alpha, decay))
+    alpha, decay, grad_alpha = (on_device(device, x) for x in (alpha, decay, grad_alpha))
     options = launch_options(None if left is None else left.dtype, rank, gradient=grad is not None)
-    tiles = triton.cdiv(m, options["BLOCK_M"]) * triton.cdiv(n, GROUP)
+    tiles = cdiv(m, options["BLOCK_M"]) * cdiv(n, GROUP)
     lowrank_update_int8_kernel[(tiles,)](
-        codes, scale, left, right, grad, row_scale, column_scale, key, alpha, decay, m, n, rank,
+        codes, scale, left, right, grad, row_scale, column_scale, key, alpha, decay, grad_alpha, m, n, rank,
         *strides(left)[-2:], *strides(right)[-2:], *strides(grad)[-2:],
         ONE_ROW_SCALE=one, KEY_ON_DEVICE=isinstance(key, Tensor),
-        ALPHA_ON_DEVICE=isinstance(alpha, Tensor), DECAY_ON_DEVICE=isinstance(decay, Tensor), **options,
+        ALPHA_ON_DEVICE=isinstance(alpha, Tensor), DECAY_ON_DEVICE=isinstance(decay, Tensor),
+        GRAD_ALPHA_ON_DEVICE=isinstance(grad_alpha, Tensor), **options,
     )  # fmt: skip
 
 
@@ -204,13 +210,16 @@ def launch_options(dtype: torch.dtype | None, rank: int, *, gradient: bool) -> d
         gradient: whether there is a gradient term.
     """
     options: dict[str, Any] = {"BLOCK_N": GROUP, "PRECISION": "tf32", "num_warps": 8, "num_stages": 4}
-    options["BLOCK_K"] = min(32, max(16, triton.next_power_of_2(rank)))
+    options["BLOCK_K"] = min(32, max(16, power_of_2(rank)))
     if dtype is None:
         return {**options, "BLOCK_M": 4, "num_warps": 4}
     if dtype != torch.float32:
         return {**options, "BLOCK_M": 32 if gradient else 64}
     # Without tensor cores, unless torch allows TF32, the operands stand in registers too.
     precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if gradient:
+        # Longer steps spill 8 bytes with triton 3.6 where nothing is known of the operands.
+        options["BLOCK_K"] = 16
     return {**options, "BLOCK_M": 16, "num_stages": 2, "PRECISION": precision}
 
 
@@ -229,11 +238,13 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
         launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
         constants: dict[str, object] = {
             **options,
-            **dict.fromkeys(("ONE_ROW_SCALE", "KEY_ON_DEVICE", "ALPHA_ON_DEVICE", "DECAY_ON_DEVICE"), False),
+            **dict.fromkeys([name for name in lowrank_update_int8_kernel.arg_names if "_ON_DEVICE" in name], False),
+            "ONE_ROW_SCALE": False,
             **dict.fromkeys(("left_stride_k", "right_stride_k", "grad_stride_n"), 1),
             **absent(dtype is not None, scales),
         }
-        types = {"codes_ptr": "*i8", "scale_ptr": "*fp32", "alpha": "fp32", "decay": "fp32"}
+        types = {"codes_ptr": "*i8", "scale_ptr": "*fp32"}
+        types |= dict.fromkeys(("alpha", "decay", "grad_alpha"), "fp32")
         types |= dict.fromkeys(ROWS + COLUMNS, "*fp32")
         types |= dict.fromkeys(("left_ptr", "right_ptr", "grad_ptr"), pointer)
         signature = {

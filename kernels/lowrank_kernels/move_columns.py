@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import check_operand
+from lowrank_kernels._support import cdiv, check_operand, power_of_2
 from lowrank_optim.ops.move_columns import move_columns_ as eager
 
 # Values of a program; a longer row stays with torch.
@@ -45,13 +45,13 @@ def move_columns_(matrix: Tensor, source: Tensor) -> None:
     """
     *batch, rows, r = matrix.shape
     check_operand("source", source, (*batch, r), matrix.device, (torch.int64,), contiguous=False)
-    block = triton.next_power_of_2(r)
+    block = power_of_2(r)
     if block > BLOCK or not matrix.is_contiguous() or matrix.is_complex():
         eager(matrix, source)
         return
     if matrix.numel():
         lines = BLOCK // block
-        grid = (triton.cdiv(rows, lines), math.prod(batch))
+        grid = (cdiv(rows, lines), math.prod(batch))
         move_columns_kernel[grid](matrix, source.contiguous(), rows, r, ROWS=lines, BLOCK=block, num_warps=8)
 
 

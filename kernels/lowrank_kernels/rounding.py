@@ -62,6 +62,21 @@ def join_24_bits(high, correction):
     return (word << 8).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def store_rounded(pointer, correction, value, position, key, mask, ROUNDING: tl.constexpr):
+    """Store fp32 values of a weight: "nearest", "stochastic", or "compensated" with what is left as corrections."""
+    if ROUNDING == "nearest":
+        tl.store(pointer, round_to_nearest(value, pointer.dtype.element_ty), mask=mask)
+    else:
+        bits = random_bits(position, tl.zeros_like(value).to(tl.int32) + key)
+        if ROUNDING == "stochastic":
+            tl.store(pointer, round_to_bfloat16(value, bits), mask=mask)
+        else:
+            high, low = split_24_bits(value, bits)
+            tl.store(pointer, high, mask=mask)
+            tl.store(correction, low, mask=mask)
+
+
 def aot_cases() -> list[object]:
     """None: these are parts of kernels."""
     return []

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import INDICES, check_operand, load_entries, tile_entries, unpacked
+from lowrank_kernels._support import INDICES, cdiv, check_operand, load_entries, tile_entries, unpacked
 from lowrank_optim.ops.sddmm import sddmm as eager
 
 BLOCK_M, BLOCK_N, BLOCK_T = 64, 128, 32
@@ -71,7 +71,7 @@ def sddmm(grad: Tensor, x: Tensor, index: Tensor, row_pointers: Tensor, *, count
     index, flat = unpacked(index, row_pointers, (m, n), count)
     grad, x = (part if part.stride(1) == 1 else part.contiguous() for part in (grad, x))
     out = torch.empty(count, dtype=grad.dtype, device=grad.device)
-    sddmm_kernel[(triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N),)](
+    sddmm_kernel[(cdiv(m, BLOCK_M) * cdiv(n, BLOCK_N),)](
         grad, x, index, row_pointers, out, T, m, n, count, grad.stride(0), x.stride(0), FLAT=flat,
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_T=BLOCK_T, ENTRIES=ENTRIES, num_warps=8, num_stages=3,
     )  # fmt: skip

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import INDICES, check_operand, load_entries, tile_entries, unpacked
+from lowrank_kernels._support import INDICES, cdiv, check_operand, load_entries, tile_entries, unpacked
 from lowrank_optim.ops.sltrain import sltrain_weight as eager
 
 BLOCK_M, BLOCK_N, BLOCK_K = 64, 128, 32
@@ -80,7 +80,7 @@ def sltrain_weight(
     check_operand("index", index, index.shape, B.device, (torch.uint8, *INDICES))
     index, flat = unpacked(index, row_pointers, (m, n), count)
     W = torch.empty(m, n, dtype=B.dtype, device=B.device)
-    sltrain_weight_kernel[(triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N),)](
+    sltrain_weight_kernel[(cdiv(m, BLOCK_M) * cdiv(n, BLOCK_N),)](
         B.contiguous(), A.contiguous(), values.contiguous(), index, row_pointers, W, m, n, r, count, scale, FLAT=flat,
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, ENTRIES=ENTRIES, **launch(B.dtype == torch.float32),
     )  # fmt: skip

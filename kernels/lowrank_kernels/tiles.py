@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lowrank_kernels._support import power_of_2
 from lowrank_kernels.rounding import INTERPRETED
 
 
@@ -22,13 +23,20 @@ def tile_options(dtype: torch.dtype, rank: int | None = None) -> dict[str, Any]:
         rank: length of the sum where it is short, so that the steps are no longer than it.
     """
     if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
-        options = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "PRECISION": "ieee", "num_warps": 8, "num_stages": 3}
+        options: dict[str, Any] = {
+            "BLOCK_M": 64,
+            "BLOCK_N": 64,
+            "BLOCK_K": 32,
+            "PRECISION": "ieee",
+            "num_warps": 8,
+            "num_stages": 3,
+        }
     else:
         step = 32 if dtype == torch.float32 else 64
         options = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": step, "PRECISION": "tf32", "num_warps": 8}
         options["num_stages"] = 3
     if rank is not None:
-        options["BLOCK_K"] = min(options["BLOCK_K"], max(16, triton.next_power_of_2(rank)))
+        options["BLOCK_K"] = min(options["BLOCK_K"], max(16, power_of_2(rank)))
     return options
 
 

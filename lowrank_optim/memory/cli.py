@@ -5,19 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from lowrank_optim.cli import quiet  # noqa: F401
+from lowrank_optim.cli.main import installed_version
 from lowrank_optim.memory import format, published
-from lowrank_optim.memory.compare import all_methods, as_csv, compare, table, write_html, write_png
+from lowrank_optim.memory.compare import all_methods, compare, table, write_csv, write_html, write_png
 from lowrank_optim.memory.estimate import estimate
 from lowrank_optim.memory.format import UNITS
 from lowrank_optim.memory.job import MEMORY_OPTIONS, Job
 from lowrank_optim.memory.measure import measure
 from lowrank_optim.memory.plan import available, command_line, parse_size, search
 from lowrank_optim.memory.simulate import simulate
-from lowrank_optim.pretrain.command_line import Parser, add_flags, check_ranges, read_values
+from lowrank_optim.pretrain.command_line import Parser, add_flags, check_ranges, parse_known, read_values
 from lowrank_optim.pretrain.config import UserError
 from lowrank_optim.pretrain.llama import PRESETS
 from lowrank_optim.pretrain.optimizers import parse_optimizer_args
@@ -33,20 +37,28 @@ def _warn(message: Warning | str, *_: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; 0 on success, 2 with one line on stderr where the input is wrong."""
     try:
-        options = _parser().parse_args(argv)
+        parser = _parser()
+        options = parse_known(parser, argv, MEMORY_OPTIONS)
         with warnings.catch_warnings():
             warnings.showwarning = _warn  # type: ignore[assignment]
             answer = options.run(options)
             # Arguments may be anything that Python can write, a set for instance.
             print(json.dumps(answer, default=str) if isinstance(answer, Mapping) else answer)
-    except (UserError, ValueError, RuntimeError) as error:
+    except SystemExit as end:
+        # --help and --version
+        return int(end.code or 0)
+    except (UserError, ValueError, RuntimeError, OSError) as error:
         _warn(str(error))
         return 2
+    except KeyboardInterrupt:
+        _warn("stopped")
+        return 130
     return 0
 
 
 def _parser() -> Parser:
     parser = Parser(prog="lowrank-memory", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"lowrank-memory {installed_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, text: str, options: Sequence[str] = ()) -> Parser:
@@ -76,7 +88,8 @@ def _parser() -> Parser:
     added.add_argument("--html", metavar="FILE", help="write a page with the chart and the table")
     added = command("plan", _plan, "The fastest setting that fits a GPU, and the command that trains with it")
     added.add_argument("--model", required=True, help=MODELS)
-    added.add_argument("--gpu", required=True, metavar="SIZE", help="memory of the GPU, such as 24GB or 22.5GiB")
+    added.add_argument("--gpu", required=True, metavar="SIZE", help="memory of the GPU (24, 24GB, 22.5GiB) or its name")
+    added.add_argument("--simulate", action="store_true", help="check the plan by a simulation; some seconds more")
     added.add_argument("--tokens", type=_positive, default=131072, metavar="N", help="tokens per update [131072]")
     added.add_argument("--seq-len", type=_positive, default=256, metavar="N", help="tokens per sequence [256]")
     added.add_argument("--optimizer", nargs="+", default=[], metavar="NAME", help="only these [all]")
@@ -137,12 +150,13 @@ def _compare(options: argparse.Namespace) -> Any:
         methods = [(name, layers) for name, layers in methods if layers == job.parameterization]
     rows = compare(options.models, methods, parse_optimizer_args(job.optimizer_args), job, simulated=options.simulate)
     what = "Simulated peak" if options.simulate else "Weights, gradients and optimizer state"
-    for path, write in ((options.png, write_png), (options.html, write_html)):
-        if path:
-            write(path, rows, f"{what}, {job.setting}")
-    if options.csv:
-        with open(options.csv, "w", encoding="utf-8") as file:
-            file.write(as_csv(rows))
+    for flag, write in (("png", write_png), ("html", write_html), ("csv", write_csv)):
+        path = getattr(options, flag)
+        try:
+            if path:
+                write(path, rows, f"{what}, {job.setting}")
+        except OSError as error:
+            raise UserError(f"Invalid --{flag}: cannot write {path} ({error.strerror})") from error
     if options.json:
         return {"rows": [row._asdict() for row in rows]}
     return f"{what}, {job.setting}\n\n{table(rows)}\n\n{UNITS}."
@@ -150,17 +164,40 @@ def _compare(options: argparse.Namespace) -> Any:
 
 def _plan(options: argparse.Namespace) -> Any:
     size = parse_size(options.gpu)
-    plan, others = search(
-        options.model, size, tokens=options.tokens, seq_len=options.seq_len, optimizers=options.optimizer
-    )
+    with _progress() as progress:
+        found = search(
+            options.model, size, tokens=options.tokens, seq_len=options.seq_len, optimizers=options.optimizer,
+            check=options.simulate, progress=progress,
+        )  # fmt: skip
     if not options.json:
-        return format.planned(size, plan, others)
+        return format.planned(size, found)
+    best, following = ({**plan.as_dict(), "command": command_line(plan.job)} if plan else None for plan in found[::2])
     return {
         "gpu_bytes": size,
         "available_bytes": available(size),
-        "plan": plan and {**plan.as_dict(), "command": command_line(plan.job)},
-        "by_optimizer": [other.as_dict() for other in others],
+        "plan": best,
+        "next": following,
+        "by_optimizer": [{**other.as_dict(), "command": command_line(other.job)} for other in found.best_of],
     }
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what is being done; where that is no terminal, once a second."""
+    last = [0.0]
+
+    def show(text: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+        elif time.monotonic() > last[0] + 1:
+            last[0] = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        if sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _papers(options: argparse.Namespace) -> Any:

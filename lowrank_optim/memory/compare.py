@@ -15,7 +15,13 @@ from lowrank_optim.memory.job import Job
 from lowrank_optim.memory.published import RANKS
 from lowrank_optim.memory.simulate import simulate
 from lowrank_optim.pretrain.config import OPTIMIZER_OF
-from lowrank_optim.pretrain.optimizers import accepted_arguments, low_rank_names, nearest, optimizer_names
+from lowrank_optim.pretrain.optimizers import (
+    accepted_arguments,
+    low_rank_names,
+    nearest,
+    optimizer_names,
+    parse_optimizer_args,
+)
 from lowrank_optim.pretrain.parameterizations import PARAMETERIZATIONS
 
 if TYPE_CHECKING:
@@ -25,10 +31,11 @@ COLORS = dict(zip(CATEGORIES, ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#bbb
 
 
 class Row(NamedTuple):
-    """Bytes of one method on one model."""
+    """Bytes of one method on one model, its states in one precision."""
 
     model: str
     method: str
+    state_dtype: str
     total_bytes: int
     by_category: Mapping[str, int]
 
@@ -48,7 +55,7 @@ def compare(
     *,
     simulated: bool = False,
 ) -> list[Row]:
-    """One row for every model and method.
+    """One row for every model, method and precision of the states: fp32, bf16, or what the method prescribes.
 
     Args:
         models: presets or paths.
@@ -75,9 +82,25 @@ def compare(
             given = {"rank": RANKS[model]} if ranked else {}
             given = {key: value for key, value in {**given, **args}.items() if key in accepted[name]}
             this = replace(job, model=model, optimizer=name, optimizer_args=given, parameterization=layers)
-            sizes = (simulate(this) if simulated else estimate(this)).by_category
-            rows.append(Row(model, this.method, sum(sizes.values()), sizes))
+            for precise in in_both_precisions(this, accepted[name]):
+                expected = estimate(precise)
+                sizes = simulate(precise).by_category if simulated else expected.by_category
+                rows.append(Row(model, this.method, expected.state_dtype, sum(sizes.values()), sizes))
     return rows
+
+
+def in_both_precisions(job: Job, accepted: Sequence[str]) -> list[Job]:
+    """The job with states in fp32 and in bf16, where its optimizer has the choice and the arguments leave it open.
+
+    torch's AdamW keeps states in the dtype of the weights; beside bf16 weights AdamW in fp32 is ours without a rank.
+    """
+    given = parse_optimizer_args(job.optimizer_args)
+    if job.optimizer == "AdamW" and job.dtype == "bf16" and not given:
+        own = {"rank": None, "state_dtype": "float32"}
+        return [job, replace(job, optimizer="GaLoreAdamW", optimizer_args=own)]
+    if "state_dtype" not in accepted or "state_dtype" in given or job.optimizer.endswith("8bit"):
+        return [job]
+    return [replace(job, optimizer_args={**given, "state_dtype": dtype}) for dtype in ("float32", "bfloat16")]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -86,26 +109,28 @@ def table(rows: Sequence[Row]) -> str:
     width = max(len(row.method) for row in rows)
     lines = []
     for model in dict.fromkeys(row.model for row in rows):
-        lines += ["", f"{model + ', GB':{width}}" + "".join(f"{name:>13}" for name in [*shown, "total", "total GiB"])]
+        heads = ["state dtype", *shown, "total", "total GiB"]
+        lines += ["", f"{model + ', GB':{width}}" + "".join(f"{name:>13}" for name in heads)]
         for row in rows:
             if row.model == model:
                 cells = [row.by_category[name] / 1e9 for name in shown] + [
                     row.total_bytes / 1e9,
                     row.total_bytes / 2**30,
                 ]
-                lines.append(f"{row.method:{width}}" + "".join(f"{cell:13.3f}" for cell in cells))
+                lines.append(f"{row.method:{width}}{row.state_dtype:>13}" + "".join(f"{cell:13.3f}" for cell in cells))
     return "\n".join(lines[1:])
 
 
-def as_csv(rows: Sequence[Row]) -> str:
+def write_csv(path: str, rows: Sequence[Row], _title: str) -> None:
     """One line a row, sizes in bytes."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["model", "method", *CATEGORIES, "total"])
+    writer.writerow(["model", "method", "state_dtype", *CATEGORIES, "total"])
     writer.writerows(
-        [row.model, row.method, *(row.by_category[c] for c in CATEGORIES), row.total_bytes] for row in rows
+        [row.model, row.method, row.state_dtype, *(row.by_category[c] for c in CATEGORIES), row.total_bytes]
+        for row in rows
     )
-    return text.getvalue()
+    Path(path).write_text(text.getvalue(), encoding="utf-8")
 
 
 def figure(rows: Sequence[Row]) -> Figure:
@@ -124,7 +149,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     panels = drawn.subplots(len(models), squeeze=False)[:, 0]
     for model, panel in zip(models, panels):
         here = [row for row in rows if row.model == model]
-        labels, left = [row.method for row in here], [0.0] * len(here)
+        labels, left = [f"{row.method}, {row.state_dtype}" for row in here], [0.0] * len(here)
         for name in _shown(rows):
             sizes = [row.by_category[name] / 1e9 for row in here]
             panel.barh(labels, sizes, left=left, label=name, color=COLORS[name], height=0.7)
@@ -150,9 +175,9 @@ def write_html(path: str, rows: Sequence[Row], title: str) -> None:
     image = io.StringIO()
     figure(rows).savefig(image, format="svg")
     shown = _shown(rows)
-    head = "".join(f"<th>{name}</th>" for name in ["model", "method", *shown, "total"])
+    head = "".join(f"<th>{name}</th>" for name in ["model", "method", "state dtype", *shown, "total"])
     body = "".join(
-        f"<tr><td>{html.escape(row.model)}</td><td>{html.escape(row.method)}</td>"
+        f"<tr><td>{html.escape(row.model)}</td><td>{html.escape(row.method)}</td><td>{row.state_dtype}</td>"
         + "".join(
             f"<td class=n>{size / 1e9:.3f}</td>" for size in [*(row.by_category[c] for c in shown), row.total_bytes]
         )

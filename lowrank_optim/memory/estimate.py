@@ -7,16 +7,23 @@ initialisation, so there is no formula that could drift from the code.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowrank_optim.optim.accumulation import widen
 from lowrank_optim.optim.engine import LowRankOptimizer
-from lowrank_optim.pretrain.build import DTYPES, build
-from lowrank_optim.pretrain.config import Options
+from lowrank_optim.optim.parts import Group, Slot
+from lowrank_optim.optim.schedule import scheduled
+from lowrank_optim.optim.subspaces.fixed_basis import Columns
+from lowrank_optim.optim.views import as_matrices
+from lowrank_optim.pretrain.build import DTYPES, build, start_in_backward
+from lowrank_optim.pretrain.config import Options, Resolved
 from lowrank_optim.pretrain.optimizers import parse_optimizer_args
 from lowrank_optim.pretrain.sizes import storage_bytes, tensor_bytes
 
@@ -25,7 +32,7 @@ CATEGORIES = ("weights", "gradients", "optimizer", "activations", "other")
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one training job keeps in memory between two steps, in bytes.
+    """What one training job keeps in memory, in bytes: weights, optimizer state, and gradients or their sums.
 
     Attributes:
         model: preset name or path.
@@ -39,6 +46,8 @@ class Estimate:
         index_bytes: how many bytes of the weights are integers: where sparse values stand.
         by_category: bytes under each of ``CATEGORIES``; a category in ``not_included`` is 0.
         optimizer_by_key: the optimizer's bytes by state key, ``exp_avg``, ``basis``, ...
+        state_dtype: of the moments, as the bytes per value that most of them take.
+        gradients_by_kind: what the gradients consist of when they take most.
         not_included: categories that an estimate knows nothing about.
     """
 
@@ -50,6 +59,8 @@ class Estimate:
     low_rank_parameters: int
     by_category: Mapping[str, int]
     optimizer_by_key: Mapping[str, int]
+    state_dtype: str
+    gradients_by_kind: Mapping[str, int]
     not_included: tuple[str, ...] = field(default=("activations", "other"))
     parameterization: str | None = None
     parameterization_args: Mapping[str, Any] = field(default_factory=dict)
@@ -68,24 +79,29 @@ class Estimate:
 def estimate(options: Options) -> Estimate:
     """Exact bytes of weights, gradients and optimizer state, without allocating any of them.
 
+    With ``per_layer``, the largest gradient is the only one, beside the sums of micro-batches where there is more than
+    one; a refresh that takes two updates counts with what it keeps from one to the next.
+
     Args:
-        options: of a run, or a :class:`lowrank_optim.memory.job.Job`; with ``per_layer``, the largest gradient is the
-            only one.
+        options: of a run, or a :class:`lowrank_optim.memory.job.Job`.
 
     Raises:
         UserError, ValueError: unknown model, optimizer, parameterization or argument, or a value out of range.
         RuntimeError: a package that the model or the optimizer needs is not installed.
     """
     run, _, model, optimizer = build(options, "meta")
+    start_in_backward(run, optimizer)
     for p in model.parameters():
-        p.grad = torch.empty_like(p) if p.requires_grad else None
+        p.grad = torch.empty_like(p, memory_format=torch.contiguous_format) if p.requires_grad else None
     init_state_(optimizer)
+    gradients = gradients_by_kind(run, model, optimizer)
+    if isinstance(optimizer, LowRankOptimizer):
+        allocate_late_(optimizer)
     sizes = tensor_bytes(model, optimizer)
     by_category = dict.fromkeys(CATEGORIES, 0)
-    by_category["weights"], by_category["gradients"] = sizes["weights"], sizes["gradients"]
-    if run.per_layer:
-        by_category["gradients"] = max(storage_bytes([p.grad]) for p in model.parameters())
-    by_category["optimizer"] = sum(sizes["optimizer"].values())
+    by_category["weights"], by_category["gradients"] = sizes["weights"], sum(gradients.values())
+    by_key = {**sizes["optimizer"], **table_bytes(optimizer)}
+    by_category["optimizer"] = sum(by_key.values())
     return Estimate(
         model=run.model,
         optimizer=run.optimizer,
@@ -94,7 +110,9 @@ def estimate(options: Options) -> Estimate:
         parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         low_rank_parameters=_low_rank_parameters(optimizer),
         by_category=by_category,
-        optimizer_by_key=sizes["optimizer"],
+        optimizer_by_key=by_key,
+        state_dtype=state_dtype(optimizer),
+        gradients_by_kind=gradients,
         parameterization=run.parameterization,
         parameterization_args=parse_optimizer_args(run.parameterization_args, "parameterization"),
         index_bytes=storage_bytes(t for t in model.state_dict().values() if not t.is_floating_point()),
@@ -120,6 +138,121 @@ def init_state_(optimizer: torch.optim.Optimizer) -> None:
             group.update(dict.fromkeys({"foreach", "fused", "capturable"} & group.keys(), False))
         with _ScalarsAreOne():  # type: ignore[no-untyped-call]
             optimizer.step()
+
+
+class Sums(NamedTuple):
+    """Bytes of one parameter that is summed at low rank, and of what its refreshes sum beside.
+
+    sketches: in each of the updates that a refresh takes.
+    late: what is kept between these updates.
+    """
+
+    low: int
+    sketches: tuple[int, ...]
+    late: int
+    gradient: int
+
+
+def gradients_by_kind(run: Resolved, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """What the gradients consist of when they take most; every parameter has one on the meta device."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    if not run.per_layer:
+        return {"gradients": storage_bytes(grads)}
+    if run.accumulate == 1:
+        return {"largest gradient": max(g.nbytes for g in grads)}
+    assert isinstance(optimizer, LowRankOptimizer)
+    dtype = DTYPES[run.accumulate_dtype]
+    sums = low_rank_sums(optimizer, dtype)
+    low = {p for p, _ in sums}
+    whole = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None and p not in low)
+    # While a sum is rounded to fewer bits, the one before is there as well.
+    twice = dtype == torch.bfloat16
+    largest = max((s.gradient + twice * max(s.low, *s.sketches) for _, s in sums), default=0)
+    return {
+        "low-rank sums": sum(s.low for _, s in sums),
+        "sums for refreshes": _most_sketches(optimizer, sums),
+        "whole sums": whole,
+        "largest gradient": largest,
+    }
+
+
+def low_rank_sums(optimizer: LowRankOptimizer, dtype: torch.dtype) -> list[tuple[Tensor, Sums]]:
+    """The parameters on the meta device, with state and gradient, whose micro-batches are summed at low rank."""
+    found: list[tuple[Tensor, Sums]] = []
+    known: dict[Any, Sums] = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None and optimizer.accumulates(p, group):
+                plan = optimizer.plan_of(p, group)
+                key = (id(group), plan.view)
+                if key not in known:
+                    known[key] = _sums(optimizer, p, group, dtype)
+                found.append((p, known[key]))
+    return found
+
+
+def _sums(optimizer: LowRankOptimizer, param: Tensor, group: Group, dtype: torch.dtype) -> Sums:
+    plan = optimizer.plan_of(param, group)
+    subspace: Any = plan.parts.subspace
+    assert param.grad is not None
+    grad = subspace.orient(as_matrices(param.grad, plan.view), plan.state)
+
+    def size(tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        wide = widen(tensor)
+        return wide.nbytes // 2 if dtype == torch.bfloat16 and wide.dtype == torch.float32 else wide.nbytes
+
+    late = _late(optimizer, param, {**group, "two_phase": True})
+    states = [plan.state, {**plan.state, **late}] if late else [plan.state]
+    sketches = [size(subspace.accumulation.sketch(subspace, grad, state, group)) for state in states]
+    low = size(subspace.project(grad, plan.state, group))
+    return Sums(low, tuple(sketches), sum(t.nbytes for t in late.values()), param.grad.nbytes)
+
+
+def _most_sketches(optimizer: LowRankOptimizer, sums: Sequence[tuple[Tensor, Sums]]) -> int:
+    """The most bytes that sums for refreshes take in one update: of all parameters, or of those whose turn it is."""
+    at: Counter[int] = Counter()
+    for p, (_, sketches, _, _) in sums:
+        group, _, place, _ = optimizer.entry(p)
+        gap = group["update_proj_gap"]
+        # Without stagger all begin at once, with it each at an update of its own, the last of them before the first.
+        begins = (step for step in range(gap) if scheduled({"step": gap + step}, group, place))
+        begin = next(begins) if group["stagger"] else 0
+        for number, size in enumerate(sketches):
+            at[(begin + number) % gap if group["stagger"] else number] += size
+    return max(at.values(), default=0)
+
+
+def table_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Fixed bases, which all parameters share and no state holds."""
+    tables: dict[tuple[str, int, torch.dtype], int] = {}
+    if isinstance(optimizer, LowRankOptimizer):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                subspace = optimizer.parts_of(p, group).subspace
+                if isinstance(subspace, Columns) and subspace.settings(group).basis != "identity":
+                    side: int = optimizer.state[p]["side"]
+                    tables[subspace.settings(group).basis, side, p.dtype] = side * side * p.element_size()
+    return {"shared tables": sum(tables.values())} if tables else {}
+
+
+def _late(optimizer: LowRankOptimizer, param: Tensor, group: Group) -> dict[str, Tensor]:
+    """What a state holds only from one update to the next."""
+    return {
+        key: torch.full(slot.shape, slot.fill, dtype=slot.dtype, device=param.device)
+        for key, slot in optimizer.slots_of(param, group).items()
+        if isinstance(slot, Slot) and slot.late
+    }
+
+
+def allocate_late_(optimizer: LowRankOptimizer) -> None:
+    """Complete the states by what they hold only between the updates of a refresh, where all come at once."""
+    for group in optimizer.param_groups:
+        if not group["stagger"]:
+            for p in group["params"]:
+                if p in optimizer.state:
+                    optimizer.state[p].update(_late(optimizer, p, group))
 
 
 class _ScalarsAreOne(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -151,3 +284,14 @@ def _low_rank_parameters(optimizer: torch.optim.Optimizer) -> int:
     if not isinstance(optimizer, LowRankOptimizer):
         return 0
     return sum(math.prod(row.shape) for row in optimizer.explain() if row.method not in ("full-rank", "frozen"))
+
+
+def state_dtype(optimizer: torch.optim.Optimizer) -> str:
+    """How most bytes of the optimizer's tensors are stored: "float32", "bfloat16", "int8", or "none"."""
+    sizes: Counter[str] = Counter()
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and not key.startswith(("basis", "indices", "pending")):
+                name = str(value.dtype).removeprefix("torch.")
+                sizes["int8" if name == "uint8" else name] += value.nbytes
+    return max(sizes, key=lambda name: sizes[name], default="none")

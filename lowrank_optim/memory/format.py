@@ -12,11 +12,15 @@ from lowrank_optim.memory.plan import (
     CONTEXT,
     COST_MODEL,
     FRAGMENTATION,
+    Found,
     Plan,
     available,
     command_line,
+    needed,
 )
 from lowrank_optim.memory.tracker import Peak
+from lowrank_optim.pretrain.optimizers import parse_optimizer_args
+from lowrank_optim.pretrain.report import table
 
 UNITS = "GB = 10^9 bytes, GiB = 2^30 bytes"
 _HEAD = f"{'':24}{'bytes':>20}{'GB':>10}{'GiB':>10}"
@@ -27,7 +31,8 @@ def estimated(result: Estimate) -> str:
     share = 100 * result.low_rank_parameters / result.parameters
     layers = f" as {_call(result.parameterization, result.parameterization_args)}" if result.parameterization else ""
     lines = [
-        f"{result.model}{layers}, {_call(result.optimizer, result.optimizer_args)}, {result.dtype}",
+        f"{result.model}{layers}, {_call(result.optimizer, result.optimizer_args)}, {result.dtype}, "
+        f"states in {result.state_dtype}",
         f"{result.parameters:,} parameters, {result.low_rank_parameters:,} of them low-rank ({share:.1f} %)",
         "",
         _HEAD,
@@ -39,6 +44,8 @@ def estimated(result: Estimate) -> str:
         lines.append(_line(category, size))
         if category == "weights" and result.index_bytes:
             lines.append(_line("  of which index", result.index_bytes))
+        if category == "gradients" and len(result.gradients_by_kind) > 1:
+            lines += [_line(f"  {kind}", part) for kind, part in result.gradients_by_kind.items() if part]
         if category == "optimizer":
             lines += [_line(f"  {key}", part) for key, part in result.optimizer_by_key.items()]
     lines += [_line("total", result.total_bytes), "", f"{UNITS}."]
@@ -88,32 +95,52 @@ def measured(job: Job, expected: Estimate, peak: Peak, runs: Sequence[Measured])
     return "\n".join([*lines, "", f"{UNITS}."])
 
 
-def planned(gpu_bytes: int, plan: Plan | None, others: Sequence[Plan]) -> str:
-    """The plan with its command line, and the best of the other optimizers."""
+def planned(gpu_bytes: int, found: Found) -> str:
+    """The plan with its command line, the best of the other optimizers, and what would fit next."""
+    heads = ("weights", "method", "rank", "states", "updates", "micro-batches", "checkpointing", "cost", "GB", "GPU GB")
+    least = min((plan.cost for plan in found.best_of), default=1.0)
+    rows = [_planned(plan, least) for plan in found.best_of]
     lines = [
         f"{gpu_bytes / 1e9:.1f} GB, of which {available(gpu_bytes) / 1e9:.1f} GB are for tensors: CUDA's context takes "
         f"{CONTEXT / 1e9:.1f} GB, {FRAGMENTATION:.0%} are left to fragmentation.",
         COST_MODEL,
         "",
-        f"{'fastest of each optimizer, predicted to fit':64}{'setting':58}{'cost':>8}{'GB':>8}",
     ]
-    least = min((other.cost for other in others), default=1.0)
-    for other in others:
-        lines.append(
-            f"{other.job.method:64}{other.job.setting:58}{other.cost / least:8.3f}{other.predicted_bytes / 1e9:8.2f}"
-        )
-    if plan is None or plan.peak is None:
-        return "\n".join([*lines, "", "No plan fits."])
-    return "\n".join(
-        [
-            *lines,
+    if found.best is None:
+        lines.append("No plan fits.")
+    else:
+        plan = found.best
+        peak = f"predicted peak {plan.predicted_bytes / 1e9:.3f} GB, --simulate checks it"
+        if plan.peak is not None:
+            peak = f"simulated peak {plan.peak.peak_bytes / 1e9:.3f} GB ({plan.peak.peak_bytes / 2**30:.3f} GiB)"
+        lines += ["Fastest of each optimizer that is predicted to fit:", "", table([heads, *rows]), ""]
+        lines += [command_line(plan.job) for plan in found.best_of]
+        lines += ["", f"Best: {plan.job.method}, {plan.job.setting}: {peak}", command_line(plan.job)]
+    if found.next is not None:
+        plan = found.next
+        lines += [
             "",
-            f"{plan.job.method}, {plan.job.setting}: simulated peak {plan.peak.peak_bytes / 1e9:.3f} GB "
-            f"({plan.peak.peak_bytes / 2**30:.3f} GiB)",
+            f"What would fit next: {plan.job.method}, {plan.job.setting}, on a card of "
+            f"{needed(plan.predicted_bytes) / 1e9:.1f} GB:",
             command_line(plan.job),
-            "",
-            f"{UNITS}.",
         ]
+    return "\n".join([*lines, "", f"{UNITS}."])
+
+
+def _planned(plan: Plan, least: float) -> tuple[object, ...]:
+    job, args = plan.job, parse_optimizer_args(plan.job.optimizer_args)
+    own = {"int8" if job.optimizer.endswith("8bit") else "bf16" if job.optimizer == "AdamW" else "float32"}
+    return (
+        job.weights or job.dtype,
+        job.optimizer,
+        str(args.get("rank", "-")),
+        str(args.get("state_dtype", *own)),
+        "per layer" if job.per_layer else "at the end",
+        f"{job.accumulate} x {job.batch_size}",
+        "yes" if job.checkpointing else "no",
+        f"{plan.cost / least:.3f}",
+        f"{plan.predicted_bytes / 1e9:.2f}",
+        f"{needed(plan.predicted_bytes) / 1e9:.2f}",
     )
 
 

@@ -20,8 +20,10 @@ def materialize(run: Resolved, config: Any, device: str) -> Any:
     model: Any = build_network(run, config, "meta")
     allocate_(model, device)
     randomize_(model)
-    # Its buffers are no weights: they are computed from the configuration.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+    # Buffers that are not saved are no weights: modules compute them from the configuration.
+    for name, module in list(model.named_modules()):
+        if module._non_persistent_buffers_set:
+            model.set_submodule(name, type(module)(config=model.config).to(device))
     return model
 
 

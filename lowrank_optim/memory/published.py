@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -82,14 +83,15 @@ class Table(NamedTuple):
         return sum(printed == found for printed, found in pairs), len(pairs)
 
 
-Parts = Callable[[Counts], Sequence[float]]
-
-
 class Formula(NamedTuple):
-    """Bytes of weights and of states, in words and as a function."""
+    """Bytes of weights and of states in the letters of :data:`LEGEND`, each in brackets: "(2P) + (4E+2B+4M)"."""
 
     counting: str
-    parts: Parts
+
+    def parts(self, c: Counts) -> list[float]:
+        """What each bracket comes to."""
+        brackets = [re.findall(r"([\d.]*)([A-Z])", part) for part in self.counting.split(" + ")]
+        return [sum(float(factor or 1) * getattr(c, letter) for factor, letter in terms) for terms in brackets]
 
     def row(
         self,
@@ -99,33 +101,23 @@ class Formula(NamedTuple):
         ending: Callable[[Sequence[float]], float] = rounded,
         *,
         sizes: Sequence[str] = SIZES,
-        rank: Callable[[int], int] = lambda rank: rank,
+        rank: int | None = None,
     ) -> Row:
-        """A row of what this formula gives; ``rank`` changes the rank of GaLore's Table 2."""
-        found = [[part / unit for part in self.parts(counts(size, rank(RANKS[size])))] for size in sizes]
+        """A row of what this formula gives, at the rank of GaLore's Table 2 or another one."""
+        found = [[part / unit for part in self.parts(counts(size, rank or RANKS[size]))] for size in sizes]
         return Row(method, tuple(printed), tuple(ending(parts) for parts in found), self.counting)
 
     def part(self, index: int) -> Formula:
         """The weights (0) or the states (1) alone."""
-        return Formula(self.counting.split(" + ")[index], lambda c: [self.parts(c)[index]])
+        return Formula(self.counting.split(" + ")[index])
 
 
-# Each "(weights) + (states)".
-FULL = Formula("(2P) + (4P)", lambda c: (2 * c.P, 4 * c.P))
-GALORE = Formula("(2P) + (4E+2B+4M)", lambda c: (2 * c.P, 4 * c.E + 2 * c.B + 4 * c.M))
-LOW_RANK = Formula("(2L) + (4L)", lambda c: (2 * c.L, 4 * c.L))
-LORA = Formula("(2P+2B+2M) + (4L)", lambda c: (2 * (c.P + c.B + c.M), 4 * c.L))
-LORA_TWICE = Formula("(2P+2L) + (4L)", lambda c: (2 * (c.P + c.L), 4 * c.L))
-SLTRAIN = Formula("(2L+2S+8S) + (4L+4S)", lambda c: (2 * (c.L + c.S) + 8 * c.S, 4 * (c.L + c.S)))
-STATELESS = Formula("(2P) + (4E)", lambda c: (2 * c.P, 4 * c.E))
-MOMENTUM = Formula("(2P) + (2P)", lambda c: (2 * c.P, 2 * c.P))
-SCALE = Formula("(2P) + (2H)", lambda c: (2 * c.P, 2 * c.H))
-APOLLO = Formula("(2P) + (4E+4M)", lambda c: (2 * c.P, 4 * c.E + 4 * c.M))
-NAMED_FULL = Formula("(2N) + (4N)", lambda c: (2 * c.N, 4 * c.N))
-NAMED_GALORE = Formula("(2N) + (3L)", lambda c: (2 * c.N, 3 * c.L))
-NAMED_HALF = Formula("(2N) + (1.5L)", lambda c: (2 * c.N, 1.5 * c.L))
-NAMED_LORA = Formula("(2N+2L) + (4L)", lambda c: (2 * (c.N + c.L), 4 * c.L))
-NAMED_MINI = Formula("(2N)", lambda c: (2 * c.N,))
+FULL = Formula("(2P) + (4P)")
+GALORE = Formula("(2P) + (4E+2B+4M)")
+LOW_RANK = Formula("(2L) + (4L)")
+LORA = Formula("(2P+2B+2M) + (4L)")
+STATELESS = Formula("(2P) + (4E)")
+SCALE = Formula("(2P) + (2H)")
 
 GIB, K1024 = 2**30, 1.024e9
 GALORE_2 = {
@@ -135,15 +127,19 @@ GALORE_2 = {
     "LoRA": (0.36, 0.80, 1.76, 6.17),
     "ReLoRA": (0.36, 0.80, 1.76, 6.17),
 }
-GALORE_6A = dict(
-    zip(
-        GALORE_2,
-        [(0.12, 0.25, 0.68, 2.60)] * 2 + [(0.08, 0.18, 0.36, 1.19)] + [(0.20, 0.44, 1.04, 3.79)] * 2,
-    )
-)
-GALORE_6B = dict(zip(GALORE_2, [(0.23, 0.51, 1.37, 5.20), (0.13, 0.28, 0.54, 1.78)] + [(0.17, 0.37, 0.72, 2.38)] * 3))
+GALORE_6A = {
+    **dict.fromkeys(("Full-rank", "GaLore"), (0.12, 0.25, 0.68, 2.60)),
+    "Low-Rank": (0.08, 0.18, 0.36, 1.19),
+    **dict.fromkeys(("LoRA", "ReLoRA"), (0.20, 0.44, 1.04, 3.79)),
+}
+GALORE_6B = {
+    "Full-rank": (0.23, 0.51, 1.37, 5.20),
+    "GaLore": (0.13, 0.28, 0.54, 1.78),
+    **dict.fromkeys(("Low-Rank", "LoRA", "ReLoRA"), (0.17, 0.37, 0.72, 2.38)),
+}
 EXACT = dict(zip(GALORE_2, (FULL, GALORE, LOW_RANK, LORA, LORA)))
-NAMED = dict(zip(GALORE_2, (NAMED_FULL, NAMED_GALORE, LOW_RANK, NAMED_LORA, NAMED_LORA)))
+NAMED_LORA = Formula("(2N+2L) + (4L)")
+NAMED = dict(zip(GALORE_2, (Formula("(2N) + (4N)"), Formula("(2N) + (3L)"), LOW_RANK, NAMED_LORA, NAMED_LORA)))
 
 
 def tables() -> list[Table]:
@@ -199,8 +195,8 @@ def _after_galore() -> list[Table]:
             "APOLLO (2412.05270), Table 2",
             "1.024 10^9 bytes, rounded",
             [
-                NAMED_HALF.row("APOLLO, half rank", (0.18, 0.39, 0.95, 3.49), K1024),
-                NAMED_MINI.row("APOLLO-Mini", (0.12, 0.25, 0.69, 2.60), K1024),
+                Formula("(2N) + (1.5L)").row("APOLLO, half rank", (0.18, 0.39, 0.95, 3.49), K1024),
+                Formula("(2N)").row("APOLLO-Mini", (0.12, 0.25, 0.69, 2.60), K1024),
             ],
             "half of GaLore's states, those of the embeddings included, and none for APOLLO-Mini",
         ),
@@ -211,9 +207,9 @@ def _sltrain_and_scale() -> list[Table]:
     second_hand = {
         "Full-rank": (FULL, (0.35, 0.81, 2.21, 8.04)),
         "Low-Rank": (LOW_RANK, (0.24, 0.57, 1.11, 3.66)),
-        "ReLoRA": (LORA_TWICE, (0.36, 0.84, 1.85, 6.34)),
+        "ReLoRA": (Formula("(2P+2L) + (4L)"), (0.36, 0.84, 1.85, 6.34)),
         "GaLore": (GALORE, (0.28, 0.61, 1.59, 4.76)),
-        "SLTrain": (SLTRAIN, (0.26, 0.60, 1.24, 4.16)),
+        "SLTrain": (Formula("(2L+2S+8S) + (4L+4S)"), (0.26, 0.60, 1.24, 4.16)),
     }
     return [
         Table(
@@ -227,7 +223,7 @@ def _sltrain_and_scale() -> list[Table]:
             "10^9 bytes, rounded; Adam's weights and states rounded, then added",
             [
                 FULL.row("Adam, Stable-SPAM", (0.35, 0.81, 2.21, 8.04), 1e9, parts_rounded),
-                MOMENTUM.row("Muon", (0.23, 0.54, 1.47, 5.36)),
+                Formula("(2P) + (2P)").row("Muon", (0.23, 0.54, 1.47, 5.36)),
                 GALORE.row("GaLore, Fira, APOLLO", (0.28, 0.61, 1.59, 4.76)),
                 STATELESS.row("SWAN, APOLLO-Mini", (0.25, 0.46, 1.00, 3.20)),
                 SCALE.row("SCALE", (0.15, 0.32, 0.80, 2.81)),
@@ -238,7 +234,7 @@ def _sltrain_and_scale() -> list[Table]:
             "SCALE, README, 7B",
             "10^9 bytes, rounded",
             [
-                APOLLO.row("APOLLO, rank 256", (16.14,), sizes=("llama_7b",), rank=lambda _: 256),
+                Formula("(2P) + (4E+4M)").row("APOLLO, rank 256", (16.14,), sizes=("llama_7b",), rank=256),
                 STATELESS.row("APOLLO-Mini", (14.53,), sizes=("llama_7b",)),
                 SCALE.row("SCALE", (13.74,), sizes=("llama_7b",)),
             ],
@@ -270,10 +266,8 @@ def _head_projected() -> tuple[float, ...]:
 def _7b() -> list[Table]:
     size = ("llama_7b",)
     whole, tenths = (lambda parts: float(round(sum(parts)))), (lambda parts: round(sum(parts), 1))
-    adam_8bit = Formula("(2N) + (2N)", lambda c: (2 * c.N, 2 * c.N))
-    galore_8bit = Formula("(2P) + (2E+2B+2M)", lambda c: (2 * c.P, 2 * c.E + 2 * c.B + 2 * c.M))
-    apollo = Formula("(2P) + (4M)", lambda c: (2 * c.P, 4 * c.M))
-    q_galore = Formula("(P+E) + (2E+2M+B/2)", lambda c: (c.P + c.E, 2 * c.E + 2 * c.M + c.B / 2))
+    adam_8bit, galore_8bit = Formula("(2N) + (2N)"), Formula("(2P) + (2E+2B+2M)")
+    apollo, q_galore = Formula("(4M)"), Formula("(P+E) + (2E+2M+0.5B)")
     return [
         Table(
             "GaLore, Table 3, 7B",
@@ -290,7 +284,7 @@ def _7b() -> list[Table]:
         Table(
             "APOLLO, Table 3, 7B",
             "10^9 bytes",
-            [apollo.part(1).row("APOLLO's states, rank 256", (1.6,), 1e9, tenths, sizes=size, rank=lambda _: 256)],
+            [apollo.row("APOLLO's states, rank 256", (1.6,), 1e9, tenths, sizes=size, rank=256)],
             "those of embedding and head, 1.05 G, left out",
             size,
         ),

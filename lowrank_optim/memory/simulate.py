@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import islice
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,49 +16,101 @@ from torch.optim import Optimizer
 
 from lowrank_optim.memory.materialize import allocate_, random_batches
 from lowrank_optim.memory.tracker import Peak, Tracker
-from lowrank_optim.ops import dct
+from lowrank_optim.ops import chunks, dct, int8_weight
+from lowrank_optim.optim import state_storage
 from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.optim.subspaces import fixed_basis
 from lowrank_optim.pretrain.build import build_network, optimizer_for, settle
 from lowrank_optim.pretrain.config import Options, Resolved
+from lowrank_optim.pretrain.llama import build_model
 from lowrank_optim.pretrain.update import Updater
 
-# With a gap of two, these are an update of each kind.
+# With a gap of two, these are an update of each kind; where micro-batches are summed, a refresh takes two updates.
 UPDATES = ("first update", "update between refreshes", "update with a refresh")
+SECOND_HALF = "update after a refresh"
+# The first micro-batch, one that adds to it, and the last: those between are like the second.
+MICRO_BATCHES = 3
+# The first layer, one that stands for all between, and the last.
+LAYERS = 3
 
 
-def simulate(options: Options) -> Peak:
+def simulate(options: Options, *, whole: bool = False) -> Peak:
     """The peak of the bytes alive over three updates, one with a first basis, one with a new one, one between them.
 
     The training step is the real one, with its hooks, checkpoints and optimizer; no memory of the job's size is used.
-    What an operation of a device allocates and frees inside of itself is not seen.
+    What an operation of a device allocates and frees inside of itself is not seen. What repeats is run a few times and
+    counted as often as it occurs: layers that are alike, micro-batches, and passes over a matrix in parts.
 
     Args:
         options: of a run, or a :class:`lowrank_optim.memory.job.Job`.
+        whole: run every layer and every micro-batch.
 
     Raises:
         UserError, ValueError, RuntimeError: as :func:`lowrank_optim.pretrain.build.build` raises them.
     """
     run, config = settle(options)
+    layers, times = (None, 1) if whole else _alike(run, config)
+    if layers is not None:
+        config = with_layers(config, LAYERS)
     model = build_network(run, config, "meta")
     with (
         _without_cached_tensors(),
         _as_if_with_data(),
+        _two_parts_of_a_pass(),
         FakeTensorMode(allow_non_fake_inputs=True),
-        Tracker() as tracker,
+        Tracker(layers and f"{layers}.1", times) as tracker,
     ):
         allocate_(model, "cpu")
-        tracker.label([*model.parameters(), *model.buffers()], "weights")
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            tracker.label([tensor], "weights", name)
         tracker.watch(model)
         optimizer = optimizer_for(run, model)
         _shorten_gap_(optimizer)
         update = _watched_updater(run, model, optimizer, tracker)
         batches = random_batches(run, config.vocab_size, "cpu")
         tracker.label([tensor for batch in batches for tensor in batch], "other")
-        for name in UPDATES:
-            tracker.part(name)
-            update(batches, run.accumulate * run.batch_size * (run.seq_len - 1))
+        used = batches if whole else batches[:MICRO_BATCHES]
+        if update.in_backward is not None:
+            update.in_backward.accumulate = len(used)
+        for part in (*UPDATES, SECOND_HALF) if run.per_layer and run.accumulate > 1 else UPDATES:
+            tracker.part(part)
+            update(used, run.accumulate * run.batch_size * (run.seq_len - 1))
+            for name, p in model.named_parameters():
+                state = optimizer.state.get(p, {})
+                tracker.label([value for value in state.values() if isinstance(value, Tensor)], "optimizer", name)
         return tracker.peak()
+
+
+def _alike(run: Resolved, config: Any) -> tuple[str | None, int]:
+    """Where the layers of a model stand that are alike, None where they are not, and how many stand for the second."""
+    number = config.num_hidden_layers
+    lists = [value for value in vars(config).values() if isinstance(value, list) and len(value) == number]
+    every_one = run.checkpoint_every == 1 or not run.checkpointing
+    if number <= LAYERS or not every_one or any(value != value[:1] * number for value in lists):
+        return None, 1
+    model = build_model(config, device="meta")
+    path = layers_of(model, number)
+    if path is None:
+        return None, 1
+    kinds = [[(name, p.shape, p.dtype) for name, p in layer.named_parameters()] for layer in model.get_submodule(path)]
+    return (path, number - LAYERS + 1) if kinds == kinds[:1] * number else (None, 1)
+
+
+def layers_of(model: nn.Module, number: int) -> str | None:
+    """The path of the outermost list of so many layers."""
+    lists = (path for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == number)
+    return next(lists, None)
+
+
+def with_layers(config: Any, number: int) -> Any:
+    """The configuration of a model of fewer layers, all of them alike."""
+    config = copy.deepcopy(config)
+    before = config.num_hidden_layers
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == before:
+            setattr(config, name, value[:number])
+    config.num_hidden_layers = number
+    return config
 
 
 def _shorten_gap_(optimizer: Optimizer) -> None:
@@ -85,7 +140,7 @@ def _watched_updater(run: Resolved, model: nn.Module, optimizer: Optimizer, trac
 
     def leaves(param: Tensor) -> None:
         phases.close()
-        sums = handle._sums.get(param) if handle is not None else None
+        sums = handle.sums(param) if handle is not None else None
         if sums is not None:
             tracker.label([sums.low, sums.sketch], "gradients")
 
@@ -127,6 +182,29 @@ def _as_if_with_data() -> Iterator[None]:
         yield
     finally:
         import_utils.is_fake_tensor = check
+
+
+@contextmanager
+def _two_parts_of_a_pass() -> Iterator[None]:
+    """Let passes over a matrix in parts end after two: every part makes tensors like those of the one before."""
+    passes: dict[Any, Any] = {
+        function: (lambda *args, function=function: islice(function(*args), 2))
+        for function in (chunks.chunks, chunks.row_blocks, int8_weight.row_slices, state_storage.slices)
+    }
+    _replace(passes)
+    try:
+        yield
+    finally:
+        _replace({short: function for function, short in passes.items()})
+
+
+def _replace(functions: Mapping[Any, Any]) -> None:
+    """Put others in the place of functions, in all modules of the package."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("lowrank_optim."):
+            for key, value in list(vars(module).items()):
+                if isinstance(value, FunctionType) and value in functions:
+                    setattr(module, key, functions[value])
 
 
 def _clear_caches() -> None:

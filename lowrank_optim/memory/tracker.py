@@ -20,11 +20,17 @@ _aten = torch.ops.aten
 
 
 class Block:
-    """One storage: its bytes, the phase and the layer that made it, and what it turned out to be."""
+    """One storage: its bytes, the phase and the layer that made it, and what it turned out to be.
 
-    def __init__(self, size: int, phase: str, layer: str) -> None:
+    made_in, freed_in: numbers of the passes (one forward, backward or update each) in which it lived; what is never
+        freed has None.
+    """
+
+    def __init__(self, size: int, phase: str, layer: str, made_in: int) -> None:
         self.size, self.phase, self.layer = size, phase, layer
         self.label, self.alive = "", True
+        self.made_in: int = made_in
+        self.freed_in: int | None = None
 
     @property
     def category(self) -> str:
@@ -42,6 +48,7 @@ class Peak:
     Attributes:
         peak_bytes: their sum.
         by_category: bytes under each of ``CATEGORIES``.
+        most_by_category: the most that each category had, whenever that was.
         by_layer: bytes by the module at work when they were made, largest first; weights and optimizer state left out.
         update: name of the part of the run, see :meth:`Tracker.part`.
         phase: ``forward``, ``backward`` or ``update``.
@@ -50,6 +57,7 @@ class Peak:
 
     peak_bytes: int
     by_category: dict[str, int]
+    most_by_category: dict[str, int]
     by_layer: dict[str, int]
     update: str
     phase: str
@@ -65,11 +73,17 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     A storage is what :meth:`label` said it is. Else it is "activations" if it was made in forward or backward, and if
     it was made in an update, "optimizer" where it outlives the run and "other" where it does not. Values that the host
     reads (``item()``, ``if tensor``) are 1, and masks hold everywhere, so that the code goes on.
+
+    Args:
+        alike: the path of a layer that stands for several, each with the same bytes.
+        times: how many.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, alike: str | None = None, times: int = 1) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.phase = "forward"
+        self._alike, self._times = alike, times
+        self._pass = self._passes = 0
         self._layers: list[str] = []
         self._layer_of_backward = "loss"
         self._blocks: dict[int, Block] = {}
@@ -90,16 +104,19 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._block(leaf)
         return result
 
-    def label(self, tensors: Iterable[Tensor | None], category: str) -> None:
-        """Say what tensors are, for the whole life of their storages."""
+    def label(self, tensors: Iterable[Tensor | None], category: str, layer: str | None = None) -> None:
+        """Say what tensors are, for the whole life of their storages, and to which layer they belong."""
         for tensor in tensors:
             if tensor is not None:
-                self._block(tensor).label = category
+                block = self._block(tensor)
+                block.label = category
+                block.layer = block.layer if layer is None else layer
 
     @contextmanager
     def during(self, phase: str, layer: str = "") -> Iterator[None]:
         """Book what happens inside to a phase, and to a layer where it is named."""
-        before, self.phase = self.phase, phase
+        before, self.phase, self._pass = (self.phase, self._pass), phase, self._passes + 1
+        self._passes += 1
         if phase == "backward":
             self._layer_of_backward = "loss"
         if layer:
@@ -107,7 +124,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
-            self.phase = before
+            self.phase, self._pass = before
             if layer:
                 self._layers.pop()
 
@@ -125,8 +142,14 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def peak(self) -> Peak:
         """The peak of everything that was recorded."""
         total = highest = at = 0
-        for i, (block, sign, *_) in enumerate(self._events):
-            total += sign * block.size
+        now, most = Counter(dict.fromkeys(CATEGORIES, 0)), Counter(dict.fromkeys(CATEGORIES, 0))
+        for i, (block, sign, _, layer) in enumerate(self._events):
+            total += sign * self._bytes(block)
+            now[block.category] += sign * self._bytes(block)
+            # Between its neighbours a layer that stands for several has not the bytes of any of them.
+            if self._is_alike(layer):
+                continue
+            most |= now
             if total > highest:
                 highest, at = total, i
         alive: dict[Block, None] = {}
@@ -137,12 +160,23 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 del alive[block]
         by_category, by_layer = Counter(dict.fromkeys(CATEGORIES, 0)), Counter[str]()
         for block in alive:
-            by_category[block.category] += block.size
+            by_category[block.category] += self._bytes(block)
             if block.category not in ("weights", "optimizer"):
-                by_layer[block.layer] += block.size
+                by_layer[block.layer] += self._bytes(block)
         phase, layer = self._events[at][2:]
         part = [name for start, name in self._parts if start <= at][-1]
-        return Peak(highest, dict(by_category), dict(by_layer.most_common()), part, phase, layer)
+        return Peak(highest, dict(by_category), dict(most), dict(by_layer.most_common()), part, phase, layer)
+
+    def _is_alike(self, layer: str) -> bool:
+        return self._alike is not None and f"{layer}.".startswith(f"{self._alike}.")
+
+    def _bytes(self, block: Block) -> int:
+        """A block's bytes, those of the layers included that its own stands for.
+
+        What ends in the pass that made it is handed on to the next layer, so that there is one of it.
+        """
+        several = self._is_alike(block.layer) and block.made_in != block.freed_in
+        return block.size * (self._times if several else 1)
 
     def _at_work(self) -> str:
         return self._layers[-1] if self._layers else self._layer_of_backward
@@ -160,14 +194,14 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storage = tensor.untyped_storage()
         block = self._blocks.get(id(storage))
         if block is None:
-            block = Block(storage.nbytes(), self.phase, self._at_work())
+            block = Block(storage.nbytes(), self.phase, self._at_work(), self._pass)
             self._blocks[id(storage)] = block
             self._events.append((block, 1, self.phase, block.layer))
             weakref.finalize(storage, self._end, id(storage), block)
         return block
 
     def _end(self, key: int, block: Block) -> None:
-        block.alive = False
+        block.alive, block.freed_in = False, self._pass
         del self._blocks[key]
         self._events.append((block, -1, self.phase, self._at_work()))
 

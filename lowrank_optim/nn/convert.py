@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -37,7 +39,8 @@ def convert(
         parameterization: the options, for example ``SLTrain(rank=128)``.
         targets: None or ``"all"`` takes every ``nn.Linear`` that is a hidden matrix (see
             :func:`lowrank_optim.optim.roles.roles`); otherwise what the name of a replaced module contains, or, as a
-            regular expression, matches fully. Heads and routers stay even then.
+            regular expression, matches fully. Heads and routers stay even then, and so do layers whose weight the
+            code of the module around them reads, as T5's and Mamba's does.
         from_weight: keep the trained weight as well as the parameterization can, instead of a fresh start.
         ranks: of layers by the name of their weight, as :func:`lowrank_optim.allocate_ranks` makes them, in place of
             the parameterization's own.
@@ -47,9 +50,9 @@ def convert(
         The names of the replaced modules.
 
     Raises:
-        ValueError: a target that matches nothing, a layer that is converted already, options that do not
-            fit a layer, ranks of other layers or for a parameterization without one, or a weight shared with a module
-            that stays.
+        ValueError: a target that matches nothing or a layer whose weight other code reads, a layer that is converted
+            already, options that do not fit a layer, ranks of other layers or for a parameterization without one, or a
+            weight shared with a module that stays.
     """
     chosen = select_linears(model, targets)
     check_shared(model, chosen)
@@ -228,6 +231,7 @@ def select_linears(model: nn.Module, targets: str | Iterable[str] | None) -> dic
     known = roles_by_id(model)
     chosen: dict[str, nn.Linear] = {}
     candidates: list[str] = []
+    readers = _read_by_their_owners(model)
     for name, module in _named_modules(model):
         # Subclasses of nn.Linear have reasons of their own: quantized weights, or a parent that reads .weight.
         if not name or not (isinstance(module, FactoredLinear) or type(module) is nn.Linear):
@@ -237,6 +241,13 @@ def select_linears(model: nn.Module, targets: str | Iterable[str] | None) -> dic
             continue
         candidates.append(name)
         matched = [target for target in wanted if takes(target, name, role)]
+        if name in readers:
+            if targets not in (None, "all") and matched:
+                raise ValueError(
+                    f"Invalid targets: {matched} match {name!r}, whose weight {readers[name]} reads itself; a layer in "
+                    "parts has none, so it must stay an nn.Linear"
+                )
+            continue
         for target in matched:
             hits[target] += 1
         if matched and isinstance(module, FactoredLinear):
@@ -245,9 +256,38 @@ def select_linears(model: nn.Module, targets: str | Iterable[str] | None) -> dic
             chosen[name] = module
     missed = [target for target, count in hits.items() if not count]
     if missed or not chosen:
-        some = ", ".join(candidates) or "none"
+        others = {type(m).__name__ for m in model.modules() if any(p.ndim == 2 for p in m.parameters(False))}
+        others -= {"Linear", "Embedding"}
+        elsewhere = f", but matrices in {', '.join(sorted(others))}" if others else ""
+        some = ", ".join(candidates) or f"none{elsewhere}"
         raise ValueError(f"Invalid targets: {missed or wanted} match no nn.Linear; candidates: {some[:300]}")
     return chosen
+
+
+def _read_by_their_owners(model: nn.Module) -> dict[str, str]:
+    """The linears whose ``weight`` the code of the module around them reads, by name, with the class that does."""
+    return {
+        f"{path}.{child}" if path else child: type(owner).__name__
+        for path, owner in _named_modules(model)
+        for child, module in owner.named_children()
+        if isinstance(module, nn.Linear) and re.search(rf"self\.{child}\.weight\b", _source(_class_of(owner)))
+    }
+
+
+def _class_of(module: nn.Module) -> Any:
+    return type(module)
+
+
+@functools.cache
+def _source(cls: Any) -> str:
+    # torch's own transformer layers read weights only where they leave their linears out.
+    if cls.__module__.startswith("torch."):
+        return ""
+    try:
+        return inspect.getsource(cls)
+    # Written at a prompt, or compiled.
+    except (OSError, TypeError):
+        return ""
 
 
 def check_shared(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:

@@ -7,7 +7,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,16 +17,16 @@ BACKENDS = (None, "eager", "triton")
 
 
 @functools.cache
-def _triton_twin(name: str) -> Callable[..., object] | ImportError:
+def _triton_twin(name: str) -> Any:
     try:
         module = importlib.import_module(f"lowrank_kernels.{name.removesuffix('_')}")
-        return cast("Callable[..., object]", getattr(module, name))
+        return getattr(module, name)
     except ImportError as error:
         return error
 
 
 @functools.cache
-def _guarded(twin: Callable[..., object], index: int) -> Callable[..., object]:
+def _guarded(twin: Any, index: int) -> Any:
     """Triton launches on the current device, wherever the operands live."""
 
     @functools.wraps(twin)
@@ -35,6 +35,11 @@ def _guarded(twin: Callable[..., object], index: int) -> Callable[..., object]:
             return twin(*args, **kwargs)
 
     return on_its_device
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether kernels run there."""
+    return device.type == "cuda"
 
 
 def _is_elsewhere(device: torch.device) -> bool:
@@ -62,8 +67,7 @@ def pick(eager: F, backend: str | None, device: torch.device) -> F:
     """
     if backend == "eager":
         return eager
-    # Read once: the attribute takes as long as the rest of this function.
-    on_gpu = device.type == "cuda"
+    on_gpu = is_gpu(device)
     if backend is None and not on_gpu:
         return eager
     # Before the import: a kernel that is decorated without TRITON_INTERPRET=1 never runs in the interpreter.
@@ -74,4 +78,6 @@ def pick(eager: F, backend: str | None, device: torch.device) -> F:
         if backend is None:
             return eager
         raise RuntimeError(f"backend='triton' has no kernel {eager.__name__!r} here: {twin}") from twin
-    return cast("F", _guarded(twin, device.index) if on_gpu and _is_elsewhere(device) else twin)
+    # Not a call of typing.cast, which is as long as the rest: this runs several times a matrix and step.
+    found: F = _guarded(twin, device.index) if on_gpu and _is_elsewhere(device) else twin
+    return found

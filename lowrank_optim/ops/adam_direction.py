@@ -11,6 +11,7 @@ from lowrank_optim.ops.rounding import round_to_bfloat16
 def adam_direction(
     grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, beta1: float, beta2: float, eps: float | Tensor,
     keys: tuple[int | Tensor, int | Tensor] | None = None, start: int = 0, norms: Tensor | None = None,
+    ok: Tensor | None = None, dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """Update both moments in place and return Adam's direction before bias correction.
 
@@ -26,13 +27,17 @@ def adam_direction(
         keys: of the random bits that round bfloat16 moments, M's and V's; the arithmetic is fp32.
         start: position of the first element in the counter of the random bits.
         norms: fp32 (2, rows), where the norms of the rows of R and of N are wanted (overwritten).
+        ok: fp32, any shape: where one of its values is not finite, R counts as zeros.
+        dtype: of N.
 
     Returns:
-        N, with the dtype of M; fp32 for bfloat16.
+        N, without ``dtype`` in that of M, fp32 for bfloat16.
     """
+    if ok is not None:
+        grad = torch.where(ok.isfinite().all(), grad, 0)
     if keys is not None:
         wide = exp_avg.to(torch.float32), exp_avg_sq.to(torch.float32)
-        direction = adam_direction(grad, *wide, beta1=beta1, beta2=beta2, eps=eps, norms=norms)
+        direction = adam_direction(grad, *wide, beta1=beta1, beta2=beta2, eps=eps, norms=norms, dtype=dtype)
         for moment, value, key in zip((exp_avg, exp_avg_sq), wide, keys):
             moment.copy_(round_to_bfloat16(value, key, start))
         return direction
@@ -45,4 +50,4 @@ def adam_direction(
     direction = exp_avg / exp_avg_sq.sqrt().add_(eps)
     if norms is not None:
         norms.copy_(torch.stack([torch.linalg.vector_norm(rows, dim=-1) for rows in (grad, direction)]))
-    return direction
+    return direction if dtype is None else direction.to(dtype)

@@ -13,9 +13,9 @@ from lowrank_optim.ops.rounding import random_bits
 
 def gaussian(
     rows: int, columns: int, *, key: int | Tensor, dtype: torch.dtype, device: torch.device,
-    batch: Sequence[int] = (), first: int = 0,
+    batch: Sequence[int] = (), first: int = 0, scale: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """Matrices (*batch, rows, columns) of independent N(0, 1): Box and Muller's transform of a counter's hash.
+    """Matrices (*batch, rows, columns) of independent N(0, scale²): Box and Muller's transform of a counter's hash.
 
     A generator would have to be seeded anew at every call, has another stream on every kind of device, and cannot be
     replayed in a CUDA graph.
@@ -33,5 +33,6 @@ def gaussian(
     uniform = bits.bitwise_and_(0x7FFFFFFF).to(torch.promote_types(dtype, torch.float32)).add_(0.5).mul_(2.0**-31)
     radius = uniform[:, :half].log_().mul_(-2).sqrt_()
     angle = uniform[:, half:].mul_(2 * math.pi)
+    radius *= scale
     normal = torch.cat((radius * angle.cos(), radius * angle.sin_()), dim=1)
     return normal[:, :size].reshape(*batch, rows, columns).to(dtype)

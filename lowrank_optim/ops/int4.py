@@ -54,9 +54,11 @@ def quantize_int4_(codes: Tensor, scale: Tensor, zero: Tensor, values: Tensor, *
     codes.copy_(pack(code.flatten(-2)[..., :count].view(values.shape)))
 
 
-def dequantize_int4(codes: Tensor, scale: Tensor, zero: Tensor, columns: int, *, group_size: int) -> Tensor:
-    """The fp32 (..., rows, columns) values that :func:`quantize_int4_` wrote."""
+def dequantize_int4(
+    codes: Tensor, scale: Tensor, zero: Tensor, columns: int, *, group_size: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The (..., rows, columns) values that :func:`quantize_int4_` wrote, computed in fp32."""
     code = unpack(codes, columns).to(torch.float32)
     count = code.shape[-2] * columns
     zeros, scales = (t.to(torch.float32).repeat_interleave(group_size, -1)[..., :count] for t in (zero, scale))
-    return code.sub_(zeros.reshape(code.shape)).mul_(scales.reshape(code.shape))
+    return code.sub_(zeros.reshape(code.shape)).mul_(scales.reshape(code.shape)).to(dtype)

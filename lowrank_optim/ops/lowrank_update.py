@@ -22,6 +22,7 @@ def lowrank_update_(
     alpha: float | Tensor = 1.0,
     decay: float | Tensor = 1.0,
     grad: Tensor | None = None,
+    grad_alpha: float | Tensor = 1.0,
     row_scale: Tensor | None = None,
     column_scale: Tensor | None = None,
     key: int | Tensor | None = None,
@@ -29,7 +30,7 @@ def lowrank_update_(
 ) -> None:
     """Move a weight, or a batch of weights, once::
 
-        W = decay W + alpha left rightᴴ + row_scale ∘ grad ∘ column_scale
+        W = decay W + alpha left rightᴴ + grad_alpha row_scale ∘ grad ∘ column_scale
 
     Nothing of the weight's size is made on the way. Weights of 16 bits are computed in fp32, some rows at a time, and
     rounded once; others are moved in place.
@@ -38,7 +39,7 @@ def lowrank_update_(
         weight: W (..., m, n) of any strides (modified in place); each matrix of a batch for itself.
         left, right: (..., m, rank) and (..., n, rank), one of them a basis; either None for no product. They enter in
             the weight's dtype, as matrix units take them.
-        alpha, decay: real numbers or one-element tensors, the same for all matrices.
+        alpha, decay, grad_alpha: real numbers or one-element tensors, the same for all matrices.
         grad: (..., m, n).
         row_scale: (..., m, 1), or (..., 1, 1) for one number a matrix; None for 1.
         column_scale: (..., 1, n); None for 1. With neither there is no gradient term. Where a scale is 0 it does not
@@ -58,14 +59,20 @@ def lowrank_update_(
         left = right = None
     if row_scale is None and column_scale is None:
         grad = None
-    batch = as_batch("weight", weight)
-    sides = _matrices(left=left, right=right)
-    left, right = (None if side is None else side.to(weight.dtype) for side in sides)
-    grad, row_scale, column_scale = _matrices(grad=grad, row_scale=row_scale, column_scale=column_scale)
     # Few CPUs multiply 16 bits: elsewhere torch takes 10 times as long as by way of fp32. A factor on the device would
     # have to be rounded into a side.
     product_only = grad is None and not isinstance(alpha, Tensor) and not isinstance(decay, Tensor)
-    if not rounds and (weight.dtype not in NARROW or (product_only and weight.device.type != "cpu")):
+    in_place = not rounds and (weight.dtype not in NARROW or (product_only and weight.device.type != "cpu"))
+    if in_place and product_only and left is not None and right is not None and weight.ndim == 2:
+        beta, alpha = float(decay), float(alpha)
+        weight.addmm_(left.to(weight.dtype), right.to(weight.dtype).mH, beta=beta, alpha=alpha)
+        return
+    batch = as_batch("weight", weight)
+    sides = _matrices(left=left, right=right)
+    left, right = (None if side is None else side.to(weight.dtype) for side in sides)
+    row_scale, column_scale = rescaled_by(grad_alpha, row_scale, column_scale)
+    grad, row_scale, column_scale = _matrices(grad=grad, row_scale=row_scale, column_scale=column_scale)
+    if in_place:
         move_(batch, left, right, alpha, decay, grad, row_scale, column_scale)
         return
     left, right = (None if side is None else side.to(torch.float32) for side in (left, right))
@@ -135,6 +142,17 @@ def _add_gradient_(value: Tensor, grad: Tensor, row_scale: Tensor | None, column
                 # Zero times NaN is NaN.
                 part = torch.where(scale != 0, product, 0) if masks else product
         value[matrices, rows].add_(part)
+
+
+def rescaled_by(
+    factor: float | Tensor, row_scale: Tensor | None, column_scale: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both scales of a gradient, one of them times a factor."""
+    if not isinstance(factor, Tensor) and factor == 1:
+        return row_scale, column_scale
+    if row_scale is not None:
+        return row_scale * factor, column_scale
+    return None, None if column_scale is None else column_scale * factor
 
 
 def _rows_of(row_scale: Tensor | None, matrices: slice, rows: slice) -> Tensor | None:

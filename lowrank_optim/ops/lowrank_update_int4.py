@@ -19,6 +19,7 @@ def lowrank_update_int4_(
     alpha: float | Tensor = 1.0,
     decay: float | Tensor = 1.0,
     grad: Tensor | None = None,
+    grad_alpha: float | Tensor = 1.0,
     row_scale: Tensor | None = None,
     column_scale: Tensor | None = None,
     key: int | Tensor,
@@ -29,7 +30,7 @@ def lowrank_update_int4_(
     Args:
         codes, scale: W (m, n) as :mod:`lowrank_optim.ops.int4_weight` stores it (modified in place).
         columns: n, which the bytes of an odd row do not tell.
-        left, right, alpha, decay, grad, row_scale, column_scale: as there.
+        left, right, alpha, decay, grad, grad_alpha, row_scale, column_scale: as there.
         key, step: of the random numbers, see :func:`lowrank_optim.ops.int4_weight.quantize_int4_weight_`.
     """
 
@@ -37,6 +38,7 @@ def lowrank_update_int4_(
         return dequantize_int4_weight(codes[rows], scale[rows], columns, torch.float32)
 
     for rows, value in moved_rows(
-        codes, read, left, right, alpha=alpha, decay=decay, grad=grad, row_scale=row_scale, column_scale=column_scale
-    ):
+        codes, read, left, right, alpha=alpha, decay=decay, grad=grad, grad_alpha=grad_alpha, row_scale=row_scale,
+        column_scale=column_scale,
+    ):  # fmt: skip
         quantize_int4_weight_(codes[rows], scale[rows], value, key, step=step, start=rows.start * columns)

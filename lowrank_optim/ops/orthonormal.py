@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.project import project
+
 
 def orthonormalize(matrix: Tensor) -> Tensor:
     """Q of the QR factorisation whose R has a positive diagonal, (..., d, rank): columns keep order and direction.
@@ -35,6 +37,20 @@ def orthonormalize(matrix: Tensor) -> Tensor:
         untrusted = ~(error < 0.1)
         basis[untrusted] = _reflected(matrix[untrusted])
     return basis
+
+
+def orthonormalize_blind(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`orthonormalize` without a look at the device: always twice, and never by reflections.
+
+    Returns:
+        Q, and whether it can be trusted, bool (..., 1, 1): orthonormal, hence finite.
+    """
+    one = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    for _ in range(2):
+        matrix = matrix @ _inverse_factor(matrix.mH @ matrix, one)
+    error = (matrix.mH @ matrix - one).abs().amax((-2, -1), keepdim=True)
+    # In fp32 a thousandth is a hundred times what two passes leave where they converge.
+    return matrix, error < 1e-3
 
 
 def _reflected(matrix: Tensor) -> Tensor:
@@ -85,6 +101,13 @@ def normalize_(tensor: Tensor, sums: Sums | None = None) -> None:
     tensor.div_(largest.clamp_min_(torch.finfo(tensor.dtype).tiny)[..., None, None])
 
 
+def sketch_again(tall: Tensor, start: Tensor, sums: Sums | None = None) -> Tensor:
+    """Aᴴ A Q up to a factor, (..., d, rank), in fp32 or wider; arguments as for :func:`subspace_iteration`."""
+    sketch = project(tall, start)
+    normalize_(sketch, sums)
+    return _over_rows(project(tall.mH, sketch), sums)
+
+
 def subspace_iteration(tall: Tensor, start: Tensor, *, iterations: int = 1, sums: Sums | None = None) -> Tensor:
     """Turn ``start`` towards the dominant right-singular subspace of a matrix: Q <- qr(Aᴴ A Q).
 
@@ -92,8 +115,8 @@ def subspace_iteration(tall: Tensor, start: Tensor, *, iterations: int = 1, sums
     The columns keep their order and sign as far as the subspace stands still.
 
     Args:
-        tall: A, shape (..., rows, d), fp32 or wider.
-        start: Q, shape (..., d, rank); need not be orthonormal.
+        tall: A, shape (..., rows, d).
+        start: Q, shape (..., d, rank), in the dtype of A or wider; need not be orthonormal.
         sums: where A is some rows of the whole.
 
     Returns:
@@ -101,9 +124,7 @@ def subspace_iteration(tall: Tensor, start: Tensor, *, iterations: int = 1, sums
     """
     basis = start
     for _ in range(iterations):
-        sketch = tall @ basis
-        normalize_(sketch, sums)
-        basis = orthonormalize(_over_rows(tall.mH @ sketch, sums))
+        basis = orthonormalize(sketch_again(tall, basis, sums))
     return basis
 
 
@@ -120,7 +141,7 @@ def range_finder(
     oversampling of rank/8 + 8 columns.
 
     Args:
-        tall: A, shape (..., rows, d), fp32 or wider.
+        tall: A, shape (..., rows, d).
         rank: columns of the result, at most d.
         generator: a CPU generator, so that every device draws the same sketch; all matrices of a batch share it.
         iterations: power iterations; 0 is the plain range finder.
@@ -132,12 +153,14 @@ def range_finder(
     d = tall.shape[-1]
     rows = tall.shape[-2] if sums is None else sums.size
     columns = min(d, rank + rank // 8 + 8)
-    sketch = torch.randn(rows, columns, generator=generator, dtype=tall.real.dtype, device="cpu")
+    wide = torch.promote_types(tall.dtype, torch.float32)
+    sketch = torch.randn(rows, columns, generator=generator, dtype=wide.to_real(), device="cpu")
     if sums is not None:
         sketch = sums.take(sketch, 0)
-    start = _over_rows(tall.mH @ sketch.to(device=tall.device, dtype=tall.dtype), sums)
+    sketch = sketch.to(device=tall.device, dtype=wide).expand(*tall.shape[:-2], *sketch.shape)
+    start = _over_rows(project(tall.mH, sketch), sums)
     basis = subspace_iteration(tall, orthonormalize(start), iterations=iterations, sums=sums)
-    low = tall @ basis
+    low = project(tall, basis)
     normalize_(low, sums)
     gram = _over_rows(low.mH @ low, sums)
     # Which would not converge, for the whole batch.

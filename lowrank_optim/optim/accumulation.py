@@ -84,7 +84,7 @@ class Accumulator:
 
     def _renew(self, low: Tensor, sketch: Tensor | None) -> None:
         start = time.perf_counter()
-        sizes = largest(low if sketch is None else sketch, self.plan.view.batch)
+        sizes = largest(low if sketch is None else sketch, self.plan.view.batch).tolist()
         which = None
         if all(size < float("inf") for size in sizes):
             which, _ = select_matrices(self.subspace, sizes, self.plan.view, self.state, low.device, is_scheduled=True)

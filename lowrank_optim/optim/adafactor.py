@@ -130,9 +130,11 @@ class GaLoreAdafactor(GaLore):
             size = rms.clamp_(min=group["eps"][1]) * size
         return size, self.kept_by_decay(size, group)
 
-    def direction(self, rule: Rule, low: Tensor, state: State, group: Group, size: Scalar) -> tuple[Tensor, Scalar]:
+    def direction(
+        self, rule: Rule, low: Tensor, state: State, group: Group, size: Scalar, **told: Any
+    ) -> tuple[Tensor, Scalar]:
         """U; or with ``beta1`` the mean of the updates, in which each has its own step size."""
-        direction = rule.direction(low, state, group)
+        direction = rule.direction(low, state, group, **told)
         if group["beta1"] is None:
             return direction, size
         # The mean is of updates, not of directions: a step size of zero must leave a mean of zero behind.

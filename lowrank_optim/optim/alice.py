@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from lowrank_optim.ops.limited_scale import norm_of
 from lowrank_optim.ops.orthonormal import normalize_, orthonormalize
 from lowrank_optim.ops.rounding import mix_key
 from lowrank_optim.ops.two_sided import largest_entry
-from lowrank_optim.optim.lifts.norm_scaling import GrowthLimiter, norm_of
+from lowrank_optim.optim.finite import is_finite
+from lowrank_optim.optim.lifts.norm_scaling import GrowthLimiter
 from lowrank_optim.optim.options import Common, arguments, number, one_of, optional_positive_int
 from lowrank_optim.optim.parts import (
     Group,
@@ -113,12 +115,16 @@ class TrackedEigen(Oriented):
 class TrackingAdam(Adam):
     """Adam without bias correction, which keeps the mean covariance of the low-rank gradient beside its moments."""
 
+    masks = False
     rowwise = False
 
-    def direction(self, low: Tensor, state: State, group: Group, norms: Tensor | None = None) -> Tensor:
+    def direction(
+        self, low: Tensor, state: State, group: Group, norms: Tensor | None = None, *, ok: bool | Tensor = True,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:  # fmt: skip
         if "covariance" in state:
             state["covariance"].lerp_(low.mH @ low, 1 - group["beta3"])
-        return super().direction(low, state, group, norms)
+        return super().direction(low, state, group, norms, ok=ok, dtype=dtype)
 
     def correction(self, step: int | Tensor, group: Group) -> Scalar:
         return 1.0
@@ -132,6 +138,9 @@ class OtherAdamW(CorrectedAdam):
     def add_direction_(self, target: Tensor, grad: Tensor, state: State, group: Group, *, alpha: Scalar) -> None:
         super().add_direction_(target, grad, state, {**group, "betas": group["adamw_betas"]}, alpha=alpha)
 
+    def update_(self, weight: Tensor, grad: Tensor, state: State, group: Group, *, size: Scalar, decay: Scalar) -> bool:
+        return super().update_(weight, grad, state, {**group, "betas": group["adamw_betas"]}, size=size, decay=decay)
+
     def correction(self, step: int | Tensor, group: Group) -> Scalar:
         return super().correction(step, {**group, "betas": group["adamw_betas"]})
 
@@ -142,6 +151,7 @@ class Compensation(GrowthLimiter):
     The state ``outside`` is the mean energy that the subspace leaves of every row.
     """
 
+    reads_low = True
     options = {
         **GrowthLimiter.options,
         "scale": Option(number(), 0.3),
@@ -156,8 +166,12 @@ class Compensation(GrowthLimiter):
     def update(self, step: Step, state: State, group: Group) -> Update:
         """One product: up(N - f R) + f G, with a factor f a row; the norm of the residual is known without it."""
         assert step.norms is not None
+        of_low, of_direction = step.norms.low.unsqueeze(-1)
         energy = step.norms.grad.square()
-        outside = energy - step.norms.low.square()
+        if isinstance(step.ok, Tensor):
+            # In a stack the other matrices must not move either.
+            energy = torch.where(is_finite(step.ok), energy, torch.inf)
+        outside = energy - of_low.square()
         # Less is rounding, of the norms or of a basis in the dtype of the gradient.
         least = max(8 * torch.finfo(energy.dtype).eps, torch.finfo(step.grad.dtype).eps)
         outside = torch.where(outside < least * energy, 0, outside)
@@ -166,7 +180,7 @@ class Compensation(GrowthLimiter):
         mean.lerp_(torch.where(outside < torch.inf, outside, 0), 1 - group["betas"][0])
         factor = torch.where(outside > 0, ((step.grad.shape[-1] - step.low.shape[-1]) / mean).sqrt(), 0)
         norm = norm_of(factor * outside.sqrt(), step.sums)
-        limit = self.limit(norm, norm_of(step.norms.direction, step.sums), state, group)
+        limit = self.limit(norm, norm_of(of_direction, step.sums), state, group)
         factor = torch.where(limit > 0, factor * (limit * group["compensation"]), 0)
         low = step.direction.addcmul_(step.low, factor, value=-1)
         return Update(low, scale=group["scale"], row_scale=factor * group["scale"])

@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lowrank_optim.optim.engine import LowRankOptimizer
-from lowrank_optim.optim.lifts.norm_scaling import GrowthLimiter, factors, norm_of
+from lowrank_optim.optim.lifts.norm_scaling import GrowthLimiter
 from lowrank_optim.optim.options import Common, arguments, flag, number, one_of
 from lowrank_optim.optim.parts import Group, Option, Parts, State, Step, Update, View
 from lowrank_optim.optim.rules.adam import Adam
@@ -30,13 +30,11 @@ class ChannelScaling(GrowthLimiter):
 
     def update(self, step: Step, state: State, group: Group) -> Update:
         """The gradient alone; the norms are all that the low-rank gradient and its direction are for."""
-        assert step.norms is not None
-        scaling = factors(step.norms, step.sums, whole=group["scale_type"] == "tensor")
         strength = group["scale"] ** 0.5
-        norm = norm_of(scaling.phi * step.norms.grad, step.sums)
-        if group["scale_front"]:
-            norm = norm * strength
-        return Update(row_scale=scaling.phi * (self.limit(norm, scaling.direction, state, group) * strength))
+        seen = strength if group["scale_front"] else 1.0
+        whole = group["scale_type"] == "tensor"
+        scale, _ = self.limited(step, state, group, seen=seen, strength=strength, whole=whole)
+        return Update(row_scale=scale)
 
 
 class APOLLOAdamW(LowRankOptimizer):

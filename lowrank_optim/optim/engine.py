@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any, overload
 
 import torch
@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from lowrank_optim.ops.project import project
 from lowrank_optim.ops.row_norms import row_norms
-from lowrank_optim.optim.finite import verdict
+from lowrank_optim.optim import finite
+from lowrank_optim.optim.finite import is_finite, verdict
 from lowrank_optim.optim.full_rank import step_full_rank_
 from lowrank_optim.optim.options import check_names
 from lowrank_optim.optim.parts import Group, Norms, Refresh, Rule, Scalar, State, Step, Update
@@ -75,12 +76,49 @@ class LowRankOptimizer(PlannedOptimizer):
 
     def _step_params(self) -> None:
         with without_autocast():
+            self._looks, self._sizes = True, {}
             agreed = self._agree([(p, p.grad) for group in self.param_groups for p in group["params"]])
             for group in self.param_groups:
                 key = None if torch.compiler.is_compiling() else self._key(group)
                 for p in group["params"]:
                     if p.grad is not None:
                         self.update_param(p, p.grad, group, key, agreed.get(p))
+            self._looks = False
+
+    def _look(self) -> None:
+        """Read at once what all refreshes of this step want to know of the device, and how the last ones ended.
+
+        Not where the host looks anyway or steps are counted on the device, nor of a gradient that the lift changes.
+        """
+        self._looks = False
+        due = []
+        for group in self.param_groups:
+            if group["capturable"]:
+                continue
+            for p in group["params"]:
+                plan = self._plans.get(p)
+                if plan is None or p.grad is None or p.grad.layout is not torch.strided or p.grad.numel() == 0:
+                    continue
+                # Of a parameter that is split over processes the sizes are agreed on.
+                if plan.layout is not None or finite.host_looks(p.device):
+                    continue
+                subspace, _, lift = plan.parts
+                if subspace is not None and not lift.changes_gradient and refresh_due(plan.state, group, plan.place):
+                    grad = subspace.orient(as_matrices(p.grad, plan.view), plan.state)
+                    due.append((plan.place, largest(grad, plan.view.batch)))
+        if not due:
+            return
+        unread, self._unread = self._unread, []
+        found = [sizes for _, sizes in due] + [renewed.view(-1) for _, renewed in unread]
+        values = torch.cat([one.to(found[0].device, torch.float64) for one in found]).tolist()
+        parts = [values[end - len(one) : end] for one, end in zip(found, accumulate(map(len, found)))]
+        self._sizes = {place: sizes for (place, _), sizes in zip(due, parts)}
+        for (state, _), renewed in zip(unread, parts[len(due) :]):
+            # What was not renewed starts anew, as a matrix without a basis does.
+            missed = sum(1 << i for i, good in enumerate(renewed) if not good)
+            if missed:
+                state["waiting"] |= missed
+                self._warn_once("kept an old basis because no new one could be computed")
 
     def _agree(self, gradients: list[tuple[Tensor, Tensor | None]]) -> dict[Tensor, bool | Tensor]:
         """The verdicts on the gradients of sharded parameters, in which no process must differ."""
@@ -156,14 +194,20 @@ class LowRankOptimizer(PlannedOptimizer):
             is_scheduled = scheduled(state, group, plan.place)
             if not self.refresh(plan, grad, group, is_scheduled=is_scheduled):
                 return
-        self._step_low(plan, param, self.project(plan, grad, group), grad, group, ok)
+        basis = None
+        if plan.layout is None and subspace.makes_basis(group):
+            basis = subspace.basis(grad, state, group)
+        self._step_low(plan, param, self.project(plan, grad, group, basis), grad, group, ok, basis)
 
-    def project(self, plan: Plan, grad: Tensor, group: Group) -> Tensor:
-        """The low-rank gradient, of which a process has all rows or, where the rule is content with them, its own."""
+    def project(self, plan: Plan, grad: Tensor, group: Group, basis: Tensor | None = None) -> Tensor:
+        """The low-rank gradient, of which a process has all rows or, where the rule is content with them, its own.
+
+        ``basis``: where it is known already.
+        """
         (subspace, rule, _), layout, state = plan.parts, plan.layout, plan.state
         assert subspace is not None
         if layout is None or layout.split == "whole":
-            return subspace.project(grad, state, group)
+            return subspace.project(grad, state, group) if basis is None else project(grad, basis)
         if layout.split == "columns":
             basis = layout.part_of_basis(subspace.basis(layout.like(grad, state), state, group))
             return layout.shards.sum_(project(grad, basis))
@@ -171,32 +215,43 @@ class LowRankOptimizer(PlannedOptimizer):
         return low if rule.rowwise else layout.shards.gather(low, low.ndim - 2)
 
     def _step_low(
-        self, plan: Plan, param: Tensor, low: Tensor, grad: Tensor | None, group: Group, ok: bool | Tensor | None = None
-    ) -> None:
+        self, plan: Plan, param: Tensor, low: Tensor, grad: Tensor | None, group: Group,
+        ok: bool | Tensor | None = None, basis: Tensor | None = None,
+    ) -> None:  # fmt: skip
         (subspace, rule, lift), state, layout = plan.parts, plan.state, plan.layout
         assert subspace is not None
-        ok = self._admit(low if grad is None or subspace.sees_all(group) else grad, ok)
-        if ok is False:
-            return
-        if isinstance(ok, Tensor):
-            low = torch.where(ok, low, rule.missing(low, state, group))
+        of_grad = row_norms(grad) if lift.needs_norms and grad is not None else None
+        if of_grad is not None and layout is not None and layout.split == "columns":
+            of_grad = layout.shards.sum_(of_grad.square_()).sqrt_()
+        if ok is None and of_grad is not None and not finite.host_looks(low.device):
+            # They tell it as well as a sum.
+            ok = of_grad
+        else:
+            ok = self._admit(low if grad is None or subspace.sees_all(group) else grad, ok)
+            if ok is False:
+                return
+            if isinstance(ok, Tensor) and of_grad is not None:
+                # No process knows the norms of all rows.
+                of_grad = torch.where(is_finite(ok), of_grad, torch.inf)
+        if isinstance(ok, Tensor) and (lift.reads_low or not rule.masks):
+            low = torch.where(is_finite(ok), low, rule.missing(low, state, group))
         state["step"] += 1
         size, decay = self.step_size(plan, param, group)
-        norms = None
-        if lift.needs_norms and grad is not None:
-            of_low = torch.empty(2, *low.shape[:-1], dtype=low.dtype.to_real(), device=low.device)
-            direction = rule.direction(low, state, group, of_low)
-            of_grad = row_norms(grad)
-            if layout is not None and layout.split == "columns":
-                of_grad = layout.shards.sum_(of_grad.square_()).sqrt_()
-            if isinstance(ok, Tensor):
-                # In a stack the other matrices must not move either.
-                of_grad = torch.where(ok, of_grad, torch.inf)
-            norms = Norms(of_low[0].unsqueeze(-1), of_low[1].unsqueeze(-1), of_grad)
-        else:
-            direction, size = self.direction(rule, low, state, group, size)
         # What is read of a weight here is its shape and dtype: that of a quantized weight has no values.
-        weight = subspace.orient(as_matrices(param, plan.view), state)
+        weight = grad
+        if weight is None or weight.dtype != param.dtype:
+            weight = subspace.orient(as_matrices(param, plan.view), state)
+        told: dict[str, Any] = {"ok": ok} if rule.masks else {}
+        if of_grad is not None:
+            of_low = torch.empty(2, *low.shape[:-1], dtype=low.dtype.to_real(), device=low.device)
+            direction = rule.direction(low, state, group, of_low, **told)
+            norms: Norms | None = Norms(of_low, of_grad)
+        else:
+            if rule.masks and lift.passes_direction and subspace.factored:
+                told["dtype"] = weight.dtype
+            direction, size = self.direction(rule, low, state, group, size, **told)
+            norms = None
+        grad = weight if grad is None else grad
         sums, shape = None, tuple(weight.shape)
         if layout is not None and layout.split != "whole":
             if layout.split == "rows":
@@ -205,16 +260,16 @@ class LowRankOptimizer(PlannedOptimizer):
                     low, direction = (sums.take(some, some.ndim - 2) for some in (low, direction))
             weight = layout.like(weight, state)
             shape = layout.shape(weight.shape)
-        step = Step(weight if grad is None else grad, low, direction, norms, ok, subspace, shape, sums)
+        step = Step(grad, low, direction, norms, ok, subspace, shape, sums)
         update = lift.update(step, state, group)
-        basis = None
-        if update.low is not None:
-            if subspace.factored:
-                basis = subspace.basis(weight, state, group)
-                if layout is not None and layout.split == "columns":
-                    basis = layout.part_of_basis(basis)
-            else:
-                update = update._replace(low=None, full=expand(update.low, update, step, state, group))
+        if update.low is None:
+            basis = None
+        elif not subspace.factored:
+            update = update._replace(low=None, full=expand(update.low, update, step, state, group))
+        elif basis is None or basis.dtype != weight.dtype:
+            basis = subspace.basis(weight, state, group)
+            if layout is not None and layout.split == "columns":
+                basis = layout.part_of_basis(basis)
         sign = 1.0 if group["maximize"] else -1.0
         write_(
             param, plan.view, update, step.grad, basis, state, group,
@@ -223,10 +278,11 @@ class LowRankOptimizer(PlannedOptimizer):
         lift.after(step, state, group)
 
     def _step_full_rank(self, plan: Plan, param: Tensor, grad: Tensor, group: Group, ok: bool | Tensor | None) -> None:
-        ok = self._admit(grad, ok)
+        state, rule = plan.state, plan.parts.rule
+        # Where nobody looks, values that are updated each for itself are looked at one by one.
+        ok = True if rule.elementwise and not finite.host_looks(grad.device) else self._admit(grad, ok)
         if ok is False:
             return
-        state, rule = plan.state, plan.parts.rule
         state["step"] += 1
         size, decay = self.step_size(plan, param, group)
         sign = 1.0 if group["maximize"] else -1.0
@@ -247,9 +303,15 @@ class LowRankOptimizer(PlannedOptimizer):
         """1 - lr weight_decay."""
         return 1.0 if group["weight_decay"] == 0 else 1 - lr * group["weight_decay"]
 
-    def direction(self, rule: Rule, low: Tensor, state: State, group: Group, size: Scalar) -> tuple[Tensor, Scalar]:
-        """The direction, and the step size that it is still to be multiplied with."""
-        return rule.direction(low, state, group), size
+    def direction(
+        self, rule: Rule, low: Tensor, state: State, group: Group, size: Scalar, **told: Any
+    ) -> tuple[Tensor, Scalar]:
+        """The direction, and the step size that it is still to be multiplied with.
+
+        Args:
+            told: what a rule that ``masks`` also takes.
+        """
+        return rule.direction(low, state, group, **told), size
 
     def add_direction_(
         self, target: Tensor, rule: Rule, grad: Tensor, state: State, group: Group, size: Scalar, sign: float
@@ -269,11 +331,14 @@ class LowRankOptimizer(PlannedOptimizer):
         assert subspace is not None
         start = time.perf_counter()
         sums, layout = None, plan.layout
+        if self._looks:
+            self._look()
+        sizes = self._sizes.pop(plan.place, None)
         if layout is not None and layout.split == "rows" and subspace.refreshes_rows:
             sums, sizes = layout.shards, layout.largest(grad, plan.view.batch)
         else:
             grad = grad if layout is None else layout.whole_grad(grad)
-            sizes = largest(grad, plan.view.batch)
+            sizes = largest(grad, plan.view.batch).tolist() if sizes is None else sizes
         if not all(size < float("inf") for size in sizes):
             self._warn_once("skipped an update because of a non-finite gradient")
             return False
@@ -284,10 +349,14 @@ class LowRankOptimizer(PlannedOptimizer):
             return True
         result = subspace.refresh(grad, state, group, which._replace(sums=sums))
         self.transport(plan, result, group)
-        if not result.renewed:
+        renewed = result.renewed
+        if isinstance(renewed, Tensor):
+            self._unread.append((state, renewed))
+            renewed = True
+        elif not renewed:
             self._warn_once("kept an old basis because no new one could be computed")
         self.refresh_seconds += time.perf_counter() - start
-        return result.renewed or started
+        return renewed or started
 
     def transport(self, plan: Plan, result: Refresh, group: Group) -> None:
         """Move the moments into a new basis."""

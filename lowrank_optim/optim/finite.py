@@ -2,7 +2,8 @@
 
 The CPU looks at every gradient and leaves the update out. Elsewhere, and under ``torch.compile``, a look would make the
 host wait; the verdict stays on the device, where it replaces the low-rank gradient by zeros and keeps long-lived state
-as it was. A refresh looks on every device.
+as it was; of a gradient that is not compressed, and whose elements are updated each for itself, the values that are not
+finite count as zeros. A refresh looks on every device.
 """
 
 from __future__ import annotations
@@ -17,15 +18,25 @@ def host_looks(device: torch.device) -> bool:
 
 
 def verdict(tensor: Tensor) -> bool | Tensor:
-    """Whether all values are finite: a bool where the host looks, else a 0-d bool tensor.
+    """Whether all values are finite: a bool where the host looks, else a tensor that :func:`is_finite` reads.
 
     NaN and infinity both survive summation.
     """
     total = tensor.sum(dtype=torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else None)
-    finite = total.isfinite()
-    return bool(finite) if host_looks(tensor.device) else finite
+    return bool(total.isfinite()) if host_looks(tensor.device) else total
+
+
+def is_finite(ok: Tensor) -> Tensor:
+    """A verdict of the device as a 0-d bool: whether all of its values are finite."""
+    finite = ok.isfinite()
+    return finite.all() if finite.ndim else finite
+
+
+def finite_values(tensor: Tensor) -> Tensor:
+    """The tensor, where the host does not look with zeros in the place of values that are not finite."""
+    return tensor if host_looks(tensor.device) else tensor.nan_to_num(0.0, 0.0, 0.0)
 
 
 def zero_unless(ok: bool | Tensor, tensor: Tensor) -> Tensor:
     """The tensor, or zeros of its shape where it is not ``ok``."""
-    return torch.where(ok, tensor, 0) if isinstance(ok, Tensor) else tensor
+    return torch.where(is_finite(ok), tensor, 0) if isinstance(ok, Tensor) else tensor

@@ -8,35 +8,15 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from lowrank_optim.ops.orthonormal import Sums
 from lowrank_optim.optim.engine import LowRankOptimizer
-from lowrank_optim.optim.lifts.norm_scaling import GrowthLimiter, factors
+from lowrank_optim.optim.lifts.norm_scaling import GrowthLimiter
 from lowrank_optim.optim.options import Common, arguments, number, one_of
-from lowrank_optim.optim.parts import Group, Norms, Option, Parts, State, Step, Update
+from lowrank_optim.optim.parts import Group, Option, Parts, State, Step, Update
 from lowrank_optim.optim.rules.adam import Adam
 from lowrank_optim.optim.subspaces.singular import TopSingular
 
 RESIDUALS = ("reference", "paper")
 ADAM = Adam()
-
-
-def residual_norm(
-    phi: Tensor, norms: Norms, inner: float, image: Tensor | None = None, sums: Sums | None = None
-) -> Tensor:
-    """||phi (G - inner R Pᴴ)|| of every matrix, (..., 1, 1), from the norms of rows: the residual is never formed.
-
-    With R = G P, row by row ||g - inner r Pᴴ||² = ||g||² - 2 inner ||r||² + inner² ||r Pᴴ||².
-
-    Args:
-        image: ||r Pᴴ||² (..., rows, 1); None for ||r||², which it is for an orthonormal P.
-        sums: where the rows are those of one process.
-    """
-    inside = norms.low.square()
-    image = inside if image is None else image
-    # The difference of nearly equal numbers where hardly anything lies outside: never below zero.
-    outside = (norms.grad.square() - 2 * inner * inside + inner**2 * image).clamp_min_(0)
-    total = (phi.square() * outside).sum((-2, -1), keepdim=True)
-    return (total if sums is None else sums.sum_(total)).sqrt()
 
 
 class Residual(GrowthLimiter):
@@ -50,23 +30,27 @@ class Residual(GrowthLimiter):
 
     def update(self, step: Step, state: State, group: Group) -> Update:
         """One product with the basis: up(a N) + f (G - b up(R)) = up(a N - b f R) + f G."""
-        assert step.norms is not None
         alpha, paper = group["alpha"], group["residual"] == "paper"
-        inner = 1.0 if paper else alpha
-        scaling = factors(step.norms, step.sums)
-        image = None
-        if paper and torch.finfo(step.grad.dtype).bits < 32:
-            # A basis of 16 bits is orthonormal to 2e-3: too little where all of the gradient but that lies inside.
-            wide = step.subspace.basis(step.grad, state, group).to(step.low.dtype)
-            image = ((step.low @ (wide.mT @ wide)) * step.low).sum(-1, keepdim=True)
-        norm = residual_norm(scaling.phi, step.norms, inner, image, step.sums)
-        # In the paper the limiter looks at the update after bias correction.
-        seen = norm * ADAM.correction(state["step"], group) if paper else norm
-        row_scale = scaling.phi * self.limit(seen, scaling.direction, state, group)
+        options: dict[str, Any] = {"inner": alpha}
         if paper:
-            row_scale = row_scale * alpha
-        low = step.direction.mul_(alpha).addcmul_(step.low, row_scale, value=-inner)
-        return Update(low, row_scale=row_scale)
+            # The limiter looks at the update after bias correction.
+            seen = ADAM.correction(state["step"], group)
+            options = {"inner": 1.0, "strength": alpha, "seen": seen, "image": image_norms(step, state, group)}
+        row_scale, left = self.limited(
+            step, state, group, low=step.low, direction=step.direction, alpha=alpha, dtype=step.grad.dtype, **options
+        )
+        return Update(left, row_scale=row_scale)
+
+
+def image_norms(step: Step, state: State, group: Group) -> Tensor | None:
+    """||r Pᴴ||² (..., rows, 1); None where that is ||r||².
+
+    A basis of 16 bits is orthonormal to 2e-3: too little where all of the gradient but that lies inside.
+    """
+    if torch.finfo(step.grad.dtype).bits >= 32:
+        return None
+    wide = step.subspace.basis(step.grad, state, group).to(step.low.dtype)
+    return ((step.low @ (wide.mT @ wide)) * step.low).sum(-1, keepdim=True)
 
 
 class FiraAdamW(LowRankOptimizer):

@@ -56,12 +56,12 @@ class Restarting(Oriented):
         A stack begins anew as a whole, and not when only some of its matrices see their first gradient.
         """
         result = super().refresh(grad, state, group, which)
-        if not (result.renewed and group["reset_moments"]):
+        if result.renewed is False or not group["reset_moments"]:
             return result
         if isinstance(which.warm, Tensor) and which.usable is not None and not bool((which.usable & which.warm).any()):
-            return Refresh(renewed=True)
+            return result._replace(overlap=None)
         shape = (*grad.shape[:-2], state["rank"])
-        return Refresh(renewed=True, overlap=torch.full(shape, -1, dtype=torch.int64, device=grad.device))
+        return result._replace(overlap=torch.full(shape, -1, dtype=torch.int64, device=grad.device))
 
 
 class CosineColumns(Columns):
@@ -118,10 +118,13 @@ class RestartedAdam(CorrectedAdam):
         reset = Slot((), torch.float32) if group["capturable"] else Number(0)
         return {**super().slots(shape, view, group, along), "reset_step": reset}
 
-    def direction(self, low: Tensor, state: State, group: Group, norms: Tensor | None = None) -> Tensor:
+    def direction(
+        self, low: Tensor, state: State, group: Group, norms: Tensor | None = None, *, ok: bool | Tensor = True,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:  # fmt: skip
         """(M / (1 - beta1^t)) / (sqrt(V / (1 - beta2^t)) + eps) with t = step - reset_step."""
         corrected = super().correction(state["step"] - state["reset_step"], group)
-        return super().direction(low, state, group, norms).mul_(corrected)
+        return super().direction(low, state, group, norms, ok=ok, dtype=dtype).mul_(corrected)
 
     def correction(self, step: int | Tensor, group: Group) -> Scalar:
         """1: the direction is corrected already."""

@@ -181,6 +181,10 @@ class StepInBackward:
         self._end_implicit()
         return self._grad_norm
 
+    def sums(self, param: Tensor) -> Accumulator | None:
+        """What micro-batches of an unfinished update have summed of one parameter at low rank."""
+        return self._sums.get(param)
+
     def state_dict(self) -> dict[str, Tensor | None]:
         """What ``clip_by="previous"`` remembers, which the optimizer's own state dict holds as well."""
         self._end_implicit()

@@ -19,12 +19,18 @@ from lowrank_optim.optim.subspaces.tracking import Tracking, carried_momentum
 class ProjectionAwareAdam(CorrectedAdam):
     """Adam whose second moment is moved as that of a random gradient with the mean and variance seen so far."""
 
-    def direction(self, low: Tensor, state: State, group: Group, norms: Tensor | None = None) -> Tensor:
+    # What is missing is not zero.
+    masks = False
+
+    def direction(
+        self, low: Tensor, state: State, group: Group, norms: Tensor | None = None, *, ok: bool | Tensor = True,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:  # fmt: skip
         """Adam's, on what of ``low`` is not carried momentum."""
         carried = carried_momentum(group)
         if carried:
             low = low - carried * load_moment(state, "exp_avg", low.dtype)
-        return super().direction(low, state, group, norms)
+        return super().direction(low, state, group, norms, ok=ok, dtype=dtype)
 
     def missing(self, low: Tensor, state: State, group: Group) -> Scalar:
         """The carried momentum alone, of which the direction is that of a gradient of zeros."""
@@ -52,6 +58,7 @@ class GeneralizedErrorFeedback(Lift):
     the error, in ``error``, is what the new subspace leaves of it.
     """
 
+    changes_gradient = True
     splits = frozenset({"rows"})
     options = {"error_feedback": Option(flag, True)}
 

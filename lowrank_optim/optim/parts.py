@@ -109,10 +109,12 @@ class Update(NamedTuple):
 
 
 class Norms(NamedTuple):
-    """Norms of every row, (..., rows, 1) each, of the low-rank gradient, of its direction and of the gradient."""
+    """Norms of every row of the low-rank gradient and its direction, (2, ..., rows), and of the gradient.
+
+    Those of the gradient, (..., rows, 1), are not finite where it is not.
+    """
 
     low: Tensor
-    direction: Tensor
     grad: Tensor
 
 
@@ -132,13 +134,14 @@ class Which(NamedTuple):
 class Refresh(NamedTuple):
     """Result of a refresh.
 
-    renewed: False where no basis could be computed and the old one stays.
+    renewed: False where no basis could be computed and the old one stays; or bool (..., 1, 1) on the device, one a
+        matrix.
     overlap: how the moments move into the new basis, None where they stay as they are: old_basisᴴ new_basis
         (..., rank, rank), or, for bases made of columns, int64 (..., rank) with the old column of each new one, -1 for
         none.
     """
 
-    renewed: bool
+    renewed: bool | Tensor
     overlap: Tensor | None = None
 
 
@@ -234,6 +237,10 @@ class Subspace(Part):
         """Whether one non-finite entry of a gradient always makes its projection non-finite."""
         return True
 
+    def makes_basis(self, group: Group) -> bool:
+        """Whether `basis` computes at every call and projecting is the product with it, so that a step asks once."""
+        return False
+
     def refresh(self, grad: Tensor, state: State, group: Group, which: Which) -> Refresh:
         """Renew the basis in place from a finite gradient; that of usable matrices is not zero."""
         raise NotImplementedError
@@ -256,6 +263,9 @@ class Rule(Part):
 
     # Whether every element is treated for itself, so that large parameters can be updated in slices.
     elementwise: ClassVar[bool] = False
+    # Whether `direction` also takes ``ok``, the verdict on the gradient, which then need not be masked, and ``dtype``,
+    # that of its result.
+    masks: ClassVar[bool] = False
     # Whether every row is treated for itself; else a process gets all rows of a low-rank gradient.
     rowwise: ClassVar[bool] = False
 
@@ -275,6 +285,13 @@ class Rule(Part):
         """What stands for the low-rank gradient where that is not finite."""
         return 0.0
 
+    def update_(self, weight: Tensor, grad: Tensor, state: State, group: Group, *, size: Scalar, decay: Scalar) -> bool:
+        """weight = decay weight + size direction(grad), rounded as the group says, where one kernel makes all of it.
+
+        Values of the gradient that are not finite count as zeros. False where there is no such kernel.
+        """
+        return False
+
     def add_direction_(self, target: Tensor, grad: Tensor, state: State, group: Group, *, alpha: Scalar) -> None:
         """target += alpha * direction(grad)."""
         add_(target, self.direction(grad, state, group), alpha)
@@ -292,6 +309,12 @@ class Lift(Part):
 
     # Whether `update` gets Norms.
     needs_norms: ClassVar[bool] = False
+    # Whether the direction is projected back as it is, and may come in the dtype of the weight.
+    passes_direction: ClassVar[bool] = False
+    # Whether `update` reads ``step.low``, which then holds zeros where the gradient is not finite.
+    reads_low: ClassVar[bool] = False
+    # Whether `before` may return another tensor than the gradient.
+    changes_gradient: ClassVar[bool] = False
     # As of a subspace, for the whole update.
     splits: ClassVar[frozenset[str]] = frozenset()
 
@@ -327,10 +350,10 @@ class Step(NamedTuple):
     """What a lift sees of one step. All are oriented.
 
     grad: the gradient as ``before`` returned it; an empty tensor where only ``low`` is known.
-    low: its projection.
+    low: its projection; not finite where the gradient is not, unless the lift ``reads_low``.
     direction: what the rule made of it; may be overwritten.
     norms: where the lift needs them.
-    ok: whether the gradient is finite, as :func:`lowrank_optim.optim.finite.verdict` tells it.
+    ok: whether the gradient is finite, a bool or a tensor as :func:`lowrank_optim.optim.finite.verdict` tells it.
     subspace: projects back.
     shape: of the whole oriented weight, of which a process may have some rows or columns.
     sums: where all of these are some rows of the whole.

@@ -90,13 +90,19 @@ class PlannedOptimizer(Optimizer):
             # Groups in the manner of the published packages: the key "rank" switches the method on.
             filled["rank"] = None
         self._plans: dict[Tensor, Plan] = {}
+        # Within a step: whether its first refresh is still to come and will look, and what it found for those after it,
+        # by place the largest magnitudes of their gradients.
+        self._looks = False
+        self._sizes: dict[int, list[float]] = {}
+        # Refreshes of which only the device knows whether they went well.
+        self._unread: list[tuple[State, Tensor]] = []
         self._checked: dict[int, tuple[Any, ...]] = {}
         super().__init__(groups, filled)
         self._warn_if_nothing_is_compressed()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans, self._checked = {}, {}
+        self._plans, self._checked, self._looks, self._sizes, self._unread = {}, {}, False, {}, []
         self._entries = None
         # Options that came after the optimizer was pickled.
         for name, option in self.known_options().items():

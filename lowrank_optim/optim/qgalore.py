@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from lowrank_optim.ops import pick
 from lowrank_optim.ops.int4 import dequantize_int4, group_count, packed_shape, quantize_int4_
 from lowrank_optim.optim.galore import GaLore
 from lowrank_optim.optim.lifts.plain import Plain
@@ -54,18 +55,18 @@ class LazyInt4(TopSingular):
             "overlaps": Slot((group["queue_size"],), torch.float32, fill=torch.nan),
         }
 
+    def makes_basis(self, group: Group) -> bool:
+        """It comes from 4 bits."""
+        return True
+
     def basis(self, like: Tensor, state: State, group: Group) -> Tensor:
         """The (..., d, rank) basis from 4 bits, in the dtype of ``like``."""
-        values = dequantize_int4(
-            state["basis.codes"],
-            state["basis.scale"],
-            state["basis.zero"],
-            state["rank"] * (2 if like.is_complex() else 1),
-            group_size=group["quant_group_size"],
-        )
-        if like.is_complex():
-            values = torch.view_as_complex(values.view(*values.shape[:-1], -1, 2))
-        return values.to(like.dtype)
+        codes = state["basis.codes"]
+        values = pick(dequantize_int4, group["backend"], codes.device)(
+            codes, state["basis.scale"], state["basis.zero"], state["rank"] * (2 if like.is_complex() else 1),
+            group_size=group["quant_group_size"], dtype=like.dtype.to_real(),
+        )  # fmt: skip
+        return torch.view_as_complex(values.view(*values.shape[:-1], -1, 2)) if like.is_complex() else values
 
     def keep_basis_(self, basis: Tensor, state: State, group: Group) -> None:
         """Quantize and pack."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lowrank_optim.ops.two_sided import LARGEST, rank_one_fit, scaled_norm
+from lowrank_optim.optim.finite import is_finite
 from lowrank_optim.optim.lifts.norm_scaling import GrowthLimiter
 from lowrank_optim.optim.options import Common, arguments, number, positive_int
 from lowrank_optim.optim.parts import Group, Option, Parts, Slot, Slots, State, Step, Update, View
@@ -41,7 +42,8 @@ class RankOneScaling(GrowthLimiter):
 
     def update(self, step: Step, state: State, group: Group) -> Update:
         rows, columns = rank_one_fit(step.grad, group["iterations"])
-        exists = (rows.sum((-2, -1), keepdim=True) > 0) & step.ok
+        ok = is_finite(step.ok) if isinstance(step.ok, Tensor) else step.ok
+        exists = (rows.sum((-2, -1), keepdim=True) > 0) & ok
         scales = []
         for key, new in (("row_scale", rows), ("column_scale", columns.mT)):
             mean: Tensor = state[key]
@@ -49,9 +51,9 @@ class RankOneScaling(GrowthLimiter):
             scales.append(torch.where(mean > 0, mean.rsqrt().clamp_max(LARGEST), 0))
         below, beside = scales[0], scales[1].mT
         norm = scaled_norm(step.grad, below, beside)
-        if isinstance(step.ok, Tensor):
+        if isinstance(ok, Tensor):
             # In a stack the other matrices must not move either.
-            norm = torch.where(step.ok, norm, torch.inf)
+            norm = torch.where(ok, norm, torch.inf)
         limit = self.limit(norm, (below.shape[-2] * beside.shape[-1]) ** 0.5, state, group)
         return Update(row_scale=below * (limit * group["scale"]), column_scale=beside)
 

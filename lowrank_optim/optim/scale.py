@@ -40,6 +40,7 @@ class ColumnNormalised(Lift):
 class RowNormalisedMomentum(RowNormalised):
     """The rows of a mean of gradients; the mean, in ``momentum``, is the only state of a matrix."""
 
+    changes_gradient = True
     options = {"beta": Option(number(0.0, 1.0, high_open=True), 0.9)}
 
     def slots(self, view: View, shape: tuple[int, ...], group: Group) -> Slots:

@@ -28,15 +28,21 @@ def scheduled(state: State, group: Group, place: int) -> bool:
     evenly over the places of the parameters.
     """
     # A tensor is read from the device: a capturable step should run inside of a CUDA graph, where nothing is due.
-    step = int(state["step"])
+    return until_refresh(int(state["step"]), state, group, place) == 0
+
+
+def until_refresh(step: int, state: State, group: Group, place: int) -> int:
+    """How many updates come after ``step`` of them before one is scheduled to refresh, 0 if the next one is."""
+    if step == 0:
+        return 0
     # A lazy subspace keeps a gap of its own.
     gap: int = state["gap"] if "gap" in state else group["update_proj_gap"]
     offset = int(gap * (place * 0.6180339887498949 % 1.0)) if group["stagger"] else 0
-    return bool(step == 0 or (step + offset) % gap == 0)
+    return -(step + offset) % gap
 
 
-def largest(grad: Tensor, batch: tuple[int, ...]) -> list[float]:
-    """The largest magnitude in every matrix of a batch, NaN where one is; reads them from the device at once."""
+def largest(grad: Tensor, batch: tuple[int, ...]) -> Tensor:
+    """The largest magnitude in every matrix of a batch, (matrices,), NaN where one is."""
     values = torch.view_as_real(grad) if grad.is_complex() else grad
     values = values.reshape(*batch, -1) if batch else values
     if batch:
@@ -44,8 +50,7 @@ def largest(grad: Tensor, batch: tuple[int, ...]) -> list[float]:
     else:
         # Unlike abs(), aminmax makes no copy of the gradient.
         extremes = torch.stack(torch.aminmax(values))
-    sizes: list[float] = extremes.abs().amax(0).view(-1).tolist()
-    return sizes
+    return extremes.abs().amax(0).view(-1)
 
 
 def select_matrices(

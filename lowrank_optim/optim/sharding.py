@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lowrank_optim.ops.adafactor_direction import root_mean_square
-from lowrank_optim.optim.finite import host_looks, verdict
+from lowrank_optim.optim.finite import host_looks, is_finite, verdict
 from lowrank_optim.optim.parts import Group, Number, Parts, Slot, Slots, State, View
 from lowrank_optim.optim.schedule import largest
 from lowrank_optim.optim.state_storage import FIRST, decode, scale_slot
@@ -168,8 +168,8 @@ class Layout(NamedTuple):
 
     def largest(self, grad: Tensor, batch: tuple[int, ...]) -> list[float]:
         """The largest magnitude in every matrix over all processes, infinite where one is not finite."""
-        sizes = largest(grad, batch) if grad.numel() else [0.0] * math.prod(batch)
-        known = torch.tensor(sizes, dtype=torch.float32, device=self.shards.mesh.device_type).nan_to_num_(nan=torch.inf)
+        sizes = largest(grad, batch) if grad.numel() else grad.new_zeros(math.prod(batch)).real
+        known = sizes.to(torch.float32, copy=True).nan_to_num_(nan=torch.inf)
         found: list[float] = self.shards.max_(known).tolist()
         return found
 
@@ -296,6 +296,10 @@ def layout_of(param: Tensor, view: View, parts: Parts, group: Group) -> Layout |
     return Layout(shards, split if split in able else "whole", batch, kept)
 
 
+def _flag(ok: bool | Tensor, device: torch.device) -> Tensor:
+    return is_finite(ok) if isinstance(ok, Tensor) else torch.tensor(ok, device=device)
+
+
 def agree(gradients: Iterable[tuple[Tensor, Tensor]]) -> dict[Tensor, bool | Tensor]:
     """For every sharded parameter whether its gradient is finite on all processes, by one message a process group.
 
@@ -311,11 +315,12 @@ def agree(gradients: Iterable[tuple[Tensor, Tensor]]) -> dict[Tensor, bool | Ten
             if shards.group is None:
                 found[param] = ok
             else:
-                by_group.setdefault(shards.group, []).append((param, torch.as_tensor(ok, device=local(grad).device)))
+                by_group.setdefault(shards.group, []).append((param, _flag(ok, local(grad).device)))
     for group, verdicts in by_group.items():
         flags = torch.stack([ok for _, ok in verdicts]).to(torch.float32)
         dist.all_reduce(flags, dist.ReduceOp.MIN, group=group)
         finite = flags > 0
-        values = finite.tolist() if host_looks(finite.device) else finite.unbind()
+        # A verdict of the device is a number, finite or not.
+        values = finite.tolist() if host_looks(finite.device) else torch.where(finite, flags, torch.nan).unbind()
         found.update(zip((param for param, _ in verdicts), values))
     return found

@@ -16,6 +16,7 @@ from torch import Tensor
 from lowrank_optim.ops import blockwise4, int8_blocks
 from lowrank_optim.ops.blockwise import BLOCK, dequantize, quantize_
 from lowrank_optim.ops.rounding import mix_key, round_to_bfloat16
+from lowrank_optim.optim.finite import is_finite
 from lowrank_optim.optim.parts import Slot, Slots, State
 
 STATE_DTYPES = ("float32", "bfloat16", "int8", "int4")
@@ -142,13 +143,13 @@ def replace_moment_(state: State, key: str, values: Tensor, ok: bool | Tensor) -
         store_moment_(state, key, values)
     elif key in state:
         moment = load_moment(state, key, values.dtype)
-        store_moment_(state, key, torch.where(ok, values, moment, out=moment))
+        store_moment_(state, key, torch.where(is_finite(ok), values, moment, out=moment))
     else:
         # Codes of what codes stand for are not always the same codes.
         before = {part: state[part].clone() for part in _stored(state, key)}
         store_moment_(state, key, values)
         for part, old in before.items():
-            torch.where(ok, state[part], old, out=state[part])
+            torch.where(is_finite(ok), state[part], old, out=state[part])
 
 
 def scale_slot(codes: Slot) -> Slot:

@@ -144,7 +144,7 @@ def write_(
         size: the step size, negative for descent.
         decay: what the weight is multiplied with, before the update if ``decay_first``, else after it.
     """
-    if any(isinstance(number, Tensor) and number.ndim == 3 for number in (size, decay)):
+    if (isinstance(size, Tensor) and size.ndim == 3) or (isinstance(decay, Tensor) and decay.ndim == 3):
         # A step size, or a decay, for every matrix of a stack; the operation takes one.
         _write_each_(param, view, update, grad, basis, state, group, size, decay, decay_first)
         return
@@ -159,10 +159,6 @@ def write_(
         grad = as_matrices(update.full, view) if not state["left"] else update.full
         row_scale = torch.ones(*view.batch, 1, 1, dtype=view.wide.to_real(), device=grad.device)
     slope = None if row_scale is None and column_scale is None else grad
-    if row_scale is not None:
-        row_scale = row_scale * size
-    elif column_scale is not None:
-        column_scale = column_scale * size
     if state["left"]:
         # (X Pᴴ)ᵀ = P̄ Xᵀ: the weight stays in its own layout.
         left, right = (None if side is None else side.conj() for side in (right, left))
@@ -170,10 +166,9 @@ def write_(
         # One number a matrix is a row scale in either layout.
         if row_scale is None or row_scale.shape[-2] > 1 or column_scale is not None:
             row_scale, column_scale = (None if t is None else t.mT for t in (column_scale, row_scale))
-    options: dict[str, Any] = {
-        "alpha": size * update.scale, "decay": decay, "grad": slope, "row_scale": row_scale,
-        "column_scale": column_scale,
-    }  # fmt: skip
+    options: dict[str, Any] = {"alpha": size * update.scale, "decay": decay}
+    if slope is not None:
+        options |= {"grad": slope, "grad_alpha": size, "row_scale": row_scale, "column_scale": column_scale}
     rounding, backend = group["weight_rounding"], group["backend"]
     if is_quantized(param):
         left, right = (None if side is None else side.to(param.dtype) for side in (left, right))
@@ -190,7 +185,7 @@ def write_(
         if rounding == "compensated":
             options["correction"] = state["weight_correction"].view(view.shape)
     # On an H200 cuBLAS takes 0.034 ms at 4096 x 4096, bf16, rank 256, the kernel 0.048 (benchmarks/results/gpu.jsonl).
-    plain = "key" not in options and slope is None and not any(isinstance(x, Tensor) for x in (size, decay))
+    plain = "key" not in options and slope is None and not isinstance(size, Tensor) and not isinstance(decay, Tensor)
     keeps_eager = _keeps_eager(param, backend) or (backend is None and plain)
     move_ = lowrank_update_ if keeps_eager else pick(lowrank_update_, backend, param.device)
     weight = as_matrices(param, view)

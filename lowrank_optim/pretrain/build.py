@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,20 +16,20 @@ from lowrank_optim.nn.restarts import Restart
 from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.optim.in_backward import StepInBackward, step_in_backward
 from lowrank_optim.pretrain.config import QUANTIZED, Options, Resolved
-from lowrank_optim.pretrain.llama import build_config, build_model, checkpoint_activations_
+from lowrank_optim.pretrain.llama import build_config, build_model, checkpoint_activations_, load_pretrained, plain_head
 from lowrank_optim.pretrain.optimizers import build_optimizer, parse_optimizer_args
 from lowrank_optim.pretrain.parameterizations import LayerSpec, build_restarts, layer_spec, parameterize_
 from lowrank_optim.pretrain.recipes import resolve
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def build(
-    options: Options, device: torch.device | str, *, processes: int = 1, config: LlamaConfig | None = None
-) -> tuple[Resolved, LlamaConfig, PreTrainedModel, Optimizer]:
+    options: Options, device: torch.device | str, *, processes: int = 1, config: PreTrainedConfig | None = None
+) -> tuple[Resolved, PreTrainedConfig, PreTrainedModel, Optimizer]:
     """The run that options describe: :func:`settle`, :func:`build_network` and :func:`optimizer_for`, in this order.
 
     Raises:
@@ -40,7 +41,9 @@ def build(
     return run, config, model, optimizer_for(run, model)
 
 
-def settle(options: Options, *, processes: int = 1, config: LlamaConfig | None = None) -> tuple[Resolved, LlamaConfig]:
+def settle(
+    options: Options, *, processes: int = 1, config: PreTrainedConfig | None = None
+) -> tuple[Resolved, PreTrainedConfig]:
     """The options with the published values of what is not given, and the configuration of the model to train.
 
     Args:
@@ -50,10 +53,9 @@ def settle(options: Options, *, processes: int = 1, config: LlamaConfig | None =
     """
     config = build_config(options.model) if config is None else config
     run = resolve(options, hidden_size=config.hidden_size, processes=processes)
-    if run.seq_len > config.max_position_embeddings:
-        raise ValueError(
-            f"Invalid seq_len: {run.seq_len}, expected at most {config.max_position_embeddings} for {run.model}"
-        )
+    longest = config.to_dict().get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
+    if longest is not None and run.seq_len > longest:
+        raise ValueError(f"Invalid seq_len: {run.seq_len}, expected at most {longest} for {run.model}")
     if run.weights == "bf16" and run.dtype != "bf16":
         raise ValueError(f"Invalid weights: 'bf16' with dtype={run.dtype!r}, expected 'int8', 'int4' or --dtype bf16")
     if run.weights in QUANTIZED and run.parameterization:
@@ -62,21 +64,30 @@ def settle(options: Options, *, processes: int = 1, config: LlamaConfig | None =
         )
     if layers := _layers(run):
         # CoLA was published with an activation of its own.
-        config.hidden_act = layers.hidden_act or config.hidden_act
+        if layers.hidden_act and "hidden_act" not in config.to_dict():
+            raise ValueError(f"Invalid hidden_act: {layers.hidden_act!r}, which {config.model_type} models do not have")
+        if layers.hidden_act:
+            config.hidden_act = layers.hidden_act
     return run, config
 
 
-def build_network(run: Resolved, config: LlamaConfig, device: torch.device | str) -> PreTrainedModel:
-    """The model with freshly drawn weights, ready to train; on ``device="meta"`` it takes no memory."""
+def build_network(run: Resolved, config: PreTrainedConfig, device: torch.device | str) -> PreTrainedModel:
+    """The model with freshly drawn or pretrained weights, ready to train; on ``device="meta"`` it takes no memory."""
     torch.manual_seed(run.seed)
+    pretrained = run.init is not None and str(device) != "meta"
     # A card that has room for quantized weights may have none for those that they are made of.
     first = "cpu" if run.weights in QUANTIZED and str(device) != "meta" else device
-    model = build_model(config, device=first, dtype=DTYPES[run.dtype])
+    if pretrained:
+        model = load_pretrained(str(run.init), config, dtype=DTYPES[run.dtype])
+    else:
+        model = build_model(config, device=first, dtype=DTYPES[run.dtype])
     if layers := _layers(run):
-        parameterize_(model, layers, ranks=read_ranks(run.ranks), seed=run.seed)
+        parameterize_(model, layers, ranks=read_ranks(run.ranks), seed=run.seed, from_weight=pretrained)
     if run.weights in QUANTIZED:
         quantize_weights(model, bits=QUANTIZED[run.weights])
+    if run.weights in QUANTIZED or pretrained:
         model.to(device)
+    run.chunked_loss = run.chunked_loss and plain_head(model)
     if run.checkpointing:
         checkpoint_activations_(model, every=run.checkpoint_every)
     return model
@@ -127,6 +138,12 @@ def start_in_backward(run: Resolved, optimizer: Optimizer) -> StepInBackward | N
     """
     if not run.per_layer:
         return None
+    if run.accumulate > 1 and (whole := summed_whole(optimizer)):
+        warnings.warn(
+            f"{run.optimizer} reads whole gradients, so --per-layer with --accumulate {run.accumulate} keeps their "
+            f"sums: {whole / 1e9:.3f} GB; GaLore's family and DCTAdamW with a gap sum at low rank",
+            stacklevel=2,
+        )
     try:
         return step_in_backward(
             optimizer,  # type: ignore[arg-type]
@@ -136,6 +153,18 @@ def start_in_backward(run: Resolved, optimizer: Optimizer) -> StepInBackward | N
         )
     except TypeError as error:
         raise ValueError(str(error)) from error
+
+
+def summed_whole(optimizer: Optimizer) -> int:
+    """Bytes of the gradients of compressed parameters that micro-batches sum as they are."""
+    if not isinstance(optimizer, LowRankOptimizer):
+        return 0
+    return sum(
+        p.numel() * p.element_size()
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if optimizer.parts_of(p, group).subspace is not None and not optimizer.accumulates(p, group)
+    )
 
 
 def _layers(run: Resolved) -> LayerSpec | None:

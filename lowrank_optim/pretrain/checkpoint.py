@@ -39,7 +39,19 @@ NEEDED = ("optimizer.pt", "processes.pt")
 FACTORED = "factored.safetensors"
 # A resumed run must continue the one that was saved; how long it runs and what it reports may change.
 FIXED = (
-    *("dataset", "text_field", "tokenizer", "seq_len", "pack", "model", "dtype", "optimizer", "optimizer_args", "lr"),
+    *(
+        "dataset",
+        "text_field",
+        "tokenizer",
+        "seq_len",
+        "pack",
+        "model",
+        "init",
+        "dtype",
+        "optimizer",
+        "optimizer_args",
+        "lr",
+    ),
     *("weight_decay", "grad_clip", "batch_size", "accumulate", "seed"),
     *("parameterization", "parameterization_args", "restarts", "restart_args", "per_layer", "weights"),
     *("accumulate_dtype", "ranks"),
@@ -283,9 +295,10 @@ def load_(path: Path, update: Updater, *, rank: int) -> Any:
     from safetensors.torch import load_model
 
     try:
-        weights = FACTORED if factored_layers(update.model) else "model.safetensors"
-        # Mapped files, copied tensor by tensor: a card without room for two of everything can resume.
-        load_model(update.model, path / weights, device="cpu")
+        if factored_layers(update.model):
+            load_model(update.model, path / FACTORED, device="cpu")
+        else:
+            _load_exported(update.model, path)
         saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
         processes = torch.load(path / "processes.pt", map_location="cpu", weights_only=True)
         update.load_state_dict(saved)
@@ -293,6 +306,22 @@ def load_(path: Path, update: Updater, *, rank: int) -> Any:
         return processes[rank]["data"]
     except Exception as error:
         raise UserError(f"Broken checkpoint: {path} ({_line(error)})") from error
+
+
+def _load_exported(model: PreTrainedModel, path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_model
+
+    file = path / "model.safetensors"
+    with safe_open(file, framework="pt") as exported:
+        same_names = set(exported.keys()) <= model.state_dict().keys()
+    if same_names:
+        # Mapped files, copied tensor by tensor: a card without room for two of everything can resume.
+        load_model(model, file, device="cpu")
+    else:
+        # Of some models, those with experts for one, transformers exports tensors under the names of the hub.
+        loaded = type(model).from_pretrained(path, dtype=model.dtype)
+        model.load_state_dict(loaded.state_dict())
 
 
 def random_state() -> dict[str, Any]:

@@ -14,6 +14,8 @@ from lowrank_optim.pretrain.config import Options, UserError
 
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}
 HINTS = get_type_hints(Options)
+# Settings that come with the package, by name.
+CONFIGS = Path(__file__).parent.parent / "configs"
 # What belongs to one invocation and not to the run that it describes.
 TRANSIENT = ("config", "resume", "dry_run", "allow_changed_data")
 POSITIVE = ("checkpoint_every", "seq_len", "batch_size", "accumulate", "max_steps", "log_every")
@@ -30,23 +32,99 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def parse_options(argv: Sequence[str] | None = None) -> Options:
+# What other programs call it, where that is no spelling of ours.
+SYNONYMS = {
+    "learning-rate": "lr", "gradient-accumulation-steps": "accumulate", "accumulation-steps": "accumulate",
+    "grad-accum": "accumulate", "per-device-train-batch-size": "batch-size", "train-batch-size": "batch-size",
+    "micro-batch-size": "batch-size", "bs": "batch-size", "max-length": "seq-len", "max-seq-length": "seq-len",
+    "seq-length": "seq-len", "sequence-length": "seq-len", "context-length": "seq-len", "block-size": "seq-len",
+    "num-training-steps": "max-steps", "steps": "max-steps", "num-steps": "max-steps", "iterations": "max-steps",
+    "max-iters": "max-steps", "warmup": "warmup-steps", "max-grad-norm": "grad-clip", "clip": "grad-clip",
+    "gradient-clipping": "grad-clip", "gradient-checkpointing": "checkpointing",
+    "activation-checkpointing": "checkpointing", "precision": "dtype", "mixed-precision": "dtype",
+    "model-name-or-path": "model", "model-name": "model", "model-config": "model", "config-name": "model",
+    "tokenizer-name": "tokenizer", "dataset-name": "dataset", "data": "dataset", "data-dir": "dataset",
+    "train-file": "dataset", "save-dir": "output-dir", "out": "output-dir", "out-dir": "output-dir",
+    "output": "output-dir",
+    "run-dir": "output-dir", "save-steps": "save-every", "save-interval": "save-every", "eval-steps": "eval-every",
+    "eval-interval": "eval-every", "logging-steps": "log-every", "log-interval": "log-every",
+    "save-total-limit": "keep", "resume-from-checkpoint": "resume", "resume-from": "resume", "optim": "optimizer",
+    "random-seed": "seed", "wd": "weight-decay", "torch-compile": "compile", "layerwise": "per-layer",
+    "wandb": "report-to", "pretrained": "init", "init-from": "init", "load": "init",
+}  # fmt: skip
+# What is said in another way here.
+ELSEWHERE = {
+    "device": "CUDA_VISIBLE_DEVICES chooses the GPU, ACCELERATE_USE_CPU=true the CPU",
+    "gpu": "CUDA_VISIBLE_DEVICES chooses the GPU",
+    "num-gpus": "torchrun or accelerate launch starts the processes",
+    "epochs": "--max-steps counts updates",
+    "num-train-epochs": "--max-steps counts updates",
+    "bf16": "--dtype bf16",
+    "fp16": "--dtype bf16; fp16 would need loss scaling",
+    "fp32": "--dtype fp32",
+    "rank": "--optimizer-args rank=128",
+    "galore-rank": "--optimizer-args rank=128",
+    "update-proj-gap": "--optimizer-args update_proj_gap=200",
+    "galore-scale": "--optimizer-args scale=0.25",
+    "proj-type": "--optimizer-args proj_type=std",
+    "betas": "--optimizer-args betas=(0.9,0.95)",
+    "beta1": "--optimizer-args betas=(0.9,0.95)",
+    "eps": "--optimizer-args eps=1e-8",
+    "momentum": "--optimizer-args momentum=0.9",
+    "targets": "--optimizer-args targets=attn",
+    "total-batch-size": "--batch-size times --accumulate",
+    "scheduler": "the schedule is a warm-up and a cosine",
+    "lr-scheduler": "the schedule is a warm-up and a cosine",
+    "num-workers": "the data is read ahead by a thread",
+    "trust-remote-code": "code from the hub is never run",
+}
+
+
+def parse_options(argv: Sequence[str] | None = None, *, prog: str = "lowrank-train", epilog: str = "") -> Options:
     """Options from defaults, then the YAML file of ``--config``, then the command line.
 
     Raises:
         UserError: an unknown flag or key (the nearest is named), a value of the wrong kind or out of range.
     """
     parser = Parser(
-        prog="train_llama.py",
-        description="Pretrain a LLaMA with a low-rank optimizer. Without arguments: a 7M model on the text of "
-        "the Python standard library, offline, in a few minutes on two CPU cores.",
+        prog=prog,
+        description="Pretrain a causal language model with a low-rank optimizer. Without arguments: a 7M LLaMA on the "
+        "text of the Python standard library, offline, in a few minutes on two CPU cores.",
+        epilog=epilog,
         allow_abbrev=False,
     )
     add_flags(parser, FIELDS)
+    given = parse_known(parser, argv, FIELDS)
+    return check_ranges(Options(**read_values(given)))
+
+
+def parse_known(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, names: Iterable[str]
+) -> argparse.Namespace:
+    """What a parser makes of a line.
+
+    Raises:
+        UserError: a flag that it does not have; what it may have meant is named.
+    """
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise UserError(f"Invalid flag: {unknown[0]}{_nearest(unknown[0].split('=')[0], map(_flag, FIELDS))}")
-    return check_ranges(Options(**read_values(given)))
+        word = unknown[0].split("=")[0]
+        if not word.startswith("-"):
+            raise UserError(f"Invalid argument: {word!r}, expected options such as --model NAME{_meant(word, names)}")
+        raise UserError(f"Invalid flag: {word}{_meant(word, names)}")
+    return given
+
+
+def _meant(word: str, names: Iterable[str]) -> str:
+    """A hint at the flag that stands for a word, after the words of other programs, or at the nearest one."""
+    flags = [_flag(name) for name in names]
+    plain = word.lstrip("-").lower().replace("_", "-")
+    meant = f"--{SYNONYMS.get(plain, plain)}"
+    if meant in flags:
+        return f"; did you mean {meant}?"
+    if plain in ELSEWHERE:
+        return f": {ELSEWHERE[plain]}"
+    return _nearest(word, flags)
 
 
 def add_flags(parser: argparse.ArgumentParser, names: Iterable[str], default: Mapping[str, Any] | None = None) -> None:
@@ -82,7 +160,7 @@ def add_flags(parser: argparse.ArgumentParser, names: Iterable[str], default: Ma
 def read_values(given: argparse.Namespace) -> dict[str, Any]:
     """The options of a line, on top of those of the YAML file that its ``--config`` names."""
     line = {name: value for name, value in vars(given).items() if name in FIELDS}
-    return {**(_read_yaml(line["config"]) if "config" in line else {}), **line}
+    return {**(read_yaml(line["config"]) if "config" in line else {}), **line}
 
 
 def check_ranges(options: Options) -> Options:
@@ -133,12 +211,21 @@ def _kind(name: str) -> tuple[type, bool]:
     return (get_origin(hint) or hint), False
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str) -> dict[str, Any]:
+    """The options of a YAML file, or of one that comes with the package.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
     yaml = _yaml()
+    shipped = CONFIGS / f"{Path(path).name.removesuffix('.yaml')}.yaml"
+    if not Path(path).exists() and shipped.is_file():
+        path = str(shipped)
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"Invalid config: cannot read {path} ({error})") from error
+        names = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+        raise UserError(f"Invalid config: cannot read {path} ({error}), expected a file or one of {names}") from error
     # Brackets in brackets, numbers and dates out of range: not all are errors of its own.
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"Invalid config: {path} is not valid YAML ({' '.join(str(error).split())})") from error
@@ -150,7 +237,10 @@ def _read_yaml(path: str) -> dict[str, Any]:
 def _convert(key: str, value: Any, path: str) -> tuple[str, Any]:
     name = key.replace("-", "_")
     if name not in FIELDS or name == "config":
-        raise UserError(f"Invalid key in {path}: {key}{_nearest(name, [n for n in FIELDS if n != 'config'])}")
+        plain = key.lower().replace("_", "-")
+        meant = SYNONYMS.get(plain, "").replace("-", "_")
+        near = f"; did you mean {meant}?" if meant else _nearest(name, [n for n in FIELDS if n != "config"])
+        raise UserError(f"Invalid key in {path}: {key}{f': {ELSEWHERE[plain]}' if plain in ELSEWHERE else near}")
     kind, optional = _kind(name)
     choices = FIELDS[name].metadata["choices"]
     wrong = UserError(f"Invalid {name} in {path}: {value!r}, expected {choices or kind.__name__}")

@@ -73,7 +73,17 @@ class Options:
     allow_changed_data: bool = option(
         False, "data", "resume although files of the text are new, gone or changed; what changed is said"
     )
-    model: str = option("llama_tiny", "model", "a preset (llama_9m … llama_13b) or a LLaMA config.json")
+    model: str = option(
+        "llama_tiny",
+        "model",
+        "a preset (llama_9m … llama_13b), or a causal language model of transformers: a config.json, its folder, "
+        "or the name of one on the hub",
+    )
+    init: str | None = option(
+        None,
+        "model",
+        "start from the pretrained weights of a folder or of a hub name; --model, if not given, is the same",
+    )
     dtype: str = option(
         "fp32", "model", "dtype of weights, gradients and activations; the papers train in pure bf16", ("fp32", "bf16")
     )
@@ -200,12 +210,21 @@ class Options:
     )
     sample_prompt: str | None = option(None, "report", "prompt for the text sampled after training")
     sample_tokens: int = option(64, "report", "number of tokens to sample, 0 = none")
-    config: str | None = option(None, "general", "YAML file with any of these options; the command line overrides it")
+    config: str | None = option(
+        None,
+        "general",
+        "YAML file with any of these options, or one that comes with the package, such as llama_7b_24gb; the command "
+        "line overrides it",
+    )
     dry_run: bool = option(
         False, "general", "print what would be trained and its predicted memory, then stop; writes nothing"
     )
 
     def __post_init__(self) -> None:
+        if self.init is not None:
+            # Its architecture and its tokenizer, unless others are given.
+            self.model = self.init if self.model == "llama_tiny" else self.model
+            self.tokenizer = self.tokenizer or self.init
         if self.parameterization is not None:
             self.parameterization = self.parameterization.lower()
         if self.optimizer == "auto":

@@ -1,9 +1,10 @@
-"""LLaMA by preset name or from a Hugging Face ``config.json``; the model itself is transformers' own."""
+"""LLaMA by preset name, or a causal language model of transformers by its configuration; all code is transformers'."""
 
 from __future__ import annotations
 
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class Shape(NamedTuple):
@@ -44,21 +45,28 @@ PRESETS = {
 }
 
 
-def build_config(model: str, *, vocab_size: int | None = None) -> LlamaConfig:
-    """The LlamaConfig of a preset name, a ``config.json``, or a folder that holds one.
+# Their classes for causal language modelling look at both sides unless told otherwise.
+_ENCODERS = frozenset(
+    {"bert", "roberta", "electra", "camembert", "xlm-roberta", "roformer", "megatron-bert", "data2vec-text"}
+)
+
+
+def build_config(model: str, *, vocab_size: int | None = None) -> PreTrainedConfig:
+    """The configuration of a preset, of a ``config.json``, of a folder that holds one, or of a model on the hub.
 
     Args:
-        model: a key of :data:`PRESETS` or a path.
+        model: a key of :data:`PRESETS`, a path, or a hub name.
         vocab_size: replaces the configuration's own vocabulary size.
 
     Raises:
-        ValueError: neither a preset nor a readable LLaMA configuration.
+        ValueError: none of these, or no causal language model that transformers itself has code for.
         RuntimeError: transformers is not installed.
     """
     try:
         from transformers import LlamaConfig
     except ImportError as error:
-        raise RuntimeError("LLaMA models need transformers: pip install 'lowrank-optim[train]'") from error
+        raise RuntimeError("Models need transformers: pip install 'lowrank-optim[train]'") from error
+    config: Any
     if model in PRESETS:
         shape = PRESETS[model]
         config = LlamaConfig(
@@ -76,34 +84,66 @@ def build_config(model: str, *, vocab_size: int | None = None) -> LlamaConfig:
             use_cache=False,
         )
     else:
-        path = Path(model)
-        path = path / "config.json" if path.is_dir() else path
-        if not path.is_file():
-            near = difflib.get_close_matches(model, PRESETS, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(
-                f"Invalid model: {model!r}, expected a preset ({', '.join(PRESETS)}) or a config.json{hint}"
-            )
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            raise ValueError(f"Invalid model: {path} is no readable JSON configuration ({error})") from error
-        if not isinstance(fields, dict) or fields.get("model_type", "llama") != "llama":
-            raise ValueError(f"Invalid model: {path} describes no LLaMA model (model_type must be 'llama')")
-        try:
-            config = LlamaConfig(**fields)
-        except Exception as error:
-            # Its checks differ between versions of transformers, and so do their exceptions.
-            raise ValueError(f"Invalid model: {path}: {' '.join(str(error).split())}") from error
+        config = _decoder(_read_config(model), model)
     if vocab_size is not None:
         config.vocab_size = vocab_size
     return config
 
 
+def _read_config(model: str) -> Any:
+    """The configuration that a path or a hub name leads to."""
+    from transformers import AutoConfig
+
+    path = Path(model)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        near = difflib.get_close_matches(model, PRESETS, n=1, cutoff=0.7)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        if near or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or path.suffix == ".json":
+            raise ValueError(
+                f"Invalid model: {model!r}, expected a preset ({', '.join(PRESETS)}), a config.json or a hub name{hint}"
+            )
+        try:
+            return AutoConfig.from_pretrained(model, trust_remote_code=False)
+        # The hub client and the configurations each have exceptions of their own.
+        except Exception as error:
+            raise ValueError(
+                f"Invalid model: {model!r} is no preset ({', '.join(PRESETS)}) and no config.json, and the hub gives "
+                f"no configuration: {next(iter(str(error).splitlines()), type(error).__name__)}"
+            ) from error
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"Invalid model: {path} is no readable JSON configuration ({error})") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"Invalid model: {path} is no JSON object")
+    try:
+        return AutoConfig.for_model(fields.pop("model_type", "llama"), **fields)
+    except Exception as error:
+        # Its checks differ between versions of transformers, and so do their exceptions.
+        raise ValueError(f"Invalid model: {path}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _decoder(config: Any, model: str) -> Any:
+    """The configuration of a causal language model; of one that sees as well, its part for text."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = config.get_text_config(decoder=True)
+    # Encoders with a head for generation have the switch is_decoder, which is off.
+    encodes = config.model_type in _ENCODERS and not config.to_dict().get("is_decoder")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder or encodes:
+        raise ValueError(
+            f"Invalid model: {model} has the model_type {config.model_type!r}, expected a causal language model that "
+            "transformers has code for, such as llama, qwen3, gemma3_text, mistral, phi, gpt2, opt, gpt_neox or mixtral"
+        )
+    config.use_cache = False
+    return config
+
+
 def build_model(
-    config: LlamaConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    config: PreTrainedConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """A freshly initialised ``LlamaForCausalLM``; on ``device="meta"`` it takes no memory.
+    """A freshly initialised causal language model; on ``device="meta"`` it takes no memory.
 
     The weights are those of an fp32 model cast to ``dtype``, without room for an fp32 model; rotary frequencies stay
     fp32, as ``from_pretrained`` has them.
@@ -111,18 +151,54 @@ def build_model(
     Raises:
         ValueError: a configuration from which transformers cannot build the model.
     """
-    from transformers import LlamaForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
         with torch.device(device), _NormalInFloat32():  # type: ignore[no-untyped-call]
-            model: PreTrainedModel = LlamaForCausalLM(config)
+            model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"Invalid model configuration: {type(error).__name__}: {error}") from error
     finally:
         torch.set_default_dtype(before)
+    # Exported configurations name the dtype of the weights beside them.
+    model.config.dtype = dtype
     return model
+
+
+def load_pretrained(name: str, config: PreTrainedConfig, *, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal language model on the CPU with the weights of a folder or of the hub, in ``dtype``.
+
+    Raises:
+        ValueError: no weights there, or weights of another shape than ``config`` has.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            name, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
+    # The hub client, the readers of files and the model classes each have exceptions of their own.
+    except Exception as error:
+        raise ValueError(f"Invalid init: {name!r}: {' '.join(str(error).split())[:300]}") from error
+    lacking = [*report["missing_keys"], *report.get("mismatched_keys", ())]
+    if lacking:
+        raise ValueError(
+            f"Invalid init: {name!r} has no fitting weights for {len(lacking)} parameters, {lacking[0]} the first"
+        )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def plain_head(model: Any) -> bool:
+    """Whether logits are the product of the last hidden state and the head's weight, and can come in chunks."""
+    head = model.get_output_embeddings()
+    fields = model.config.to_dict()
+    scaled = any(fields.get(key) for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
+    return type(head) is torch.nn.Linear and head.bias is None and not scaled
 
 
 def checkpoint_activations_(model: PreTrainedModel, *, every: int = 1) -> None:

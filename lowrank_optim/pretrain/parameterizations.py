@@ -120,7 +120,7 @@ class LayerSpec(NamedTuple):
     """
 
     options: Parameterization
-    targets: Any = ("attn", "mlp")
+    targets: Any = None
     hidden_act: str | None = None
 
 
@@ -162,10 +162,15 @@ def layer_spec(name: str, args: Mapping[str, Any]) -> LayerSpec:
 
 
 def parameterize_(
-    model: nn.Module, spec: LayerSpec, *, ranks: Mapping[str, int] | None = None, seed: int = 0
+    model: nn.Module,
+    spec: LayerSpec,
+    *,
+    ranks: Mapping[str, int] | None = None,
+    seed: int = 0,
+    from_weight: bool = False,
 ) -> list[str]:
     """Convert ``model`` in place; returns the names of the replaced layers."""
-    return convert(model, spec.options, spec.targets, ranks=ranks, seed=seed)
+    return convert(model, spec.options, spec.targets, ranks=ranks, seed=seed, from_weight=from_weight)
 
 
 def build_restarts(

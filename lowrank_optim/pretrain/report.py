@@ -23,7 +23,7 @@ from lowrank_optim.pretrain.config import QUANTIZED, Resolved
 from lowrank_optim.pretrain.steps import perplexity_of
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
+    from transformers import PreTrainedConfig
 
 KEPT = ("weights", "gradients", "optimizer")
 # Dense bf16 peaks of NVIDIA's data sheets, FLOP/s; the first name found in the device's name counts.
@@ -56,7 +56,7 @@ def _cell(cell: Any) -> str:
     return cell if isinstance(cell, str) else f"{cell:,}" if isinstance(cell, int) else f"{cell:,.1f}"
 
 
-def banner(options: Resolved, config: LlamaConfig, model: nn.Module, *, world: int, device: str) -> str:
+def banner(options: Resolved, config: PreTrainedConfig, model: nn.Module, *, world: int, device: str) -> str:
     """Model, budget and options of a run."""
     parameters = sum(p.numel() for p in model.parameters())
     slots = options.batch_size * options.accumulate * world * options.seq_len
@@ -93,12 +93,13 @@ def method_table(optimizer: Optimizer, model: nn.Module) -> str:
     return table([("parameter", "shape", "number", "method", "why"), *body])
 
 
-def memory_table(rows: Mapping[str, Mapping[str, int]]) -> str:
-    """Several methods' bytes of weights, gradients and optimizer state, as a table in MiB."""
+def memory_table(rows: Sequence[tuple[str, str, Mapping[str, int]]]) -> str:
+    """Methods, the dtypes of their states and their bytes of weights, gradients and optimizer state, in MiB."""
     body = [
-        (name, *(sizes[k] / 2**20 for k in KEPT), sum(sizes[k] for k in KEPT) / 2**20) for name, sizes in rows.items()
+        (name, dtype, *(sizes[k] / 2**20 for k in KEPT), sum(sizes[k] for k in KEPT) / 2**20)
+        for name, dtype, sizes in rows
     ]
-    return table([("MiB", "weights", "gradients", "optimizer state", "total"), *body])
+    return table([("MiB", "state dtype", "weights", "gradients", "optimizer state", "total"), *body])
 
 
 def memory_in_use(device: torch.device) -> tuple[int, int]:
@@ -111,7 +112,9 @@ def memory_in_use(device: torch.device) -> tuple[int, int]:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
         return peak, peak
-    return pages * resource.getpagesize(), peak
+    # Linux counts the two in different ways, which may differ by some pages.
+    now = pages * resource.getpagesize()
+    return now, max(now, peak)
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
@@ -122,7 +125,7 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     return next((peak for key, peak in BF16_PEAKS.items() if key in name), None)
 
 
-def flops_per_token(config: LlamaConfig, parameters: int, seq_len: int) -> float:
+def flops_per_token(config: PreTrainedConfig, parameters: int, seq_len: int) -> float:
     """Forward and backward: 6 a weight that multiplies, and 6 * layers * hidden * seq_len of causal attention."""
     embedding = config.vocab_size * config.hidden_size
     return 6.0 * (parameters - embedding) + 6.0 * config.num_hidden_layers * config.hidden_size * seq_len
@@ -132,7 +135,7 @@ class Meter:
     """Turns updates into log lines: rates since the last line, memory, time of refreshes, remaining time."""
 
     def __init__(
-        self, options: Resolved, config: LlamaConfig, model: nn.Module, *, start: int, device: torch.device
+        self, options: Resolved, config: PreTrainedConfig, model: nn.Module, *, start: int, device: torch.device
     ) -> None:
         self.options, self.device, self.start = options, device, start
         peak = peak_flops(device, options.dtype)

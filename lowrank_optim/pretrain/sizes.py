@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TypedDict
 
 from torch import Tensor, nn
@@ -40,6 +40,35 @@ def kept_bytes(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
     sizes = tensor_bytes(model, optimizer)
     state = sum(sizes["optimizer"].values())
     return {"weights": sizes["weights"], "gradients": sizes["gradients"], "optimizer": state}
+
+
+class GradientBytes:
+    """The most bytes of gradients, and of sums of them, while the backward pass updates parameters.
+
+    Its two methods are hooks of each parameter, before and after the one that uses the gradient up.
+
+    Args:
+        sums: the tensors that stand for a parameter's summed gradients.
+    """
+
+    def __init__(self, sums: Callable[[Tensor], Iterable[Tensor | None]]) -> None:
+        self.sums = sums
+        self.most = self._now = 0
+        self._of: dict[Tensor, int] = {}
+
+    def arrives(self, param: Tensor) -> None:
+        """Count the gradient beside what is kept."""
+        self._count(param, [param.grad, *self.sums(param)])
+        self.most = max(self.most, self._now)
+
+    def leaves(self, param: Tensor) -> None:
+        """Count what is left of it."""
+        self._count(param, [param.grad, *self.sums(param)])
+
+    def _count(self, param: Tensor, tensors: Iterable[Tensor | None]) -> None:
+        size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        self._now += size - self._of.get(param, 0)
+        self._of[param] = size
 
 
 def storage_bytes(tensors: Iterable[Tensor | None], seen: set[int] | None = None) -> int:

@@ -20,8 +20,9 @@ def loss_sum(model: Any, batch: Batch, *, chunked: bool = False) -> Tensor:
     """Sum of the next-token losses of one micro-batch, a scalar in fp32; ``chunked``: never with all logits at once."""
     targets = batch.labels[:, 1:].flatten()
     if chunked:
-        hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state[:, :-1]
-        return linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, targets, ignore_index=IGNORED)
+        hidden = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state[:, :-1]
+        head = model.get_output_embeddings().weight
+        return linear_cross_entropy(hidden.flatten(0, 1), head, targets, ignore_index=IGNORED)
     logits = model(input_ids=batch.ids, use_cache=False).logits[:, :-1]
     return functional.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
 

@@ -20,6 +20,7 @@ from lowrank_optim.pretrain.command_line import write_options
 from lowrank_optim.pretrain.config import Options, UserError, user_errors
 from lowrank_optim.pretrain.data import load_data, read_ahead
 from lowrank_optim.pretrain.divergence import PATIENCE
+from lowrank_optim.pretrain.energy import captured_energy
 from lowrank_optim.pretrain.launch import Stop, Stopped, start_accelerator
 from lowrank_optim.pretrain.metrics import Metrics
 from lowrank_optim.pretrain.sizes import kept_bytes
@@ -34,7 +35,7 @@ class Trainer:
     Attributes:
         run, config, model: what is trained, with the published values of what is not given.
         progress, evaluated: where it stands, and its last validation loss.
-        sizes: bytes of weights, gradients and optimizer state, taken after the first step; None before.
+        sizes: the most bytes of weights, gradients and optimizer state, after a step; None before.
 
     Raises:
         UserError: what the user can correct; nothing is written before.
@@ -69,6 +70,7 @@ class Trainer:
         # The update whose checkpoint this folder has already.
         self.saved = self.progress.step if found and found.parent == folder else None
         self.sizes: dict[str, int] | None = None
+        self.energy: dict[str, float] = {}
         self.evaluated, self.postponed, self.reports = math.nan, False, True
 
     def say(self, text: str) -> None:
@@ -156,6 +158,7 @@ class Trainer:
         self._say_epoch(update[-1][1]["epoch"])
         self.position = update[-1][1]
         if not made.made:
+            self.energy = {}
             where = " where gradients were not finite" if run.per_layer else ""
             found = f"loss {made.loss}, gradient norm {made.grad_norm}"
             self.say(f"warning: update {progress.step + 1} left out{where}: {found}")
@@ -166,7 +169,9 @@ class Trainer:
         progress.tokens += tokens
         row = {"loss": made.loss, "lr": made.lr, "grad_norm": made.grad_norm, "epoch": self.position["epoch"]}
         row["tokens_per_second"] = meter.update(progress.step, tokens)
-        self._log(row)
+        row["memory_bytes"], row["peak_memory_bytes"] = report.memory_in_use(self.device)
+        row["refresh_seconds"] = getattr(self.optimizer, "refresh_seconds", 0.0)
+        self._log({**row, **self.energy})
         with suppress(OSError):
             bar.set_postfix_str(f"loss {made.loss:.3f}", refresh=False)
             bar.update(progress.step - bar.n)
@@ -260,9 +265,21 @@ class Trainer:
                 self._set_aside("diverged")
 
     def _measure(self) -> None:
+        # At most 50 times in a run: each time costs a projection of every gradient.
+        due = self.progress.step % max(1, self.run.max_steps // 50) == 0
+        self.energy = captured_energy(self.optimizer) if due and not self.run.per_layer else {}
+        self._measure_sizes()
+
+    def _measure_sizes(self) -> None:
+        """Take the largest sizes: at the first update, and where a line is logged, as refreshes add to them."""
+        if self.sizes and (self.progress.step + 1) % self.run.log_every:
+            return
+        now = kept_bytes(self.model, self.optimizer)
+        if self.update.gradient_bytes:
+            now["gradients"] = self.update.gradient_bytes.most
         if self.sizes is None:
-            self.sizes = kept_bytes(self.model, self.optimizer)
-            self.stop.expect(self.sizes["weights"] + self.sizes["optimizer"])
+            self.stop.expect(now["weights"] + now["optimizer"])
+        self.sizes = {key: max(size, (self.sizes or now)[key]) for key, size in now.items()}
 
     def _total(self, values: Tensor) -> Tensor:
         """The sum over all processes."""

@@ -16,6 +16,7 @@ from lowrank_optim.pretrain.batches import Batch
 from lowrank_optim.pretrain.build import start_in_backward
 from lowrank_optim.pretrain.config import Resolved
 from lowrank_optim.pretrain.schedule import build_schedule
+from lowrank_optim.pretrain.sizes import GradientBytes
 from lowrank_optim.pretrain.steps import LossSum
 
 
@@ -75,7 +76,20 @@ class Updater:
         self.processes, self.phase = processes, phase
         self.network: Any = LossSum(model, chunked=run.chunked_loss)
         self.schedule = build_schedule(optimizer, warmup=run.warmup_steps, total=run.max_steps)
+        # Hooks run in the order of their registration: around those that use gradients up.
+        self.gradient_bytes = GradientBytes(self._sums) if run.per_layer else None
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if self.gradient_bytes:
+            for p in trained:
+                p.register_post_accumulate_grad_hook(self.gradient_bytes.arrives)
         self.in_backward = start_in_backward(run, optimizer)
+        if self.gradient_bytes:
+            for p in trained:
+                p.register_post_accumulate_grad_hook(self.gradient_bytes.leaves)
+
+    def _sums(self, param: Tensor) -> list[Tensor | None]:
+        sums = self.in_backward and self.in_backward.sums(param)
+        return [sums.low, sums.sketch] if sums else []
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights, to continue from."""

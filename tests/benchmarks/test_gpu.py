@@ -36,6 +36,7 @@ def setting(folder: Path, **changed: Any) -> Setting:
     return Setting(**{**values, "device": CPU, "device_name": "cpu", **changed})
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,6 +28,7 @@ def test_every_public_optimizer_is_a_contestant() -> None:
     assert set(own_names()) <= set(OPTIMIZERS)
 
 
+@pytest.mark.slow
 def test_every_public_optimizer_is_measured(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     only = [*own_names(), "torch AdamW"]

@@ -21,6 +21,7 @@ from lowrank_optim.pretrain.metrics import read_metrics
 from tests.chaos.server import Run, Server
 from tests.optimizers import OPTIMIZERS, accepts
 from tests.pretrain.conftest import documents
+from tests.pretrain.logs import rows
 
 MODEL = Path(__file__).parents[1] / "golden" / "checkpoints" / "model.json"
 RUN = (
@@ -246,19 +247,16 @@ def cut(path: Path, size: int) -> None:
 
 def end(folder: Path) -> tuple[Any, Rows]:
     """What a finished run has come to, and all that it logged."""
-    timeless = [
-        {key: value for key, value in row.items() if key != "tokens_per_second"}
-        for row in read_metrics(folder / "metrics.jsonl")
-    ]
-    return saved(folder), timeless
+    return saved(folder), rows(folder)
 
 
 def saved(folder: Path) -> Any:
     """What its last checkpoint holds."""
     last = checkpoint.checkpoints(folder)[-1]
     state = json.loads((last / "state.json").read_text())
-    # A tokenizer that was loaded says where from.
-    files = {name: file for name, file in state["files"].items() if name.endswith(".safetensors")}
+    # A tokenizer that was loaded writes more of its settings than one that was made.
+    left_out = (".pt", "tokenizer_config.json")
+    files = {name: file for name, file in state["files"].items() if not name.endswith(left_out)}
     optimizer, processes = (torch.load(last / name, weights_only=True) for name in checkpoint.NEEDED)
     for group in optimizer["optimizer"]["param_groups"]:
         # A load gives groups keys that say nothing: "differentiable" is False and "clip_norm" None.

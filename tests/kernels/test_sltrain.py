@@ -62,7 +62,7 @@ def test_weight(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tokens", [0, 1, 45])
+@pytest.mark.parametrize("tokens", [0, pytest.param(1, marks=pytest.mark.slow), 45])
 @pytest.mark.parametrize(("shape", "sparsity", "packing"), SUPPORTS, ids=str)
 def test_sddmm(
     shape: tuple[int, int], sparsity: float, packing: str, tokens: int, dtype: torch.dtype, device: torch.device

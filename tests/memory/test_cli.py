@@ -84,7 +84,7 @@ def test_bad_input_gets_one_line_and_status_2(capsys, argv, expected):
     [
         "{",
         "[]",
-        '{"model_type": "gpt2"}',
+        '{"model_type": "t5"}',
         '{"hidden_size": "wide"}',
         '{"num_attention_heads": 0}',
         '{"hidden_act": "nope", "num_hidden_layers": 1}',
@@ -105,6 +105,11 @@ def test_a_rank_that_compresses_nothing_is_said_in_one_line(capsys):
     assert error.startswith("lowrank-memory: ")
     assert "compresses no parameter" in error
     assert error.count("\n") == 1
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("lowrank-memory ")
 
 
 def test_python_m(monkeypatch, capsys):

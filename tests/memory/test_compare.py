@@ -19,13 +19,20 @@ def run_json(capsys, line):
 
 def test_an_argument_goes_to_every_optimizer_that_has_it(capsys):
     rows = run_json(capsys, LINE)
-    methods = ["GaLoreAdamW(rank=16)", "AdamW()", "SGD(momentum=0.9)"]
-    assert [(row["model"], row["method"]) for row in rows] == [
-        (model, method) for model in ("llama_9m", "llama_20m") for method in methods
+    galore, adamw = ("GaLoreAdamW(rank=16)", "AdamW()")
+    methods = [
+        *((galore, "float32"), (galore, "bfloat16"), (adamw, "bfloat16"), (adamw, "float32")),
+        ("SGD(momentum=0.9)", "bfloat16"),
     ]
-    sizes = [row["by_category"]["optimizer"] for row in rows[:3]]
-    # GaLore's fp32 moments of the embeddings outweigh AdamW's bf16 ones in so small a model.
-    assert sizes[0] > sizes[1] > sizes[2] == 2 * 8_995_968
+    assert [(row["model"], row["method"], row["state_dtype"]) for row in rows] == [
+        (model, *method) for model in ("llama_9m", "llama_20m") for method in methods
+    ]
+    wide, narrow, adamw_narrow, adamw_wide, sgd = (row["by_category"]["optimizer"] for row in rows[:5])
+    assert adamw_wide == 8 * 8_995_968 and sgd == 2 * 8_995_968
+    # torch's AdamW counts its steps in tensors of four bytes.
+    assert 0 < adamw_narrow - 4 * 8_995_968 < 1000
+    # In the same precision, moments at low rank take less.
+    assert wide < adamw_wide and narrow < adamw_narrow
 
 
 def test_without_names_all_methods_are_there_with_the_published_rank(capsys):
@@ -43,8 +50,11 @@ def test_without_names_all_methods_are_there_with_the_published_rank(capsys):
 
 
 def test_a_parameterization_alone_selects_its_rows(capsys):
-    (row,) = run_json(capsys, "compare --model llama_9m --parameterization sst")
-    assert row["method"] == "SSTAdamW(), sst"
+    rows = run_json(capsys, "compare --model llama_9m --parameterization sst")
+    assert [(row["method"], row["state_dtype"]) for row in rows] == [
+        ("SSTAdamW(), sst", "float32"),
+        ("SSTAdamW(), sst", "bfloat16"),
+    ]
 
 
 def test_files(tmp_path, capsys):
@@ -53,14 +63,23 @@ def test_files(tmp_path, capsys):
     assert main([*LINE.split(), *(word for kind, path in paths.items() for word in (f"--{kind}", str(path)))]) == 0
     printed = capsys.readouterr().out
     rows = list(csv.DictReader(paths["csv"].open()))
-    assert len(rows) == 6
+    assert len(rows) == 10
     for row in rows:
         assert f"{int(row['total']) / 1e9:.3f}" in printed
     assert paths["png"].read_bytes().startswith(b"\x89PNG")
     page = paths["html"].read_text(encoding="utf-8")
-    assert "<svg" in page and page.count("<tr>") == 7
+    assert "<svg" in page and page.count("<tr>") == 11
     # Nothing is loaded from elsewhere.
     assert not re.search(r"(src|href)=[\"']?https?:", page.replace("xlink:href", ""))
+
+
+@pytest.mark.parametrize("flag", ["--csv", "--html", "--png"])
+def test_what_cannot_be_written_is_named(tmp_path, capsys, flag):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "missing" / "file"
+    assert main(["compare", "--model", "llama_9m", "--optimizer", "SGD", flag, str(path)]) == 2
+    error = capsys.readouterr().err
+    assert f"Invalid {flag}: cannot write {path}" in error and error.count("\n") == 1
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path, capsys, monkeypatch):

@@ -9,9 +9,10 @@ from torch import nn
 
 from lowrank_optim.memory.estimate import estimate, init_state_
 from lowrank_optim.memory.job import Job
+from lowrank_optim.memory.simulate import simulate
 from lowrank_optim.pretrain.build import DTYPES, build
 from lowrank_optim.pretrain.llama import PRESETS, build_config, build_model
-from lowrank_optim.pretrain.optimizers import build_optimizer
+from lowrank_optim.pretrain.optimizers import accepted_arguments, build_optimizer, low_rank_names
 from lowrank_optim.pretrain.sizes import tensor_bytes
 
 # The odd feed-forward width leaves the last 256-element block of bitsandbytes partly filled.
@@ -186,3 +187,46 @@ def test_what_is_not_given_is_as_published():
     published = predict("llama_7b", "GaLoreAdamW", dtype="bf16")
     assert published.optimizer_args == {"rank": 1024, "update_proj_gap": 500, "scale": 0.25}
     assert published.by_category == predict("llama_7b", "GaLoreAdamW", {"rank": 1024}, "bf16").by_category
+
+
+def sums_match(config, name, args, accumulate, dtype="fp32", per_layer=True):
+    job = Job(
+        model=config, optimizer=name, optimizer_args=args, seq_len=16, per_layer=per_layer, accumulate=accumulate,
+        accumulate_dtype=dtype,
+    )  # fmt: skip
+    expected, peak = estimate(job), simulate(job)
+    buffers = sum(buffer.nbytes for buffer in build(job, "meta")[2].buffers())
+    found = {key: peak.most_by_category[key] for key in ("weights", "gradients", "optimizer")}
+    predicted = {key: expected.by_category[key] for key in found}
+    assert found == {**predicted, "weights": predicted["weights"] + buffers}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*reads whole gradients")
+def test_sums_of_micro_batches_are_those_of_the_simulation(tmp_path):
+    sums_match(save_config(tmp_path), "GaLoreAdamW", {"rank": 16}, 64, "bf16")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*reads whole gradients")
+@pytest.mark.parametrize("accumulate", [1, 64])
+@pytest.mark.parametrize("name", [*low_rank_names(), "AdamW", "AdamW8bit", "SGD", "Muon"])
+def test_every_method_takes_what_the_simulation_does(tmp_path, name, accumulate):
+    own = name in low_rank_names()
+    args = {"rank": 16} if own and name != "APOLLOMini" and "rank" in accepted_arguments(name) else {}
+    config = save_config(tmp_path)
+    sums_match(config, name, args, accumulate, per_layer=False)
+    if own:
+        for dtype in ("fp32", "bf16") if accumulate > 1 else ("fp32",):
+            sums_match(config, name, args, accumulate, dtype)
+    if name == "DCTAdamW":
+        sums_match(config, name, {**args, "update_proj_gap": 2, "error_feedback": "none"}, accumulate)
+
+
+def test_whole_sums_are_warned_of(tmp_path):
+    config = save_config(tmp_path)
+    with pytest.warns(UserWarning, match=r"FiraAdamW reads whole gradients.*0.000 GB"):
+        expected = estimate(
+            Job(model=config, optimizer="FiraAdamW", optimizer_args={"rank": 16}, per_layer=True, accumulate=2)
+        )
+    assert expected.gradients_by_kind["whole sums"] == expected.by_category["weights"]

@@ -43,8 +43,8 @@ def count(size: str, rank: int | None = None, density: float = 0.0) -> int:
         ("llama_60m", 128, 0.03, (58.07, 42.77, 43.53)),
         ("llama_130m", 256, 0.03, (134.11, 94.00, 96.55)),
         ("llama_350m", 256, 0.03, (367.97, 185.22, 194.29)),
-        ("llama_1b", 512, 0.03, (1339.08, 609.31, 645.55)),
-        ("llama_7b", 1024, 0.05, (6738.42, 2820.94, 3144.74)),
+        pytest.param("llama_1b", 512, 0.03, (1339.08, 609.31, 645.55), marks=pytest.mark.slow),
+        pytest.param("llama_7b", 1024, 0.05, (6738.42, 2820.94, 3144.74), marks=pytest.mark.slow),
     ],
 )
 def test_published_parameter_counts(size: str, rank: int, density: float, millions: tuple[float, float, float]) -> None:
@@ -69,8 +69,8 @@ def test_published_parameter_counts(size: str, rank: int, density: float, millio
     ("name", "optimizer", "expected"),
     [
         ("lowrank", "AdamW", (0.257, 0.564, 1.111, 3.656, 16.93)),
-        ("lora", "AdamW", (0.307, 0.734, 1.716, 6.072, 29.88)),
-        ("lost", "AdamW", (0.258, 0.569, 1.129, 3.727, 17.31)),
+        pytest.param("lora", "AdamW", (0.307, 0.734, 1.716, 6.072, 29.88), marks=pytest.mark.slow),
+        pytest.param("lost", "AdamW", (0.258, 0.569, 1.129, 3.727, 17.31), marks=pytest.mark.slow),
         ("sst", "SSTAdamW", (0.428, 0.829, 1.854, 6.097, 28.22)),
     ],
 )

@@ -3,9 +3,10 @@ import shlex
 
 import pytest
 
-from lowrank_optim.memory import plan as planning
 from lowrank_optim.memory.cli import main
 from lowrank_optim.memory.job import Job
+from lowrank_optim.memory.plan import _plans, needed, parse_size
+from lowrank_optim.memory.simulate import simulate
 from lowrank_optim.pretrain.command_line import parse_options
 
 LINE = "plan --model llama_9m --tokens 1024 --optimizer AdamW GaLoreAdamW8bit"
@@ -18,39 +19,67 @@ def run_json(capsys, *more):
 
 def test_the_plan_fits_and_its_command_line_is_that_of_the_trainer(capsys):
     # Less than AdamW takes with gradients and moments.
-    answer = run_json(capsys, "--gpu", "0.85GB")
+    answer = run_json(capsys, "--gpu", "0.85GB", "--simulate")
     plan = answer["plan"]
     assert plan["peak_bytes"] <= answer["available_bytes"] == int((0.85e9 - 0.6e9) * 0.97)
     assert plan["batch_size"] * plan["accumulate"] * plan["seq_len"] == 1024
     words = shlex.split(plan["command"])
-    assert words[:2] == ["python", "train_llama.py"]
-    options = parse_options(words[2:])
+    assert words[0] == "lowrank-train"
+    options = parse_options(words[1:])
     assert Job(**{**vars(options), "config": None}).as_dict() == {key: plan[key] for key in Job().as_dict()}
 
 
-def test_more_memory_is_never_slower(capsys, monkeypatch):
-    monkeypatch.setattr(planning, "simulate", lambda _: _Fits)
+def test_more_memory_is_never_slower(capsys):
     costs = [run_json(capsys, "--gpu", size)["plan"]["cost"] for size in ("0.8GB", "1GB", "24GB")]
     assert costs == sorted(costs, reverse=True)
 
 
-class _Fits:
-    peak_bytes = 0
-
-    @staticmethod
-    def as_dict():
-        return {}
-
-
-def test_nothing_fits(capsys):
-    assert run_json(capsys, "--gpu", "0.62GB")["plan"] is None
+def test_nothing_fits_and_what_would(capsys):
+    answer = run_json(capsys, "--gpu", "0.62GB")
+    assert answer["plan"] is None and answer["next"]["predicted_bytes"] > answer["available_bytes"]
     assert main([*LINE.split(), "--gpu", "0.62GB"]) == 0
-    assert "No plan fits" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "No plan fits" in out and answer["next"]["command"] in out
+    size = needed(answer["next"]["predicted_bytes"])
+    assert f"on a card of {size / 1e9:.1f} GB" in out
+    assert run_json(capsys, "--gpu", f"{size / 1e9:.6f}1")["plan"]["command"] == answer["next"]["command"]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24", 24e9), ("24GB", 24e9), ("22.5 GiB", 22.5 * 2**30), ("RTX 4090", 24e9), ("4090", 24e9), ("a100 80gb", 80e9)],
+)
+def test_sizes_and_names_of_cards(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "args", "per_layer"),
+    [
+        pytest.param("GaLoreAdamW8bit", {"rank": 32}, True, marks=pytest.mark.slow),
+        pytest.param("AdamW", {}, False, marks=pytest.mark.slow),
+        pytest.param("FiraAdamW", {"rank": 32, "state_dtype": "bfloat16"}, True, marks=pytest.mark.slow),
+        pytest.param("APOLLOMini", {}, False, marks=pytest.mark.slow),
+    ],
+)
+def test_predictions_are_near_the_simulation(optimizer, args, per_layer):
+    plans = _plans("llama_60m", 4096, 256, [optimizer], lambda _: None)
+    wanted = Job(model="llama_60m", optimizer=optimizer, optimizer_args=args).optimizer_args
+    for plan in plans:
+        job = plan.job
+        given = [pair for pair in job.optimizer_args if not pair.startswith("stagger")]
+        if given == wanted and job.accumulate == 4 and job.per_layer == per_layer and job.weights != "int8":
+            peak = simulate(job).peak_bytes
+            assert plan.predicted_bytes == pytest.approx(peak, rel=0.1)
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [("--gpu 24", "expected a size such as 24GB"), ("--gpu 24GB --tokens 100", "at least one sequence of 256")],
+    [
+        ("--gpu 24MB", "expected a size such as 24, 24GB"),
+        ("--gpu RTX4091", "did you mean RTX 4090?"),
+        ("--gpu 24GB --tokens 100", "at least one sequence of 256"),
+    ],
 )
 def test_bad_input_is_one_line(more, message, capsys):
     assert main([*LINE.split(), *more.split()]) == 2

@@ -16,7 +16,7 @@ from lowrank_optim.memory.simulate import UPDATES, simulate
 from lowrank_optim.memory.tracker import Tracker
 from lowrank_optim.ops.dct import add_dct2_
 from lowrank_optim.pretrain.build import build
-from lowrank_optim.pretrain.optimizers import low_rank_names
+from lowrank_optim.pretrain.optimizers import accepted_arguments, low_rank_names
 
 SMALL = {
     "hidden_size": 64,
@@ -99,7 +99,7 @@ def test_layers_of_forward_and_backward():
     assert peak.by_layer["loss"] >= 4 * 50 * 4000
 
 
-FAST = {"GaLoreAdamW8bit", "FiraAdamW", "DCTAdamW", "AdamW"}
+FAST = {"GaLoreAdamW8bit", "AdamW"}
 EACH = [
     pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in (*low_rank_names(), "AdamW", "SGD")
 ]
@@ -139,12 +139,46 @@ def allocated(job):
     return held + most
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 @pytest.mark.parametrize("name", ["GaLoreAdamW", "GaLoreAdamW8bit", "DCTAdamW", "APOLLOAdamW", "AdamW"])
 def test_the_peak_is_what_the_allocator_hands_out(name, dtype, small):
     args = {} if name == "AdamW" else {"rank": 16, "update_proj_gap": 2}
     job = Job(model=small, optimizer=name, optimizer_args=args, dtype=dtype, batch_size=2, seq_len=32)
     assert simulate(job).peak_bytes == pytest.approx(allocated(job), rel=0.05)
+
+
+DEEP = {"hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 5}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param({"per_layer": True, "accumulate": 64, "checkpointing": True}, marks=pytest.mark.slow),
+        {"per_layer": True},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"accumulate": 64}, marks=pytest.mark.slow),
+        pytest.param({"per_layer": True, "weights": "int8"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_few_layers_stand_for_all(tmp_path, more):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**SMALL, **DEEP}))
+    job = Job(model=str(path), optimizer="GaLoreAdamW", optimizer_args={"rank": 8}, seq_len=16, batch_size=2, **more)
+    few, whole = simulate(job), simulate(job, whole=True)
+    assert few.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.01)
+    assert few.most_by_category["optimizer"] == whole.most_by_category["optimizer"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*reads whole gradients")
+@pytest.mark.parametrize("model", ["llama_130m", "llama_350m"])
+@pytest.mark.parametrize("name", [*low_rank_names(), "AdamW"])
+def test_few_layers_stand_for_all_of_a_preset(model, name):
+    args = {"rank": 256} if name != "APOLLOMini" and "rank" in accepted_arguments(name) else {}
+    for per_layer in (False, True) if name in low_rank_names() else (False,):
+        job = Job(model=model, optimizer=name, optimizer_args=args, per_layer=per_layer)
+        assert simulate(job).peak_bytes == pytest.approx(simulate(job, whole=True).peak_bytes, rel=0.01)
 
 
 def test_checkpointing_leaves_the_inputs_of_the_layers(small):

@@ -136,6 +136,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return runs
 
 
+@pytest.mark.slow
 @every_variant
 def test_training_continues_in_a_new_process_to_the_last_bit(name: str, runs: Runs) -> None:
     assert runs.first[name][-1] < 0.9 * runs.first[name][0]

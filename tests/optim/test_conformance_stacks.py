@@ -87,8 +87,8 @@ def test_a_stack_trains_as_its_matrices(name: str, kwargs: dict[str, Any], absen
         # A refresh of some matrices rounds the moments of all once more, and a selection may follow the rounding.
         fixed |= {"state_dtype": "float32"}
     together, alone = stack_and_singles(name, fixed, absent=absent)
-    # Rounded stochastically a moment is off by 2^-8 of itself.
-    tolerance = 1e-3 if fixed.get("state_dtype") == "bfloat16" else 1e-6
+    # Rounded stochastically a moment is off by 2^-8 of itself, in 4 bits by a seventh of the largest of its block.
+    tolerance = {"bfloat16": 1e-3, "int4": 3e-2}.get(fixed.get("state_dtype", "float32"), 1e-6)
     # FRUGAL counts one age of the moments for all matrices of a stack.
     compared = slice(1) if absent and name == "FRUGALAdamW" and kwargs.get("reset_moments", True) else slice(None)
     for a, b in zip(together, alone):

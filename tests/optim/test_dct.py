@@ -185,9 +185,9 @@ class Recorder(CorrectedAdam):
     def __init__(self) -> None:
         self.lows: list[Tensor] = []
 
-    def direction(self, low: Tensor, state: State, group: Group) -> Tensor:
+    def direction(self, low: Tensor, state: State, group: Group, *more: Any, **told: Any) -> Tensor:
         self.lows.append(low.clone())
-        return super().direction(low, state, group)
+        return super().direction(low, state, group, *more, **told)
 
 
 @pytest.mark.parametrize("shape", [(14, 9), (9, 14)])

@@ -34,12 +34,12 @@ def test_published_trajectory_is_met(
     gap = settings["update_proj_gap"]
     drawn: list[int] = []
 
-    def published_sketch(d: int, rank: int, *, key: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def published_sketch(d: int, rank: int, *, dtype: torch.dtype, scale: float, **_: Any) -> torch.Tensor:
         step = golden_steps[p_state()["refreshes"] - 1]
         drawn.append(step)
         sketch = torch.tensor(golden[f"step{step}/proj/{shape}"], dtype=dtype)
         # Published sketches are N(0, 1/rank), (rank, n) on the right side and (m, rank) on the left one.
-        return (sketch if sketch.shape == (d, rank) else sketch.T).clone() * rank**0.5
+        return (sketch if sketch.shape == (d, rank) else sketch.T).clone() * (rank**0.5 * scale)
 
     monkeypatch.setattr("lowrank_optim.optim.subspaces.random.gaussian", published_sketch)
     start, expected = golden_inputs[f"param/{shape}"], golden[f"param/{shape}"]

@@ -17,7 +17,7 @@ from lowrank_optim.ops.newton_schulz import newton_schulz
 from lowrank_optim.ops.project import project
 from lowrank_optim.optim import plans, weight_storage
 from lowrank_optim.optim.engine import without_autocast
-from lowrank_optim.optim.finite import host_looks, verdict, zero_unless
+from lowrank_optim.optim.finite import host_looks, is_finite, verdict, zero_unless
 from lowrank_optim.optim.parts import Which
 from lowrank_optim.optim.rules import adam
 from lowrank_optim.optim.schedule import refresh_due
@@ -71,7 +71,7 @@ def test_the_host_looks_on_the_cpu_alone() -> None:
 def test_the_host_does_not_look_while_a_compiler_does(compiling: None) -> None:
     assert not host_looks(torch.device("cpu"))
     found = verdict(torch.tensor([1.0, torch.nan]))
-    assert isinstance(found, Tensor) and not found
+    assert isinstance(found, Tensor) and not is_finite(found)
     assert zero_unless(found, torch.tensor([1.0, torch.nan])).tolist() == [0, 0]
 
 
@@ -194,9 +194,10 @@ def test_a_narrow_weight_moves_in_its_own_dtype_where_a_product_of_it_is_fast(
     seen: set[torch.dtype] = set()
     monkeypatch.setattr(lowrank_update, "move_", lambda value, *args: seen.add(value.dtype))
     weight, left, right, grad = (
-        torch.zeros(shape, dtype=torch.bfloat16, device=device) for shape in [(6, 5), (6, 2), (5, 2), (6, 5)]
+        torch.zeros(shape, dtype=torch.bfloat16, device=device)
+        for shape in [(2, 6, 5), (2, 6, 2), (2, 5, 2), (2, 6, 5)]
     )
-    scales = {"grad": grad, "row_scale": torch.ones(6, 1, device=device)} if with_grad else {}
+    scales = {"grad": grad, "row_scale": torch.ones(2, 6, 1, device=device)} if with_grad else {}
     lowrank_update.lowrank_update_(weight, left, right, **scales)
     assert seen == {dtype}
 
@@ -271,8 +272,10 @@ def test_what_adam_has_kernels_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adam, "pick", lambda eager, backend, device: lambda *args: None)
     for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.complex64):
         low = torch.zeros(2, 3, dtype=dtype)
-        assert rule._has_kernels(low, {"backend": None}) is (dtype in (torch.float32, torch.bfloat16))
-        assert rule._has_kernels(low, {"backend": "triton"})
+        group = {"backend": None, "state_dtype": "float32"}
+        assert rule._has_kernels(low, group) is (dtype in (torch.float32, torch.bfloat16))
+        assert rule._has_kernels(low, {**group, "backend": "triton"})
+        assert not rule._has_kernels(low, {**group, "state_dtype": "int4"})
 
 
 # ---- plans ----

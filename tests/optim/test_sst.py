@@ -196,6 +196,7 @@ def test_it_learns_beyond_its_rank() -> None:
     assert float((layer.dense_weight() - teacher).norm()) < 0.2 * float(tail)
 
 
+@pytest.mark.slow
 def test_resumed_in_a_new_process_is_bit_identical(tmp_path: Path) -> None:
     # Every run passes draws and a decomposition after the file was written.
     last = 2 * GAP * ROUND + 2

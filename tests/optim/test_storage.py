@@ -101,7 +101,7 @@ def test_how_a_moment_is_stored(numel: int, dtype: torch.dtype, state_dtype: str
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_a_moment_is_replaced_unless_the_gradient_was_not_finite(stored: torch.dtype) -> None:
-    for ok, kept in [(True, False), (torch.tensor(True), False), (torch.tensor(False), True)]:
+    for ok, kept in [(True, False), (torch.tensor(1.5), False), (torch.tensor(torch.nan), True)]:
         state: dict[str, Any] = {"seed": 1, "step": 1, "error": torch.ones(4, dtype=stored)}
         replace_moment_(state, "error", torch.full((4,), 3.0 if not kept else torch.nan), ok)
         assert state["error"].tolist() == ([1.0] * 4 if kept else [3.0] * 4)

@@ -79,8 +79,12 @@ def updates(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return seen
 
 
+FAST = "clipped"
+EACH = [pytest.param(line, id=name, marks=() if name == FAST else pytest.mark.slow) for name, line in LINES.items()]
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
-@pytest.mark.parametrize("line", LINES.values(), ids=LINES)
+@pytest.mark.parametrize("line", EACH)
 def test_simulated_measured_and_trained_updates_are_alike(
     line: str, updates: list[dict[str, Any]], tiny_model: Path, shards: Path, tmp_path: Path
 ) -> None:

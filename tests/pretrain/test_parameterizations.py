@@ -14,7 +14,6 @@ import train_llama
 from lowrank_optim.nn import MergeAndRestart, MomentumReset, WeightRefactorization
 from lowrank_optim.pretrain.command_line import parse_options
 from lowrank_optim.pretrain.llama import PRESETS
-from lowrank_optim.pretrain.metrics import read_metrics
 from lowrank_optim.pretrain.parameterizations import (
     PARAMETERIZATIONS,
     PUBLISHED,
@@ -24,6 +23,7 @@ from lowrank_optim.pretrain.parameterizations import (
 )
 from lowrank_optim.pretrain.recipes import resolve
 from tests.nn.parameterizations import block
+from tests.pretrain.logs import rows
 
 # What the runs have beside the arguments of every run, and whether a dense weight comes out.
 RUNS = {
@@ -38,12 +38,6 @@ RUNS = {
     "maestro": ("rank=4", "--restart-args every=2 lasso=0.01", True),
     "ternarylowrank": ("rank=4", "", True),
 }
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    return [
-        {k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(folder / "metrics.jsonl")
-    ]
 
 
 @pytest.fixture
@@ -133,7 +127,7 @@ def test_updates_in_the_backward_pass_are_those_of_a_step(name: str, arguments: 
     assert train_llama.main([*line, "--per-layer", "--output-dir", str(tmp_path / "backward")]) == 0
     # Restarts, their ramps and samples included; the norm is summed in another order.
     by_step, in_backward = (
-        [{k: v for k, v in row.items() if k != "grad_norm"} for row in rows(tmp_path / folder)]
+        [{k: v for k, v in row.items() if k != "grad_norm"} for row in rows(tmp_path / folder, energy=False)]
         for folder in ("step", "backward")
     )
     assert in_backward == by_step

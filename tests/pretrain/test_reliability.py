@@ -22,6 +22,7 @@ from lowrank_optim.pretrain.config import UserError
 from lowrank_optim.pretrain.divergence import LEAST, PATIENCE, Guard
 from lowrank_optim.pretrain.metrics import read_metrics
 from lowrank_optim.pretrain.update import Updater
+from tests.pretrain.logs import rows
 
 
 @pytest.fixture
@@ -32,12 +33,6 @@ def line(tiny_model: Path, shards: Path, tmp_path: Path) -> list[str]:
         " --batch-size 5 --accumulate 2 --max-steps 6 --save-every 2 --keep 0 --eval-every 3 --eval-batches 2"
         f" --sample-tokens 0 --resume auto --output-dir {tmp_path / 'run'}"
     ).split()
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    return [
-        {k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(folder / "metrics.jsonl")
-    ]
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -327,7 +322,7 @@ def test_data_that_fail_are_saved_before(
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "load_data", broken)
         assert train_llama.main(line) == 2
-    assert capfd.readouterr().err.rstrip().endswith("train_llama.py: error: Broken shard: line 9")
+    assert capfd.readouterr().err.rstrip().endswith("error: Broken shard: line 9")
     assert steps_of(tmp_path / "run") == [2, 3]
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops.int8_blocks import blocks, dequantize, quantize_
+from lowrank_optim.optim.finite import is_finite
 from lowrank_optim.optim.options import one_of
 from lowrank_optim.optim.parts import Group, Lift, Option, Slot, Slots, State, Step, Update, View
 from lowrank_optim.optim.state_storage import load_moment, moment_slots, replace_moment_
@@ -35,6 +36,8 @@ class ErrorFeedback(Lift):
     ``state_dtype`` says; or ``error.codes`` and ``error.scale`` hold it in linear blockwise int8.
     """
 
+    changes_gradient = True
+    passes_direction = True
     splits = frozenset({"rows"})
     options = {"error_feedback": Option(one_of(*ERROR_FEEDBACKS), None)}
 
@@ -82,5 +85,5 @@ class ErrorFeedback(Lift):
             replace_moment_(state, "error", error, step.ok)
         else:
             values = torch.view_as_real(error) if error.is_complex() else error
-            where = step.ok if isinstance(step.ok, Tensor) else None
+            where = is_finite(step.ok) if isinstance(step.ok, Tensor) else None
             quantize_(state["error.codes"], state["error.scale"], values, where=where)

@@ -31,6 +31,7 @@ class Momentum(Lift):
     The state ``momentum`` is B. S is the only full-size temporary.
     """
 
+    changes_gradient = True
     splits = frozenset({"rows"})
     options = {
         "momentum": Option(number(0.0, 1.0, high_open=True), 0.95),

@@ -3,53 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowrank_optim.ops.orthonormal import Sums
+from lowrank_optim.ops import pick
+from lowrank_optim.ops.limited_scale import DEAD, GUARD, limited_scale
 from lowrank_optim.optim.options import number, optional
-from lowrank_optim.optim.parts import Group, Lift, Norms, Option, Slot, Slots, State, View
-
-# The published guard of both divisions.
-GUARD = 1e-8
-# A previous norm below this share of the direction's own norm says nothing about the present one.
-DEAD = 1e-3
-
-
-class Factors(NamedTuple):
-    """How much longer Adam's direction N is than the low-rank gradient R.
-
-    phi: ||N|| / (||R|| + 1e-8), shape (..., rows, 1), or (..., 1, 1) where one factor stands for the whole matrix.
-    direction: ||N|| of every matrix, (..., 1, 1).
-    """
-
-    phi: Tensor
-    direction: Tensor
-
-
-def norm_of(rows: Tensor, sums: Sums | None) -> Tensor:
-    """The norm of every matrix, (..., 1, 1), from the norms of its rows, of which a process may have some."""
-    if sums is not None:
-        return sums.sum_(rows.square().sum((-2, -1), keepdim=True)).sqrt_()
-    return torch.linalg.vector_norm(rows, dim=(-2, -1), keepdim=True)
-
-
-def factors(norms: Norms, sums: Sums | None = None, *, whole: bool = False) -> Factors:
-    """:class:`Factors` from the norms of rows; ``whole``: one for the matrix."""
-    norm = norm_of(norms.direction, sums)
-    if whole:
-        return Factors(norm / (norm_of(norms.low, sums) + GUARD), norm)
-    return Factors(norms.direction / (norms.low + GUARD), norm)
+from lowrank_optim.optim.parts import Group, Lift, Option, Slot, Slots, State, Step, View
 
 
 class GrowthLimiter(Lift):
     """Lets the norm of an update grow by the factor ``limiter_gamma`` a step and fall freely (Fira, section 3.3).
 
-    The state ``update_norm`` is the norm of every matrix after limiting, 0 where there was none yet. A previous norm
-    that is nearly nothing limits nothing: growth by 1 % from the 1e-8 that a zero gradient leaves would take 1600
-    steps.
+    The state ``update_norm`` is the norm of every matrix after limiting, 0 where there was none yet.
     """
 
     needs_norms = True
@@ -75,3 +43,12 @@ class GrowthLimiter(Lift):
         growth = torch.where(previous > DEAD * direction, growth, 1)
         previous.copy_(torch.where(finite, norm / growth, previous))
         return torch.where(finite, growth.reciprocal_(), 0)
+
+    def limited(self, step: Step, state: State, group: Group, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """:func:`lowrank_optim.ops.limited_scale.limited_scale` of this step."""
+        assert step.norms is not None
+        of_low, of_grad = step.norms
+        operation = pick(limited_scale, group["backend"], of_low.device)
+        if of_low.dtype != torch.float32 or torch.compiler.is_compiling():
+            operation = limited_scale
+        return operation(of_low, of_grad, state["update_norm"], gamma=group["limiter_gamma"], sums=step.sums, **options)

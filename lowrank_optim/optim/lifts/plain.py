@@ -9,6 +9,7 @@ from lowrank_optim.optim.parts import Group, Lift, Option, State, Step, Update
 class Unscaled(Lift):
     """W += size project_back(N)."""
 
+    passes_direction = True
     splits = frozenset({"rows", "columns"})
 
     def reads_gradient(self, group: Group) -> bool:

@@ -13,6 +13,7 @@ class SignOutside(Lift):
     A sign has no factored form, so the residual is a matrix here, and the whole update is collected in it.
     """
 
+    reads_low = True
     splits = frozenset({"rows"})
     options = {"inactive_lr_scale": Option(number(), 1.0)}
 

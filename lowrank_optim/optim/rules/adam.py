@@ -10,9 +10,11 @@ from torch import Tensor
 from lowrank_optim.ops import pick
 from lowrank_optim.ops.adam8bit_direction import adam8bit_direction
 from lowrank_optim.ops.adam_direction import adam_direction
+from lowrank_optim.ops.adam_update import adam_update_
 from lowrank_optim.ops.fused_adam import fused_adam_, fused_adam_fits
 from lowrank_optim.ops.move_columns import move_columns_
 from lowrank_optim.ops.row_norms import row_norms
+from lowrank_optim.optim.finite import zero_unless
 from lowrank_optim.optim.options import number
 from lowrank_optim.optim.parts import Group, Option, Rule, Scalar, Slots, State, View
 from lowrank_optim.optim.state_storage import (
@@ -48,6 +50,7 @@ class Adam(Rule):
     """
 
     elementwise = True
+    masks = True
     rowwise = True
     options = {"betas": Option(check_betas), "eps": Option(number())}
 
@@ -61,10 +64,16 @@ class Adam(Rule):
             **moment_slots("exp_avg_sq", shape, dtype.to_real(), stored, along),
         }
 
-    def direction(self, low: Tensor, state: State, group: Group, norms: Tensor | None = None) -> Tensor:
-        """M / (sqrt(V) + eps)."""
+    def direction(
+        self, low: Tensor, state: State, group: Group, norms: Tensor | None = None, *, ok: bool | Tensor = True,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:  # fmt: skip
+        """M / (sqrt(V) + eps) in ``dtype``, by default fp32 or wider; of zeros where the gradient is not ``ok``."""
+        if self._has_kernels(low, group):
+            return self._by_kernel(low, state, group, norms, ok, dtype)
+        low = zero_unless(ok, low)
         whole = "exp_avg.codes" not in state and not is_int4(state, "exp_avg")
-        if norms is not None or whole or low.numel() <= SLICE or self._has_kernels(low, group):
+        if norms is not None or whole or low.numel() <= SLICE:
             return self._direction(low, state, group, norms)
         direction = torch.empty(low.shape, dtype=torch.promote_types(low.dtype, torch.float32), device=low.device)
         for part, (some, out) in slices(state, low.contiguous(), direction):
@@ -83,32 +92,56 @@ class Adam(Rule):
                 return
         super().add_direction_(target, grad, state, group, alpha=alpha)
 
+    def update_(self, weight: Tensor, grad: Tensor, state: State, group: Group, *, size: Scalar, decay: Scalar) -> bool:
+        """One kernel for contiguous weights of at most 32 bits."""
+        if not (self._has_kernels(weight, group) and weight.is_contiguous()) or weight.dtype == torch.float64:
+            return False
+        beta1, beta2 = group["betas"]
+        rounding = group["weight_rounding"] if weight.dtype == torch.bfloat16 else "nearest"
+        names = [f"{key}.{part}" for part in ("codes", "scale") for key in MOMENT_KEYS]
+        stored = [state[name] for name in (names if names[0] in state else MOMENT_KEYS)]
+        pick(adam_update_, group["backend"], weight.device)(
+            weight, grad, *stored, beta1=beta1, beta2=beta2, eps=self._eps(state, group), alpha=size, decay=decay,
+            keys=self._keys(state), key=None if rounding == "nearest" else rounding_key(state, "weight"),
+            correction=state["weight_correction"] if rounding == "compensated" else None,
+            start=position(state, weight),
+        )  # fmt: skip
+        return True
+
     def _direction(self, low: Tensor, state: State, group: Group, norms: Tensor | None = None) -> Tensor:
         beta1, beta2 = group["betas"]
         eps = self._eps(state, group)
-        if not self._has_kernels(low, group):
-            moments = [load_moment(state, key, low.dtype) for key in MOMENT_KEYS]
-            if self._may_fuse(group, eps) and fused_adam_fits(low, *moments):
-                direction = torch.zeros_like(moments[0])
-                fused_adam_(direction, low, *moments, beta1=beta1, beta2=beta2, eps=float(eps), alpha=1.0)
-                if norms is not None:
-                    torch.stack([row_norms(some).squeeze(-1) for some in (low, direction)], out=norms)
-            else:
-                direction = adam_direction(low, *moments, beta1=beta1, beta2=beta2, eps=eps, norms=norms)
-            self._store_(moments, state)
-            return direction
-        # Kernels read moments as they are stored.
-        first, second = MOMENT_KEYS
-        if f"{first}.codes" in state:
+        moments = [load_moment(state, key, low.dtype) for key in MOMENT_KEYS]
+        if self._may_fuse(group, eps) and fused_adam_fits(low, *moments):
+            direction = torch.zeros_like(moments[0])
+            fused_adam_(direction, low, *moments, beta1=beta1, beta2=beta2, eps=float(eps), alpha=1.0)
+            if norms is not None:
+                torch.stack([row_norms(some).squeeze(-1) for some in (low, direction)], out=norms)
+        else:
+            direction = adam_direction(low, *moments, beta1=beta1, beta2=beta2, eps=eps, norms=norms)
+        self._store_(moments, state)
+        return direction
+
+    def _by_kernel(
+        self, low: Tensor, state: State, group: Group, norms: Tensor | None, ok: bool | Tensor,
+        dtype: torch.dtype | None,
+    ) -> Tensor:  # fmt: skip
+        """Kernels read moments as they are stored, and the verdict."""
+        beta1, beta2 = group["betas"]
+        eps, told = self._eps(state, group), ok if isinstance(ok, Tensor) else None
+        if "exp_avg.codes" in state:
             stored = [state[f"{key}.{part}"] for key in MOMENT_KEYS for part in ("codes", "scale")]
             by_blocks = pick(adam8bit_direction, group["backend"], low.device)
-            return by_blocks(low, *stored, beta1=beta1, beta2=beta2, eps=eps, norms=norms)
-        rounded = state[first].dtype == torch.bfloat16
+            return by_blocks(low, *stored, beta1=beta1, beta2=beta2, eps=eps, norms=norms, ok=told, dtype=dtype)
         return pick(adam_direction, group["backend"], low.device)(
-            low, state[first], state[second], beta1=beta1, beta2=beta2, eps=eps,
-            keys=(rounding_key(state, first), rounding_key(state, second)) if rounded else None,
-            start=position(state, low), norms=norms,
+            low, state["exp_avg"], state["exp_avg_sq"], beta1=beta1, beta2=beta2, eps=eps, keys=self._keys(state),
+            start=position(state, low), norms=norms, ok=told, dtype=dtype,
         )  # fmt: skip
+
+    def _keys(self, state: State) -> tuple[int | Tensor, int | Tensor] | None:
+        if "exp_avg" not in state or state["exp_avg"].dtype != torch.bfloat16:
+            return None
+        return rounding_key(state, "exp_avg"), rounding_key(state, "exp_avg_sq")
 
     def _store_(self, moments: list[Tensor], state: State) -> None:
         for key, moment in zip(MOMENT_KEYS, moments):

@@ -183,10 +183,15 @@ class Columns(Oriented):
         old.copy_(new)
         return Refresh(renewed=True, overlap=overlap)
 
+    def makes_basis(self, group: Group) -> bool:
+        """It is gathered, unless projecting is."""
+        return self.settings(group).basis != "identity"
+
     def basis(self, like: Tensor, state: State, group: Group) -> Tensor:
         """(..., d, rank), the selected basis vectors."""
         rows = basis_rows(self.settings(group).basis, like.shape[-1], like.dtype, like.device)
-        return rows[state["indices"]].mT
+        indices: Tensor = state["indices"]
+        return (rows.index_select(0, indices) if indices.ndim == 1 else rows[indices]).mT
 
     def project(self, grad: Tensor, state: State, group: Group) -> Tensor:
         """(..., rows, rank)."""
@@ -210,6 +215,10 @@ class Coefficients(Columns):
     def transform(self, grad: Tensor, group: Group) -> Tensor:
         """The gradient, which holds them."""
         return grad
+
+    def makes_basis(self, group: Group) -> bool:
+        """Projecting takes none."""
+        return False
 
     def project(self, grad: Tensor, state: State, group: Group) -> Tensor:
         """(..., rows, rank), a gather."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -34,12 +32,12 @@ def overlap_of(old: Tensor, new: Tensor, moments: str) -> Tensor | None:
     return torch.linalg.solve(old.mH @ old, old.mH @ new)
 
 
-def noise(shape: tuple[int, ...], like: Tensor, key: int | Tensor, group: Group) -> Tensor:
-    """Independent real N(0, 1) of ``shape`` in the precision of ``like``."""
+def noise(shape: tuple[int, ...], like: Tensor, key: int | Tensor, group: Group, *, scale: float = 1.0) -> Tensor:
+    """Independent real N(0, scale²) of ``shape`` in the precision of ``like``."""
     draw = pick(gaussian, group["backend"], like.device)
     *batch, rows, columns = shape
-    options: dict[str, Any] = {"batch": tuple(batch)} if batch else {}
-    return draw(rows, columns, key=key, dtype=like.dtype.to_real(), device=like.device, **options)
+    dtype = like.dtype.to_real()
+    return draw(rows, columns, key=key, dtype=dtype, device=like.device, batch=batch, scale=scale)
 
 
 def sketch_matrix(shape: tuple[int, ...], like: Tensor, state: State, group: Group) -> Tensor:
@@ -83,7 +81,7 @@ class Gaussian(Drawn):
         """(..., d, rank) for an oriented gradient (..., rows, d), in its dtype."""
         rank = state["rank"]
         shape = (*like.shape[:-2], like.shape[-1], rank)
-        return noise(shape, like, self.key(state), group).mul_(rank**-0.5).to(like.dtype)
+        return noise(shape, like, self.key(state), group, scale=rank**-0.5).to(like.dtype)
 
     def refresh(self, grad: Tensor, state: State, group: Group, which: Which) -> Refresh:
         """The next matrix."""

@@ -7,8 +7,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowrank_optim.ops.orthonormal import orthonormalize, range_finder, subspace_iteration
+from lowrank_optim.ops.orthonormal import (
+    orthonormalize,
+    orthonormalize_blind,
+    range_finder,
+    sketch_again,
+    subspace_iteration,
+)
 from lowrank_optim.ops.project import project
+from lowrank_optim.optim import finite
 from lowrank_optim.optim.options import one_of
 from lowrank_optim.optim.parts import Accumulation, Group, Option, Refresh, Slot, Slots, State, View, Which
 from lowrank_optim.optim.subspaces.oriented import SIDES, Oriented, keep_where, on_left, overlap_where
@@ -54,23 +61,25 @@ def top_basis(
         which: matrices of the batch; what is not usable may come out as anything.
         start: the previous basis (..., d, rank), for "power".
     """
-    grad, sums = tall.to(torch.promote_types(tall.dtype, torch.float32)), which.sums
-    if sums is not None and refresh == "svd":
-        grad, sums = sums.gather(grad, grad.ndim - 2), None
+    sums = which.sums
+    if refresh == "svd":
+        tall = tall.to(torch.promote_types(tall.dtype, torch.float32))
+        if sums is not None:
+            tall, sums = sums.gather(tall, tall.ndim - 2), None
     basis: Tensor | None = None
     generator = torch.Generator(device="cpu")
     seed = state["seed"] * 1_000_003 + 2 * int(state["step"])
     if refresh == "svd":
-        basis = _svd_basis(grad, rank, left, selection, generator.manual_seed(seed))
+        basis = _svd_basis(tall, rank, left, selection, generator.manual_seed(seed))
     elif refresh == "power" and start is not None and which.warm is not False:
-        basis = subspace_iteration(grad, start.to(grad.dtype), sums=sums)
+        basis = subspace_iteration(tall, start, sums=sums)
         if isinstance(which.warm, Tensor):
-            basis = keep_where(which.warm, basis, range_finder(grad, rank, generator.manual_seed(seed), sums=sums))
+            basis = keep_where(which.warm, basis, range_finder(tall, rank, generator.manual_seed(seed), sums=sums))
     for attempt in range(2):
         if basis is not None and usable(basis, which):
             return basis
         try:
-            basis = range_finder(grad, rank, generator.manual_seed(seed + attempt), sums=sums)
+            basis = range_finder(tall, rank, generator.manual_seed(seed + attempt), sums=sums)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             basis = None
     return basis if basis is not None and usable(basis, which) else None
@@ -159,10 +168,18 @@ class TopSingular(Oriented):
         return {**super().slots(view, group), "basis": Slot(shape, view.dtype, along)}
 
     def refresh(self, grad: Tensor, state: State, group: Group, which: Which) -> Refresh:
-        """Replace the basis by the dominant directions of this gradient."""
+        """Replace the basis by the dominant directions of this gradient.
+
+        Where the host does not look, the usual case does without a look too: whether it went well is on the device.
+        """
+        start = self.basis(grad, state, group)
+        if group["refresh"] == "power" and which.warm is True and not finite.host_looks(grad.device):
+            turned, trusted = orthonormalize_blind(sketch_again(grad, start, which.sums))
+            result = self.replace_basis_(torch.where(trusted, turned, start), state, group, which)
+            return result._replace(renewed=trusted if which.usable is None else trusted | ~which.usable)
         basis = top_basis(
-            grad, state["rank"], group["refresh"], state, left=bool(state["left"]), which=which,
-            start=self.basis(grad, state, group), selection=group["selection"],
+            grad, state["rank"], group["refresh"], state, left=bool(state["left"]), which=which, start=start,
+            selection=group["selection"],
         )  # fmt: skip
         if basis is None:
             return Refresh(renewed=False)
@@ -186,7 +203,7 @@ class TopSingular(Oriented):
 
     def basis(self, like: Tensor, state: State, group: Group) -> Tensor:
         basis: Tensor = state["basis"]
-        return basis.to(like.dtype)
+        return basis if basis.dtype == like.dtype else basis.to(like.dtype)
 
     def keep_basis_(self, basis: Tensor, state: State, group: Group) -> None:
         """Overwrite the basis that is kept."""

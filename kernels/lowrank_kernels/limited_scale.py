@@ -1,0 +1,203 @@
+"""Triton twin of ``lowrank_optim.ops.limited_scale``: one kernel, in which every program sums over all rows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowrank_kernels._support import all_finite, cdiv, check_operand, check_scalar, power_of_2
+from lowrank_kernels.lowrank_update import on_device
+from lowrank_kernels.rounding import round_to_nearest
+from lowrank_optim.ops.limited_scale import DEAD as LEAST_SHARE
+from lowrank_optim.ops.limited_scale import GUARD as SMALL
+from lowrank_optim.ops.limited_scale import limited_scale as eager
+from lowrank_optim.ops.orthonormal import Sums
+
+GUARD, DEAD = tl.constexpr(SMALL), tl.constexpr(LEAST_SHARE)
+BLOCK = 1024
+# Of a matrix: each reads three numbers a row, so that more would read more than they write.
+PROGRAMS = 264
+
+_TICKETS: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def tickets(device: torch.device, matrices: int) -> Tensor:
+    """Zeros int32 (at least ``matrices``,), which a kernel leaves as zeros; kernels of one stream share them."""
+    # A fake tensor's device has no driver.
+    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.current_stream(device).cuda_stream if initialized else 0
+    found = _TICKETS.get((device, stream))
+    if found is None or found.numel() < matrices:
+        found = _TICKETS[device, stream] = torch.zeros(matrices, dtype=torch.int32, device=device)
+    return found
+
+
+@triton.jit
+def limited_scale_kernel(
+    norms_ptr,  # (2, matrices, rows) fp32
+    grad_norms_ptr,  # (matrices, rows) fp32
+    update_norm_ptr,  # (matrices,) fp32, modified in place
+    image_ptr,  # (matrices, rows) fp32, or None
+    low_ptr,  # (matrices, rows, rank) fp32, or None
+    direction_ptr,  # (matrices, rows, rank) fp32, or None
+    scale_ptr,  # (matrices, rows) fp32, written
+    left_ptr,  # (matrices, rows, rank), written; or None
+    tickets_ptr,  # (matrices,) int32, zeros before and after
+    rows,
+    rank,
+    inner,
+    seen,  # a number, or a pointer to one
+    strength,
+    gamma,
+    alpha,
+    SEEN_ON_DEVICE: tl.constexpr,
+    LIMITS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    matrix, matrices = tl.program_id(1), tl.num_programs(1)
+    if SEEN_ON_DEVICE:
+        seen = tl.load(seen).to(tl.float32)
+    direction_norms_ptr = norms_ptr + matrices * rows
+    finite = all_finite(grad_norms_ptr, matrices * rows)
+    first_row = matrix * rows
+    low_total = tl.zeros((BLOCK,), dtype=tl.float32)
+    direction_total = tl.zeros((BLOCK,), dtype=tl.float32)
+    found_total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, rows, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        inside = row < rows
+        low = tl.load(norms_ptr + first_row + row, mask=inside, other=0.0)
+        direction = tl.load(direction_norms_ptr + first_row + row, mask=inside, other=0.0)
+        grad = tl.load(grad_norms_ptr + first_row + row, mask=inside, other=0.0)
+        if image_ptr is None:
+            image = low * low
+        else:
+            image = tl.load(image_ptr + first_row + row, mask=inside, other=0.0)
+        outside = tl.maximum(grad * grad - 2 * inner * low * low + inner * inner * image, 0.0)
+        low_total += low * low
+        direction_total += direction * direction
+        if not WHOLE:
+            phi = direction / (low + GUARD)
+            outside = phi * phi * outside
+        found_total += outside
+    size = tl.sqrt_rn(tl.sum(direction_total, 0))
+    found = tl.sum(found_total, 0)
+    one_phi = size / (tl.sqrt_rn(tl.sum(low_total, 0)) + GUARD)
+    if WHOLE:
+        found = one_phi * one_phi * found
+    found = tl.sqrt_rn(found) * seen
+    finite = finite & (found < float("inf"))
+    growth = 1.0
+    if LIMITS:
+        previous = tl.load(update_norm_ptr + matrix)
+        growth = tl.maximum(found / ((previous + GUARD) * gamma), 1.0)
+        growth = tl.where(previous > size * DEAD, growth, 1.0)
+    factor = tl.where(finite, strength / growth, 0.0)
+
+    for tile in range(program, tl.cdiv(rows, ROWS), programs):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        inside = row < rows
+        if WHOLE:
+            scale = tl.zeros((ROWS,), dtype=tl.float32) + one_phi * factor
+        else:
+            of_low = tl.load(norms_ptr + first_row + row, mask=inside, other=0.0)
+            of_direction = tl.load(direction_norms_ptr + first_row + row, mask=inside, other=0.0)
+            scale = of_direction / (of_low + GUARD) * factor
+        # NaN times zero is NaN.
+        scale = tl.where(finite, scale, 0.0)
+        tl.store(scale_ptr + first_row + row, scale, mask=inside)
+        if left_ptr is not None:
+            place = (tl.zeros((ROWS,), dtype=tl.int64) + first_row + row) * rank
+            for first in range(0, rank, COLUMNS):
+                column = first + tl.arange(0, COLUMNS)
+                at = place[:, None] + column[None, :]
+                mask = inside[:, None] & (column < rank)[None, :]
+                low_tile = tl.load(low_ptr + at, mask=mask, other=0.0)
+                rescaled = tl.where(scale[:, None] != 0, scale[:, None] * low_tile, 0.0)
+                left = alpha * tl.load(direction_ptr + at, mask=mask, other=0.0) - inner * rescaled
+                tl.store(left_ptr + at, round_to_nearest(left, left_ptr.dtype.element_ty), mask=mask)
+    if LIMITS:
+        # All programs must have read the previous norm: the last one to come here writes the new one.
+        tl.debug_barrier()
+        ticket = tl.atomic_add(tickets_ptr + matrix, 1)
+        if ticket == programs - 1:
+            tl.store(tickets_ptr + matrix, 0)
+            if finite:
+                tl.store(update_norm_ptr + matrix, found / growth)
+
+
+def limited_scale(
+    norms: Tensor, grad_norms: Tensor, update_norm: Tensor, *, gamma: float | None, inner: float = 0.0,
+    seen: float | Tensor = 1.0, strength: float = 1.0, whole: bool = False, image: Tensor | None = None,
+    low: Tensor | None = None, direction: Tensor | None = None, alpha: float = 1.0, dtype: torch.dtype | None = None,
+    sums: Sums | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """See ``lowrank_optim.ops.limited_scale``; all in fp32 but ``left``, all contiguous; what other processes have a
+    part of stays with torch.
+
+    Raises:
+        ValueError: an operand of another shape, dtype, device or layout than the norms ask for.
+    """
+    if sums is not None:
+        return eager(
+            norms, grad_norms, update_norm, gamma=gamma, inner=inner, seen=seen, strength=strength, whole=whole,
+            image=image, low=low, direction=direction, alpha=alpha, dtype=dtype, sums=sums,
+        )  # fmt: skip
+    fp32, device = (torch.float32,), norms.device
+    _, *batch, rows = norms.shape
+    rank = 0 if low is None else low.shape[-1]
+    check_operand("norms", norms, (2, *batch, rows), device, fp32)
+    check_operand("grad_norms", grad_norms, (*batch, rows, 1), device, fp32)
+    check_operand("update_norm", update_norm, tuple(batch), device, fp32)
+    check_operand("image", image, (*batch, rows, 1), device, fp32)
+    check_operand("low", low, (*batch, rows, rank), device, fp32)
+    check_operand("direction", direction, (*batch, rows, rank), device, fp32)
+    check_scalar("seen", seen, device, (torch.float32, torch.float64))
+    if low is None or direction is None:
+        low = direction = None
+    scale = torch.empty_like(grad_norms)
+    left = None if direction is None else torch.empty_like(direction, dtype=dtype)
+    matrices = math.prod(batch)
+    if not rows * matrices:
+        return scale, left
+    options = launch_options(rank)
+    tiles = cdiv(rows, options["ROWS"])
+    seen = on_device(device, seen)
+    limited_scale_kernel[(1 if left is None else min(tiles, PROGRAMS), matrices)](
+        norms, grad_norms, update_norm, image, low, direction, scale, left, tickets(device, matrices), rows, rank,
+        inner, seen, strength, 1.0 if gamma is None else gamma, alpha, SEEN_ON_DEVICE=isinstance(seen, Tensor),
+        LIMITS=gamma is not None, WHOLE=whole, **options,
+    )  # fmt: skip
+    return scale, left
+
+
+def launch_options(rank: int) -> dict[str, Any]:
+    """Rows and columns that a program works on at a time: 2048 values, or without a direction some rows' scales."""
+    columns = min(256, power_of_2(max(1, rank)))
+    return {"BLOCK": BLOCK, "ROWS": 2048 // columns, "COLUMNS": columns, "num_warps": 8}
+
+
+def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
+    """APOLLO's and Fira's: label, kernel, signature, constants, options."""
+    cases: list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]] = []
+    for label, rank in (("limited_scale", 0), ("limited_scale, direction", 256)):
+        options = launch_options(rank)
+        launch = {"num_warps": options.pop("num_warps")}
+        constants: dict[str, object] = {"SEEN_ON_DEVICE": False, "LIMITS": True, "WHOLE": False, **options}
+        constants |= dict.fromkeys(("image_ptr", *(() if rank else ("low_ptr", "direction_ptr", "left_ptr"))))
+        types = {"left_ptr": "*bf16", "tickets_ptr": "*i32", "rows": "i32", "rank": "i32"}
+        signature = {
+            name: "constexpr" if name in constants else types.get(name, "*fp32" if name.endswith("_ptr") else "fp32")
+            for name in limited_scale_kernel.arg_names
+        }
+        cases.append((label, limited_scale_kernel, signature, constants, launch))
+    return cases

@@ -1,0 +1,1 @@
+"""``lowrank-train`` and its subcommands."""

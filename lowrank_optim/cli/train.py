@@ -1,0 +1,93 @@
+"""``lowrank-train [train]``: options -> build -> loop -> evaluation -> report."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lowrank_optim.cli.main import COMMANDS, PROG
+from lowrank_optim.pretrain.command_line import parse_options
+from lowrank_optim.pretrain.config import Options, user_errors
+
+Sizes = tuple[str, str, Mapping[str, int]]
+
+
+def train(argv: Sequence[str]) -> int:
+    """The subcommand; see :func:`lowrank_optim.cli.main.main`."""
+    others = "; ".join(f"{PROG} {name}: {text}" for name, (_, text) in COMMANDS.items())
+    options = parse_options(argv, prog=PROG, epilog=f"Subcommands, each with a --help of its own: {others}.")
+    return dry_run(options) if options.dry_run else run(options)
+
+
+def dry_run(options: Options) -> int:
+    """``--dry-run``: what would be trained and how, without data, memory or files."""
+    from lowrank_optim.memory.estimate import estimate
+    from lowrank_optim.pretrain import report
+    from lowrank_optim.pretrain.build import build
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    with user_errors(ImportError):
+        settled, config, model, optimizer = build(options, "meta", processes=world)
+        expected = estimate(options)
+        reference = adamw_sizes(options)
+    print(report.banner(settled, config, model, world=world, device="meta (dry run)"))
+    print("\n" + report.method_table(optimizer, model) + "\n")
+    print(report.memory_table([(settled.optimizer, expected.state_dtype, expected.by_category), *reference]))
+    if len(expected.gradients_by_kind) > 1:
+        kinds = (f"{kind} {size / 2**20:,.1f} MiB" for kind, size in expected.gradients_by_kind.items() if size)
+        print(f"Gradients: {', '.join(kinds)}.")
+    print("Predicted to the byte; activations are not included.")
+    return 0
+
+
+def run(options: Options) -> int:
+    """The run itself."""
+    started = time.perf_counter()
+    from lowrank_optim.pretrain import report
+    from lowrank_optim.pretrain.generate import sample
+    from lowrank_optim.pretrain.launch import own, run_folder
+    from lowrank_optim.pretrain.run_page import write_page
+    from lowrank_optim.pretrain.trainer import Trainer
+
+    folder = run_folder(options)
+    with own(folder):
+        trainer = Trainer(options, folder)
+        status = trainer.train()
+    if status == 0 and trainer.leads and trainer.sizes:
+        settled = trainer.run
+        from lowrank_optim.memory.estimate import state_dtype
+
+        measured = (f"{settled.optimizer}, measured", state_dtype(trainer.optimizer), trainer.sizes)
+        memory = report.memory_table([measured, *adamw_sizes(options)])
+        seconds = time.perf_counter() - started
+        summary = report.summary(trainer.progress, trainer.evaluated, trainer.folder, seconds=seconds)
+        trainer.say(f"\n{memory}\n\n{summary}")
+        text = ""
+        if settled.sample_tokens:
+            prompt = settled.sample_prompt or ("def " if settled.dataset == "stdlib" else "The ")
+            text = sample(
+                trainer.model, trainer.text.tokenizer, prompt, tokens=settled.sample_tokens, seed=settled.seed
+            )
+            trainer.say("\nsample:\n" + text)
+        with user_errors(OSError):
+            page = write_page(trainer.folder, memory=memory, summary=summary, sample=text)
+        trainer.say(f"report {page}")
+    return status
+
+
+def adamw_sizes(options: Options) -> list[Sizes]:
+    """What AdamW keeps, predicted, for the same model with dense weights: states as torch has them, and in fp32."""
+    from lowrank_optim.memory.estimate import estimate
+
+    dense: dict[str, Any] = {"parameterization": None, "parameterization_args": [], "weights": None}
+    if options.optimizer == "AdamW":
+        dense = {}
+    plain = replace(options, optimizer="AdamW", optimizer_args=[], per_layer=False, **dense)
+    rows = [] if options.optimizer == "AdamW" else [plain]
+    if options.dtype == "bf16":
+        rows.append(replace(plain, optimizer="GaLoreAdamW", optimizer_args=["rank=none", "state_dtype=float32"]))
+    found = [estimate(row) for row in rows]
+    return [("AdamW, same model", row.state_dtype, row.by_category) for row in found]
