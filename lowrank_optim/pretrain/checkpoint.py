@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import random
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +61,14 @@ FIXED = (
 
 # What reading a damaged state.json raises.
 UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
+
+class BrokenCheckpointError(UserError):
+    """A checkpoint is not what was written."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"Broken checkpoint: {path}: {reason}")
+        self.reason = reason
 
 
 @dataclass
@@ -188,15 +198,17 @@ def find(resume: str | None, output_dir: Path | None) -> list[Path]:
     return [found]
 
 
-def newest_whole(found: Sequence[Path], *, digests: bool = True) -> tuple[Path | None, dict[Path, str]]:
-    """The first of ``found`` that is whole, and what is wrong with those before it.
+def newest_whole(
+    found: Sequence[Path], *, digests: bool = True, most: float = math.inf
+) -> tuple[Path | None, dict[Path, str]]:
+    """The first of ``found`` that is whole as :func:`damage` sees it, and what is wrong with those before it.
 
     Raises:
         UserError: there are some, and none is whole.
     """
     wrong: dict[Path, str] = {}
     for path in found:
-        reason = damage(path, digests=digests)
+        reason = damage(path, digests=digests, most=most)
         if reason is None:
             return path, wrong
         wrong[path] = reason
@@ -210,12 +222,13 @@ def last_good(folder: Path) -> list[Path]:
     return _good(folder)[::-1]
 
 
-def damage(path: Path, *, digests: bool = True) -> str | None:
+def damage(path: Path, *, digests: bool = True, most: float = math.inf) -> str | None:
     """What is wrong with a checkpoint in one line, None where it is whole.
 
     Args:
         path: its folder.
         digests: read and compare all files, instead of their presence alone. One of format 1 has no digests.
+        most: the size of a file in bytes up to which it is read.
     """
     try:
         state = _read(path)
@@ -228,7 +241,7 @@ def damage(path: Path, *, digests: bool = True) -> str | None:
             return None
         if manifest.of_values({key: value for key, value in state.items() if key != "digest"}) != state["digest"]:
             return f"{STATE} is not what was written (its digest differs)"
-        return manifest.damage(path, state["files"])
+        return manifest.damage(path, state["files"], most=most)
     except OSError as error:
         return f"{Path(error.filename or path).name} cannot be read ({error.strerror or error})"
     except UNREADABLE as error:
@@ -286,26 +299,41 @@ def read_state(path: Path, options: Resolved, *, processes: int) -> Progress:
     return progress
 
 
-def load_(path: Path, update: Updater, *, rank: int) -> Any:
+def load_(path: Path, update: Updater, *, rank: int, digests: bool = False) -> Any:
     """Load a checkpoint in place; returns the data position of process ``rank`` and restores its random states.
 
+    Args:
+        path, update, rank: which, into what, and for whom.
+        digests: compare all files with their digests beside the load, which takes hardly longer: the disk is read once.
+
     Raises:
-        UserError: a file is missing or broken.
+        BrokenCheckpointError: a file is missing or broken. What has been loaded until then is of no use.
     """
+    with ThreadPoolExecutor(1) as pool:
+        verdict = pool.submit(damage, path) if digests else None
+        reason = None
+        try:
+            _load_weights_(update.model, path)
+            saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
+            processes = torch.load(path / "processes.pt", map_location="cpu", weights_only=True)
+            update.load_state_dict(saved)
+            set_random_state(processes[rank]["random"])
+            position = processes[rank]["data"]
+        except Exception as error:
+            reason = _line(error)
+    reason = (verdict and verdict.result()) or reason
+    if reason:
+        raise BrokenCheckpointError(path, reason)
+    return position
+
+
+def _load_weights_(model: PreTrainedModel, path: Path) -> None:
     from safetensors.torch import load_model
 
-    try:
-        if factored_layers(update.model):
-            load_model(update.model, path / FACTORED, device="cpu")
-        else:
-            _load_exported(update.model, path)
-        saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
-        processes = torch.load(path / "processes.pt", map_location="cpu", weights_only=True)
-        update.load_state_dict(saved)
-        set_random_state(processes[rank]["random"])
-        return processes[rank]["data"]
-    except Exception as error:
-        raise UserError(f"Broken checkpoint: {path} ({_line(error)})") from error
+    if factored_layers(model):
+        load_model(model, path / FACTORED, device="cpu")
+    else:
+        _load_exported(model, path)
 
 
 def _load_exported(model: PreTrainedModel, path: Path) -> None:

@@ -7,6 +7,7 @@ signature: who can write the files can write the digests as well, which is why n
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,8 +54,12 @@ def of_values(values: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
 
 
-def damage(folder: Path, files: Files) -> str | None:
+def damage(folder: Path, files: Files, *, most: float = math.inf) -> str | None:
     """What is wrong with the first file that is not as :func:`of_folder` found it, None where all are.
+
+    Args:
+        folder, files: what it is and what it must hold.
+        most: larger files are not read; what is compared of them is their size.
 
     Raises:
         OSError: a file cannot be read.
@@ -69,6 +74,7 @@ def damage(folder: Path, files: Files) -> str | None:
         size = path.stat().st_size
         if size != expected["size"]:
             return f"{name} has {size:,} bytes instead of {expected['size']:,}"
-    found = of_files(folder / name for name in files)
-    wrong = [name for name, digest in zip(files, found) if digest != files[name]["xxh3"]]
+    read = [name for name, expected in files.items() if expected["size"] <= most]
+    found = of_files(folder / name for name in read)
+    wrong = [name for name, digest in zip(read, found) if digest != files[name]["xxh3"]]
     return f"{wrong[0]} is not what was written (its digest differs)" if wrong else None

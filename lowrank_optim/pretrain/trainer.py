@@ -28,6 +28,9 @@ from lowrank_optim.pretrain.sources import Saved
 from lowrank_optim.pretrain.steps import evaluate
 from lowrank_optim.pretrain.update import Updater
 
+# Larger files of a checkpoint are compared with their digests beside the load.
+READ_BEFORE = 2**24
+
 
 class Trainer:
     """The run of ``options`` in ``folder``, which it must own; :meth:`train` makes it.
@@ -51,7 +54,7 @@ class Trainer:
         # memory.
         with user_errors(ImportError):
             run, config, *_ = build(options, "meta", processes=self.world)
-        found = self._choose(candidates, digests=run.verify)
+        found = self._choose(candidates, digests=run.verify, most=READ_BEFORE)
         self.progress = checkpoint.read_state(found, run, processes=self.world) if found else checkpoint.Progress()
         saved = Saved(checkpoint.read_fingerprint(found), found) if found else None
         with self.accelerator.main_process_first():
@@ -65,7 +68,7 @@ class Trainer:
         self.say(f"data       {self.text.description}\nfolder     {self.folder}")
         self.position = None
         if found:
-            self.position = checkpoint.load_(found, self.update, rank=self.rank)
+            found = self._load(candidates[candidates.index(found) :])
             self.say(f"resumed    {found} after {self.progress.step} updates")
         # The update whose checkpoint this folder has already.
         self.saved = self.progress.step if found and found.parent == folder else None
@@ -115,13 +118,31 @@ class Trainer:
         self._report(self.accelerator.end_training)
         return 0
 
-    def _choose(self, candidates: list[Path], *, digests: bool) -> Path | None:
-        """The newest whole checkpoint, as the first process finds it."""
+    def _load(self, candidates: list[Path]) -> Path:
+        """Load the first checkpoint, or, where its large files turn out to be broken, the next whole one."""
+        found, *rest = candidates
+        wrong: checkpoint.BrokenCheckpointError | None = None
+        try:
+            self.position = checkpoint.load_(found, self.update, rank=self.rank, digests=self.leads and self.run.verify)
+        except checkpoint.BrokenCheckpointError as error:
+            wrong = error
+        if not self._any(wrong is not None):
+            return found
+        wrong = wrong or checkpoint.BrokenCheckpointError(found, "another process cannot load it")
+        following = self._choose(rest, digests=self.run.verify, most=READ_BEFORE)
+        if following is None:
+            raise wrong
+        self.say(f"warning: passed over {found}: {wrong.reason}")
+        self.progress = checkpoint.read_state(following, self.run, processes=self.world)
+        return self._load(rest[rest.index(following) :])
+
+    def _choose(self, candidates: list[Path], *, digests: bool, most: float = math.inf) -> Path | None:
+        """The newest checkpoint that is whole as far as it is read, as the first process finds it."""
         from accelerate.utils import broadcast_object_list
 
         chosen: list[Path | None] = [None]
         if self.leads:
-            chosen[0], wrong = checkpoint.newest_whole(candidates, digests=digests)
+            chosen[0], wrong = checkpoint.newest_whole(candidates, digests=digests, most=most)
             for path, reason in wrong.items():
                 self.say(f"warning: passed over {path}: {reason}")
         broadcast_object_list(chosen)

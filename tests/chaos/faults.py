@@ -32,6 +32,7 @@ MODES = {
     "dense": [],
     "per_layer": ["--per-layer"],
     "int8": ["--weights", "int8"],
+    "int4": ["--weights", "int4"],
     "sltrain": ["--parameterization", "sltrain", "--parameterization-args", "rank=2"],
 }
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -96,6 +97,13 @@ class Bench:
             assert run.status == 0, run.err
             self.made[combination], self.events[combination] = folder, run.events
         return self.made[combination]
+
+    def fits(self, combination: str) -> bool:
+        """Whether an optimizer has a mode; says so where it has not."""
+        run = self.server.run([*self.line(combination), "--dry-run"], self.folder())
+        if run.status:
+            print(f"without {combination}: {run.err.strip()}")
+        return run.status == 0
 
     def folder(self) -> Path:
         """A new one for a run with faults."""

@@ -12,9 +12,9 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,33 +88,32 @@ def serve() -> None:
     os.dup2(2, 1)
     for request in sys.stdin:
         line, folder, fault = json.loads(request)
-        with tempfile.TemporaryDirectory() as place:
-            paths = [Path(place) / name for name in ("out", "err", "events")]
-            child = os.fork()
-            if child == 0:
-                status = 1
-                try:
-                    for number, path in enumerate(paths[:2], 1):
-                        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-                    watch(folder, fault, paths[2])
-                    status = train_llama.main(line)
-                except BaseException:
-                    import traceback
-
-                    traceback.print_exc()
+        # Pipes, because a limit on the size of files is to spare what a run says; it is less than they hold.
+        pipes = [os.pipe() for _ in range(3)]
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                for number, (_, end) in enumerate(pipes[:2], 1):
+                    os.dup2(end, number)
+                watch(folder, fault, pipes[2][1])
+                status = train_llama.main(line)
                 sys.stdout.flush()
+            except BaseException:
+                traceback.print_exc()
+            finally:
                 sys.stderr.flush()
                 os._exit(status)
-            _, status = os.waitpid(child, 0)
-            texts = [path.read_text() for path in paths[:2]]
-            events = paths[2].stat().st_size if paths[2].exists() else 0
-        answers.write(json.dumps([os.waitstatus_to_exitcode(status), *texts, events]) + "\n")
+        for _, end in pipes:
+            os.close(end)
+        _, status = os.waitpid(child, 0)
+        out, err, events = (os.fdopen(end, "rb").read() for end, _ in pipes)
+        answers.write(json.dumps([os.waitstatus_to_exitcode(status), out.decode(), err.decode(), len(events)]) + "\n")
         answers.flush()
 
 
-def watch(folder: str, fault: dict[str, Any], counter: Path) -> None:
-    """Count the events of this process from now on, one byte each in ``counter``, and let the fault come."""
-    count = os.open(counter, os.O_WRONLY | os.O_CREAT)
+def watch(folder: str, fault: dict[str, Any], count: int) -> None:
+    """Count the events of this process from now on, one byte each into ``count``, and let the fault come."""
     made = 0
     busy = False
 

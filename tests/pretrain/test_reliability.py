@@ -384,3 +384,26 @@ def test_state_json_of_another_kind(tmp_path: Path) -> None:
     (folder / "state.json").write_text(json.dumps({"format": 3}))
     with pytest.raises(UserError, match="its format is 3, expected at most 2"):
         checkpoint.damage(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt"])
+def test_large_files_are_compared_beside_the_load(
+    line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, name: str
+) -> None:
+    run = tmp_path / "run"
+    assert train_llama.main(line) == 0
+    whole = rows(run)
+    for step in (4, 6):
+        content = bytearray((run / f"checkpoint-{step}" / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (run / f"checkpoint-{step}" / name).write_bytes(content)
+    monkeypatch.setattr(trainer, "READ_BEFORE", 100)
+    capfd.readouterr()
+    assert train_llama.main(line) == 0
+    out = capfd.readouterr().out
+    assert out.count(f"{name} is not what was written (its digest differs)") == 2
+    assert f"resumed    {run / 'checkpoint-2'} after 2 updates" in out and rows(run) == whole
+    for step in (2, 4, 6):
+        (run / f"checkpoint-{step}" / name).write_bytes(content)
+    assert train_llama.main(line) == 2
+    assert "Broken checkpoint" in capfd.readouterr().err
