@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from tests.optimizers import IDS, OPTIMIZERS, VARIANTS, WITHOUT_RANK, accepts, build
+from tests.conformance import every_variant
+from tests.optimizers import OPTIMIZERS, VARIANTS, WITHOUT_RANK, accepts, build
 
-every_variant = pytest.mark.parametrize(("name", "kwargs"), VARIANTS, ids=IDS)
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 # The last two have moments of more than 4096 values, compressed and not: smaller ones are never stored in 8 bits.

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.optimizers import IDS, OPTIMIZERS, VARIANTS, WITHOUT_RANK, build
+from tests.conformance import every_variant
+from tests.optimizers import OPTIMIZERS, VARIANTS, WITHOUT_RANK, build
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*all get the full-rank rule", "ignore:.*kept an old basis", "ignore:.*non-finite gradient"
 )
-every_variant = pytest.mark.parametrize(("name", "kwargs"), VARIANTS, ids=IDS)
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
