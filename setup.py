@@ -43,6 +43,8 @@ setup(
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
+            # The CPU builds of torch bring none.
+            "triton>=3.2; platform_system == 'Linux'",
             "types-PyYAML",
             "types-tqdm",
         ],

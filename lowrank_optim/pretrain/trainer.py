@@ -176,7 +176,8 @@ class Trainer:
         except Stopped:
             checkpoint.set_random_state(random_state)
             raise
-        self._say_epoch(update[-1][1]["epoch"])
+        epoch = update[-1][1]["epoch"]
+        self._say_epoch(epoch)
         self.position = update[-1][1]
         if not made.made:
             self.energy = {}
@@ -188,7 +189,7 @@ class Trainer:
         for restart in self.update.restarts:
             restart.after_step(progress.step)
         progress.tokens += tokens
-        row = {"loss": made.loss, "lr": made.lr, "grad_norm": made.grad_norm, "epoch": self.position["epoch"]}
+        row = {"loss": made.loss, "lr": made.lr, "grad_norm": made.grad_norm, "epoch": epoch}
         row["tokens_per_second"] = meter.update(progress.step, tokens)
         row["memory_bytes"], row["peak_memory_bytes"] = report.memory_in_use(self.device)
         row["refresh_seconds"] = getattr(self.optimizer, "refresh_seconds", 0.0)
