@@ -39,6 +39,7 @@ STATE = "state.json"
 # What resuming reads beside it, whatever the model.
 NEEDED = ("optimizer.pt", "processes.pt")
 FACTORED = "factored.safetensors"
+WEIGHTS = "model.safetensors"
 # A resumed run must continue the one that was saved; how long it runs and what it reports may change.
 FIXED = (
     *(
@@ -105,6 +106,11 @@ def save(
         tokenizer.save_pretrained(into)
         _save(update.state_dict(), into / "optimizer.pt")
         _save(processes, into / "processes.pt")
+        files = manifest.of_folder(into)
+        lost = {*NEEDED, FACTORED if factored_layers(update.model) else WEIGHTS} - files.keys()
+        if lost:
+            # Libraries make folders again that somebody removes while they write.
+            raise UserError(f"{into.name} was removed while it was written")
         state = {
             "format": FORMAT,
             "progress": asdict(progress),
@@ -112,7 +118,7 @@ def save(
             "processes": len(processes),
             "options": asdict(update.run),
             "torch": torch.__version__,
-            "files": manifest.of_folder(into),
+            "files": files,
         }
         state["digest"] = manifest.of_values(state)
         (into / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -232,7 +238,8 @@ def damage(path: Path, *, digests: bool = True, most: float = math.inf) -> str |
     """
     try:
         state = _read(path)
-        missing = [name for name in NEEDED if not (path / name).is_file()]
+        weights = FACTORED if (path / FACTORED).exists() else WEIGHTS
+        missing = [name for name in (weights, *NEEDED) if not (path / name).is_file()]
         if missing:
             return f"{missing[0]} is missing"
         if path.name != f"checkpoint-{state['progress']['step']}" and path in numbered(path.parent):
@@ -340,7 +347,7 @@ def _load_exported(model: PreTrainedModel, path: Path) -> None:
     from safetensors import safe_open
     from safetensors.torch import load_model
 
-    file = path / "model.safetensors"
+    file = path / WEIGHTS
     with safe_open(file, framework="pt") as exported:
         same_names = set(exported.keys()) <= model.state_dict().keys()
     if same_names:

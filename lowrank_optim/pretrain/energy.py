@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.optim.in_backward import vector_norm
 from lowrank_optim.optim.subspaces.random import Gaussian
+from lowrank_optim.optim.subspaces.whole import Unprojected
 from lowrank_optim.optim.views import as_matrices
 from lowrank_optim.pretrain.run_page import ENERGY
 
@@ -27,7 +28,7 @@ def captured_energy(optimizer: Optimizer) -> dict[str, float]:
                 continue
             plan = optimizer.plan_of(p, group)
             subspace = plan.parts.subspace
-            if subspace is None or isinstance(subspace, Gaussian) or not subspace.factored:
+            if subspace is None or isinstance(subspace, (Gaussian, Unprojected)) or not subspace.factored:
                 continue
             grad = subspace.orient(as_matrices(p.grad, plan.view), plan.state)
             low = grad @ subspace.basis(grad, plan.state, group)
