@@ -66,7 +66,7 @@ def run(options: Options) -> int:
         summary = report.summary(trainer.progress, trainer.evaluated, trainer.folder, seconds=seconds)
         trainer.say(f"\n{memory}\n\n{summary}")
         text = ""
-        if settled.sample_tokens:
+        if settled.sample_tokens and not trainer.sharded:
             prompt = settled.sample_prompt or ("def " if settled.dataset == "stdlib" else "The ")
             text = sample(
                 trainer.model, trainer.text.tokenizer, prompt, tokens=settled.sample_tokens, seed=settled.seed

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, empty
 
 from lowrank_optim.ops.adafactor_direction import root_mean_square
 from lowrank_optim.optim.finite import host_looks, is_finite, verdict
@@ -234,6 +234,43 @@ def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, which may be no DTensor."""
     part: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return part
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All values of a tensor, which may be no DTensor; every process must ask."""
+    values: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return values
+
+
+def part_of(values: Tensor, target: Tensor) -> Tensor:
+    """A whole tensor, split as ``target`` is, which may be no DTensor."""
+    if not isinstance(target, DTensor):
+        return values
+    shards = shards_of(target)
+    part = shards.take(values, shards.axis).to(target.device).contiguous()
+    parted: Tensor = DTensor.from_local(
+        part, shards.mesh, shards.placements, run_check=False, shape=target.shape, stride=target.stride()
+    )
+    return parted
+
+
+def room_for(like: Tensor, param: Tensor) -> Tensor:
+    """An empty tensor of the shape and dtype of one in the state of a parameter, split along the same axis if it can.
+
+    Args:
+        like: the whole, on the meta device.
+        param: whose state it is; a tensor that is not split has room for the whole.
+    """
+    if not isinstance(param, DTensor):
+        return torch.empty(like.shape, dtype=like.dtype, device=param.device)
+    shards = shards_of(param)
+    axes = [axis for axis, length in enumerate(like.shape) if length == shards.size]
+    axis = shards.axis if like.shape == param.shape else axes[0] if axes else None
+    if axis is None:
+        return torch.empty(like.shape, dtype=like.dtype, device=local(param).device)
+    placements = [Shard(axis) if isinstance(placement, Shard) else placement for placement in shards.placements]
+    made: Tensor = empty(like.shape, dtype=like.dtype, device_mesh=shards.mesh, placements=placements)
+    return made
 
 
 def shards_of(param: Any) -> Shards:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -18,8 +19,10 @@ from lowrank_optim.optim.in_backward import StepInBackward, step_in_backward
 from lowrank_optim.pretrain.config import QUANTIZED, Options, Resolved
 from lowrank_optim.pretrain.llama import build_config, build_model, checkpoint_activations_, load_pretrained, plain_head
 from lowrank_optim.pretrain.optimizers import build_optimizer, parse_optimizer_args
+from lowrank_optim.pretrain.parallel import check_sharded, check_sharding, shard_, share_weights_
 from lowrank_optim.pretrain.parameterizations import LayerSpec, build_restarts, layer_spec, parameterize_
 from lowrank_optim.pretrain.recipes import resolve
+from lowrank_optim.pretrain.steps import LossSum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -41,6 +44,26 @@ def build(
     return run, config, model, optimizer_for(run, model)
 
 
+def build_parallel(
+    options: Options, device: torch.device, *, processes: int
+) -> tuple[Resolved, PreTrainedConfig, PreTrainedModel, LossSum, Optimizer]:
+    """As :func:`build`, for one of several processes; in front of the optimizer what computes the loss.
+
+    Parameters are the same in all of them, split with ``options.fsdp``, and random numbers differ.
+    """
+    run, config = settle(options, processes=processes)
+    model = build_network(run, config, device)
+    network = LossSum(model, chunked=run.chunked_loss)
+    if processes > 1:
+        share_weights_(model)
+        if run.fsdp:
+            shard_(network, model, device)
+    optimizer = optimizer_for(run, model)
+    if processes > 1 and run.fsdp:
+        check_sharded(optimizer)
+    return run, config, model, network, optimizer
+
+
 def settle(
     options: Options, *, processes: int = 1, config: PreTrainedConfig | None = None
 ) -> tuple[Resolved, PreTrainedConfig]:
@@ -58,6 +81,8 @@ def settle(
         raise ValueError(f"Invalid seq_len: {run.seq_len}, expected at most {longest} for {run.model}")
     if run.weights == "bf16" and run.dtype != "bf16":
         raise ValueError(f"Invalid weights: 'bf16' with dtype={run.dtype!r}, expected 'int8', 'int4' or --dtype bf16")
+    if run.fsdp and processes > 1:
+        check_sharding(run)
     if run.weights in QUANTIZED and run.parameterization:
         raise ValueError(
             f"Invalid weights: {run.weights!r}, expected 'bf16' with the parameterization {run.parameterization}"
@@ -130,8 +155,13 @@ def restarts_for(run: Resolved, model: nn.Module, optimizer: Optimizer) -> list[
     return build_restarts(run.restarts, args, model, optimizer, first=run.warmup_steps, seed=run.seed)
 
 
-def start_in_backward(run: Resolved, optimizer: Optimizer) -> StepInBackward | None:
+def start_in_backward(
+    run: Resolved, optimizer: Optimizer, process_group: dist.ProcessGroup | None = None
+) -> StepInBackward | None:
     """``--per-layer``: updates within the backward pass from now on; None where the run has none.
+
+    Args:
+        process_group: of processes with a copy of the model each.
 
     Raises:
         ValueError: an optimizer of another package.
@@ -150,6 +180,7 @@ def start_in_backward(run: Resolved, optimizer: Optimizer) -> StepInBackward | N
             accumulate=run.accumulate,
             max_norm=run.grad_clip or None,
             sum_dtype=DTYPES[run.accumulate_dtype],
+            process_group=process_group,
         )
     except TypeError as error:
         raise ValueError(str(error)) from error

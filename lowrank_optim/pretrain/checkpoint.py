@@ -4,6 +4,10 @@
 ``processes.pt`` (data position and random-number states of every process) and ``state.json``, with the digests of all
 others and of itself. A parameterized model is resumed from its parts in ``factored.safetensors``; ``model.safetensors``
 holds its merged weights, and is absent where activations between the factors leave nothing to merge.
+
+Of a run with ``--fsdp`` every process writes its part of the optimizer's tensors into ``shards`` by
+torch.distributed.checkpoint, named ``<parameter>/<key>``, as safetensors, because its own format is a pickle;
+``optimizer.pt`` then has meta tensors in their places. Either kind continues in either way, on any number of processes.
 """
 
 from __future__ import annotations
@@ -13,19 +17,21 @@ import json
 import math
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.optim import Optimizer
 
 from lowrank_optim.nn.base import FactoredLinear
 from lowrank_optim.nn.convert import factored_layers
+from lowrank_optim.optim.views import is_sharded
 from lowrank_optim.pretrain import manifest
-from lowrank_optim.pretrain.cache import remove_folder, write_folder
+from lowrank_optim.pretrain.cache import TEMPORARY, remove_folder, write_folder
 from lowrank_optim.pretrain.config import Options, Resolved, UserError
 from lowrank_optim.pretrain.divergence import Guard
 from lowrank_optim.pretrain.update import Updater
@@ -38,6 +44,7 @@ FORMAT = 2
 STATE = "state.json"
 # What resuming reads beside it, whatever the model.
 NEEDED = ("optimizer.pt", "processes.pt")
+SHARDS = "shards"
 FACTORED = "factored.safetensors"
 WEIGHTS = "model.safetensors"
 # A resumed run must continue the one that was saved; how long it runs and what it reports may change.
@@ -59,6 +66,9 @@ FIXED = (
     *("parameterization", "parameterization_args", "restarts", "restart_args", "per_layer", "weights"),
     *("accumulate_dtype", "ranks"),
 )
+
+# What follows the number of processes: their product with it stays.
+OF_PROCESSES = ("batch_size", "accumulate")
 
 # What reading a damaged state.json raises.
 UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -83,6 +93,90 @@ class Progress:
     guard: Guard = field(default_factory=Guard)
 
 
+class Gathered(NamedTuple):
+    """What the first process of a sharded run saves: whole weights, and the rest of the states beside their shards."""
+
+    model: PreTrainedModel
+    states: dict[str, Any]
+    shards: Path
+
+
+def gather(folder: Path, progress: Progress, update: Updater, skeleton: PreTrainedModel, *, leads: bool) -> Gathered:
+    """Collect a sharded run for :func:`save`, on all its processes; the first must have room for all weights.
+
+    Args:
+        folder, progress, update: as for :func:`save`.
+        skeleton: the model on the meta device.
+        leads: whether this is the first process.
+
+    Raises:
+        UserError: a process cannot write its part; all of them raise it.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    from lowrank_optim.optim.sharding import whole
+
+    # Cleared with what killed writes leave.
+    into = folder / f"{TEMPORARY}checkpoint-{progress.step}-shards"
+    weights = {}
+    for name, tensor in update.model.state_dict().items():
+        values = whole(tensor)
+        if leads:
+            weights[name] = values.cpu()
+    model = skeleton
+    if leads:
+        model = copy.deepcopy(skeleton)
+        model.load_state_dict(weights, assign=True)
+        model.tie_weights()
+    states, shards = _split(update.state_dict())
+    try:
+        dcp.save(shards, storage_writer=dcp.HuggingFaceStorageWriter(str(into), save_distributed=True))
+    # One that knows the errors of all processes.
+    except Exception as error:
+        raise UserError(f"Cannot save checkpoint-{progress.step}: {_line(error)}") from error
+    return Gathered(model, states, into)
+
+
+def _split(states: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """States with meta tensors in place of sharded ones, and these by name."""
+    optimizer = states["optimizer"]
+    shards = {}
+    rest = {number: dict(of_param) for number, of_param in optimizer["state"].items()}
+    for group in optimizer["param_groups"]:
+        for number, name in zip(group["params"], group["param_names"], strict=True):
+            for key, value in rest.get(number, {}).items():
+                if is_sharded(value):
+                    shards[f"{name}/{key}"] = value
+                    rest[number][key] = torch.empty(value.shape, dtype=value.dtype, device="meta")
+    return {**states, "optimizer": {**optimizer, "state": rest}}, shards
+
+
+def _join(states: dict[str, Any], path: Path, optimizer: Optimizer) -> dict[str, Any]:
+    """The states that :func:`_split` took apart, with the tensors that this process needs."""
+    if not (path / SHARDS).is_dir():
+        return states
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+
+    from lowrank_optim.optim.sharding import room_for
+
+    params = {}
+    for group in optimizer.param_groups:
+        params.update(zip(group["param_names"], group["params"], strict=True))
+    wanted, places = {}, {}
+    for group in states["optimizer"]["param_groups"]:
+        for number, name in zip(group["params"], group["param_names"], strict=True):
+            for key, value in states["optimizer"]["state"].get(number, {}).items():
+                if isinstance(value, torch.Tensor) and value.is_meta:
+                    wanted[f"{name}/{key}"] = room_for(value, params[name])
+                    places[f"{name}/{key}"] = number, key
+    reader = dcp.HuggingFaceStorageReader(str(path / SHARDS))
+    dcp.load(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
+    for name, (number, key) in places.items():
+        states["optimizer"]["state"][number][key] = wanted[name]
+    return states
+
+
 def save(
     folder: Path,
     progress: Progress,
@@ -91,6 +185,7 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     processes: list[dict[str, Any]],
     fingerprint: Any,
+    gathered: Gathered | None = None,
 ) -> Path:
     """Write ``folder/checkpoint-<step>`` in one rename, then drop the oldest beyond ``run.keep`` (0 = none).
 
@@ -100,14 +195,17 @@ def save(
         UserError: it cannot be written; whatever was saved before is untouched.
     """
     target = folder / f"checkpoint-{progress.step}"
+    model = gathered.model if gathered else update.model
 
     def fill(into: Path) -> None:
-        _save_model(update.model, into)
+        _save_model(model, into)
         tokenizer.save_pretrained(into)
-        _save(update.state_dict(), into / "optimizer.pt")
+        _save(gathered.states if gathered else update.state_dict(), into / "optimizer.pt")
+        if gathered:
+            os.rename(gathered.shards, into / SHARDS)
         _save(processes, into / "processes.pt")
         files = manifest.of_folder(into)
-        lost = {*NEEDED, FACTORED if factored_layers(update.model) else WEIGHTS} - files.keys()
+        lost = {*NEEDED, FACTORED if factored_layers(model) else WEIGHTS} - files.keys()
         if lost:
             # Libraries make folders again that somebody removes while they write.
             raise UserError(f"{into.name} was removed while it was written")
@@ -284,6 +382,36 @@ def read_fingerprint(path: Path) -> Any:
         raise UserError(f"Broken checkpoint: {path / STATE} ({error!r})") from error
 
 
+def accumulation(path: Path, run: Resolved, *, processes: int) -> int:
+    """The micro-batches an update with which a run goes on on ``processes``: its sequences stay as many.
+
+    Raises:
+        UserError: they cannot share the sequences of an update, or the file cannot be read.
+    """
+    try:
+        state = _read(path)
+        before, size, accumulate = state["processes"], *(state["options"][name] for name in OF_PROCESSES)
+        if before == processes:
+            return run.accumulate
+        sequences, together = size * accumulate * before, run.batch_size * processes
+        now, rest = divmod(sequences, together)
+    except (OSError, *UNREADABLE) as error:
+        raise UserError(f"Broken checkpoint: {path / STATE} ({error!r})") from error
+    if rest:
+        sizes = [n for n in range(1, sequences + 1) if sequences % (n * processes) == 0]
+        way = f"--batch-size {' or '.join(map(str, sizes))}" if sizes else "another number of processes"
+        raise UserError(
+            f"Cannot resume {path}: an update has {sequences} sequences, which {processes} processes with "
+            f"{run.batch_size} each cannot share; use {way}"
+        )
+    if run.per_layer and (accumulate == 1) != (now == 1):
+        raise UserError(
+            f"Cannot resume {path}: with --per-layer bases come from one micro-batch an update or from several, and "
+            f"{accumulate} would become {now}; use another --batch-size"
+        )
+    return now
+
+
 def read_state(path: Path, options: Resolved, *, processes: int) -> Progress:
     """The progress of a checkpoint, once its run is the one of ``options``.
 
@@ -296,7 +424,7 @@ def read_state(path: Path, options: Resolved, *, processes: int) -> Progress:
         saved, now = {**asdict(Options()), **state["options"]}, json.loads(json.dumps(asdict(options)))
         changed = {name: (saved[name], now[name]) for name in FIXED if saved[name] != now[name]}
         if state["processes"] != processes:
-            changed["processes"] = (state["processes"], processes)
+            changed = {name: values for name, values in changed.items() if name not in OF_PROCESSES}
         progress = _progress(state["progress"])
     except (OSError, *UNREADABLE) as error:
         raise UserError(f"Broken checkpoint: {path / STATE} ({error!r})") from error
@@ -306,12 +434,18 @@ def read_state(path: Path, options: Resolved, *, processes: int) -> Progress:
     return progress
 
 
-def load_(path: Path, update: Updater, *, rank: int, digests: bool = False) -> Any:
-    """Load a checkpoint in place; returns the data position of process ``rank`` and restores its random states.
+def load_(
+    path: Path, update: Updater, *, rank: int, world: int = 1, digests: bool = False,
+    any_: Callable[[bool], bool] = bool,
+) -> Any:
+    """Load a checkpoint in place; returns the data position and restores the random states of process ``rank``.
+
+    Of another number of processes each goes on with random numbers that follow from seed, update and rank.
 
     Args:
-        path, update, rank: which, into what, and for whom.
+        path, update, rank, world: which, into what, and for whom.
         digests: compare all files with their digests beside the load, which takes hardly longer: the disk is read once.
+        any_: whether something is so on any process.
 
     Raises:
         BrokenCheckpointError: a file is missing or broken. What has been loaded until then is of no use.
@@ -323,24 +457,62 @@ def load_(path: Path, update: Updater, *, rank: int, digests: bool = False) -> A
             _load_weights_(update.model, path)
             saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
             processes = torch.load(path / "processes.pt", map_location="cpu", weights_only=True)
-            update.load_state_dict(saved)
-            set_random_state(processes[rank]["random"])
-            position = processes[rank]["data"]
+            # Between two updates the same on all processes.
+            position = processes[0]["data"]
         except Exception as error:
             reason = _line(error)
+        # From here on processes may need each other.
+        if not any_(reason is not None):
+            try:
+                update.load_state_dict(_join(saved, path, update.optimizer))
+                if len(processes) == world:
+                    set_random_state(processes[rank]["random"])
+                else:
+                    torch.manual_seed(seed_of(update.run.seed, rank, _read(path)["progress"]["step"]))
+            except Exception as error:
+                reason = _line(error)
     reason = (verdict and verdict.result()) or reason
     if reason:
         raise BrokenCheckpointError(path, reason)
     return position
 
 
+def seed_of(seed: int, rank: int, step: int = 0) -> int:
+    """The seed of a process that has no random state of its own after ``step`` updates."""
+    return (seed + rank + (step << 20)) % 2**63
+
+
 def _load_weights_(model: PreTrainedModel, path: Path) -> None:
     from safetensors.torch import load_model
 
-    if factored_layers(model):
+    if any(is_sharded(p) for p in model.parameters()):
+        _load_parts(model, path)
+    elif factored_layers(model):
         load_model(model, path / FACTORED, device="cpu")
     else:
         _load_exported(model, path)
+
+
+def _load_parts(model: PreTrainedModel, path: Path) -> None:
+    """Every process takes its parts of the weights."""
+    from safetensors import safe_open
+
+    from lowrank_optim.optim.sharding import part_of
+
+    targets = model.state_dict(keep_vars=True)
+    with safe_open(path / (FACTORED if factored_layers(model) else WEIGHTS), framework="pt") as file:
+        names = set(file.keys())
+        if names <= targets.keys():
+            parts = {name: part_of(file.get_tensor(name), targets[name]) for name in names}
+        else:
+            loaded = type(model).from_pretrained(path, dtype=model.dtype).state_dict()
+            parts = {name: part_of(values, targets[name]) for name, values in loaded.items()}
+    found = {id(targets[name]) for name in parts}
+    # Tied weights are saved once.
+    lacking = [name for name, target in targets.items() if id(target) not in found]
+    if lacking:
+        raise ValueError(f"{lacking[0]} is missing")
+    model.load_state_dict(parts, strict=False)
 
 
 def _load_exported(model: PreTrainedModel, path: Path) -> None:

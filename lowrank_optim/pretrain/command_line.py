@@ -22,6 +22,7 @@ POSITIVE = ("checkpoint_every", "seq_len", "batch_size", "accumulate", "max_step
 NOT_NEGATIVE = (
     *("weight_decay", "warmup_steps", "grad_clip", "seed", "eval_every", "eval_batches", "save_every"),
     *("keep", "sample_tokens", "max_bad_documents", "max_time", "loss_limit"),
+    "process_timeout",
 )
 
 

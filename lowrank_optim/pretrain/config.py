@@ -195,6 +195,18 @@ class Options:
         "saving",
         "minutes after which the run has saved and ends with status 75, to be resumed; default: no limit",
     )
+    fsdp: bool = option(
+        False,
+        "processes",
+        "split weights, gradients and optimizer state over the processes that torchrun starts (FSDP2), instead of a copy "
+        "in each; a checkpoint goes on with and without",
+    )
+    process_timeout: float = option(
+        30.0,
+        "processes",
+        "seconds without a sign of life after which a process counts as lost, and the run ends to be resumed, on fewer "
+        "processes too; 0 = wait for ever",
+    )
     loss_limit: float = option(
         2.0,
         "run",

@@ -9,7 +9,7 @@ from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.optim.in_backward import vector_norm
 from lowrank_optim.optim.subspaces.random import Gaussian
 from lowrank_optim.optim.subspaces.whole import Unprojected
-from lowrank_optim.optim.views import as_matrices
+from lowrank_optim.optim.views import as_matrices, is_sharded
 from lowrank_optim.pretrain.run_page import ENERGY
 
 
@@ -24,7 +24,8 @@ def captured_energy(optimizer: Optimizer) -> dict[str, float]:
         return found
     for group in optimizer.param_groups:
         for p in group["params"]:
-            if p.grad is None or p not in optimizer.state or not p.grad.isfinite().all():
+            # Of a sharded gradient no process has the whole.
+            if p.grad is None or p not in optimizer.state or is_sharded(p) or not p.grad.isfinite().all():
                 continue
             plan = optimizer.plan_of(p, group)
             subspace = plan.parts.subspace

@@ -44,16 +44,20 @@ def run_folder(options: Options) -> Path:
 def start_accelerator(options: Options, folder: Path) -> Accelerator:
     """Accelerate over the processes that ``accelerate launch`` or torchrun started, or over this one alone.
 
+    Where its configuration asks for FSDP2 ``options.fsdp`` is set.
+
     Raises:
-        UserError: a package is missing, or a strategy is asked for that shards parameters.
+        UserError: a package is missing, another strategy is asked for that shards parameters, or Accelerate sees
+            another number of processes than was started.
     """
     tracker = None if options.report_to == "none" else options.report_to
     for package in ("accelerate", "transformers", "tqdm", *((tracker,) if tracker else ())):
         if importlib.util.find_spec(package) is None:
             extra = package if package == tracker else "'lowrank-optim[train]'"
             raise UserError(f"{package} is not installed: pip install {extra}")
+    import torch
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+    from accelerate.utils import DistributedType
     from transformers.utils import logging
 
     # Its bars for writing one file would break up ours.
@@ -61,19 +65,24 @@ def start_accelerator(options: Options, folder: Path) -> Accelerator:
     if tracker == "wandb":
         # No account, no login, no question: `wandb sync` uploads the run later.
         os.environ.setdefault("WANDB_MODE", "offline")
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION") == "2":
+        # Its own FSDP2 splits all parameters along the first axis, which low-rank methods may compress.
+        options.fsdp = True
+        os.environ["ACCELERATE_USE_FSDP"] = "false"
+    started = int(os.environ.get("WORLD_SIZE", "0"))
+    # Accelerate lets several processes train together on a CPU only where it is told to.
+    cpu = started > 1 and not torch.accelerator.is_available()
     # Pure bf16 or fp32 as --dtype says, whatever the machine's Accelerate configuration.
-    # Buffers are constants, the indices of sparse layers among them: nothing to send before every forward pass.
-    # Gradients are views of what is sent, not copies beside it: half the memory.
-    wrapper = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    accelerator = Accelerator(
-        mixed_precision="no", log_with=tracker, project_dir=str(folder), kwargs_handlers=[wrapper]
-    )
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", log_with=tracker, project_dir=str(folder))
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UserError(f"{accelerator.distributed_type} shards parameters; this script runs one copy a process")
-    if options.per_layer and accelerator.num_processes > 1:
         raise UserError(
-            f"Invalid per_layer: True in {accelerator.num_processes} processes, where an update would come before the "
-            "mean of their gradients; leave --per-layer out or start one process"
+            f"Invalid strategy of Accelerate: {accelerator.distributed_type.value}, expected one copy a process, or "
+            "fsdp_version: 2 or --fsdp, which shard"
+        )
+    if started and accelerator.num_processes != started:
+        raise UserError(
+            f"Invalid number of processes: {started} were started and Accelerate sees {accelerator.num_processes}; "
+            f"start them with torchrun --nproc_per_node {started}"
         )
     if tracker:
         scalars = {k: v for k, v in vars(options).items() if isinstance(v, (int, float, str))}

@@ -8,6 +8,8 @@ from typing import TypedDict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lowrank_optim.optim.views import is_sharded
+
 
 class TensorBytes(TypedDict):
     weights: int
@@ -66,9 +68,18 @@ class GradientBytes:
         self._count(param, [param.grad, *self.sums(param)])
 
     def _count(self, param: Tensor, tensors: Iterable[Tensor | None]) -> None:
-        size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        size = sum(local(tensor).nbytes for tensor in tensors if tensor is not None)
         self._now += size - self._of.get(param, 0)
         self._of[param] = size
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    if not is_sharded(tensor):
+        return tensor
+    from lowrank_optim.optim import sharding
+
+    return sharding.local(tensor)
 
 
 def storage_bytes(tensors: Iterable[Tensor | None], seen: set[int] | None = None) -> int:
@@ -78,7 +89,7 @@ def storage_bytes(tensors: Iterable[Tensor | None], seen: set[int] | None = None
     for tensor in tensors:
         if tensor is None:
             continue
-        storage = tensor.untyped_storage()
+        storage = local(tensor).untyped_storage()
         # data_ptr() is 0 for every meta tensor; the address of the storage object tells them apart.
         if storage._cdata not in seen:
             seen.add(storage._cdata)

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from lowrank_optim.ops.linear_cross_entropy import linear_cross_entropy
 from lowrank_optim.optim.in_backward import vector_norm
+from lowrank_optim.optim.views import is_sharded
 from lowrank_optim.pretrain.batches import IGNORED, Batch
 
 
@@ -39,14 +40,43 @@ class LossSum(nn.Module):
 
 
 def clip_gradients_(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
-    """The norm of all gradients together, in fp32; scales them to ``largest`` where it exceeds that (0: never)."""
+    """The norm of all gradients together, in fp32; scales them to ``largest`` where it exceeds that (0: never).
+
+    Of a sharded model it is the norm over all processes.
+    """
     grads = [p.grad for p in parameters if p.grad is not None]
+    shards = None
+    if is_sharded(grads[0]):
+        from lowrank_optim.optim.sharding import local, shards_of
+
+        # One mesh for all.
+        shards, grads = shards_of(grads[0]), [local(grad) for grad in grads]
     norm = torch.stack([vector_norm(g) for g in grads]).norm()
+    if shards is not None:
+        norm = shards.sum_(norm.square()).sqrt()
     if largest > 0:
         # A norm that is not finite scales nothing: such an update is skipped as a whole.
         factor = torch.where(norm.isfinite(), (largest / norm).clamp(max=1.0), 1.0)
         torch._foreach_mul_(grads, factor)
     return norm
+
+
+def share_of(batches: int, *, rank: int, world: int) -> int:
+    """How many of the first ``batches`` micro-batches are this process', which takes every ``world``-th one."""
+    return max(0, -(-(batches - rank) // world))
+
+
+def in_step(batches: Iterator[Batch], reduce: Callable[[Tensor], Tensor]) -> Iterator[Batch]:
+    """The micro-batches of this process, then empty ones until all processes have come to their end.
+
+    Every forward pass of a sharded model needs all of them.
+    """
+    empty = torch.zeros((1, 2), dtype=torch.long)
+    while True:
+        batch = next(batches, None)
+        if not int(reduce(torch.tensor(int(batch is not None)))):
+            return
+        yield Batch(empty, empty + IGNORED) if batch is None else batch
 
 
 class Evaluation(NamedTuple):
@@ -79,11 +109,12 @@ def evaluate(
 ) -> Evaluation:
     """Mean next-token loss of at most ``limit`` micro-batches (0 = all) of this process, and of all through ``reduce``.
 
-    It ends early where ``stopping``, which is asked before every micro-batch, is true on this process or on another.
+    ``model`` may be wrapped as :class:`LossSum`. It ends early where ``stopping``, which is asked before every micro-batch, is true on this process or on another.
 
     The mean is over tokens, so it does not depend on the batch size. ``legacy`` takes the mean of the batches'
     means and divides by their number plus one, as the harness does from which the published tables come.
     """
+    network = model if isinstance(model, LossSum) else LossSum(model, chunked=chunked)
     was_training = model.training
     model.eval()
     # loss, tokens, sum of batch means, batches, processes that stopped
@@ -93,7 +124,7 @@ def evaluate(
             if stopping():
                 total[4] = 1
                 break
-            loss, tokens = loss_sum(model, batch.to(device), chunked=chunked).item(), batch.targets
+            loss, tokens = network(batch.to(device)).item(), batch.targets
             if tokens:
                 total += torch.tensor([loss, tokens, loss / tokens, 1, 0], dtype=torch.float64)
     model.train(was_training)

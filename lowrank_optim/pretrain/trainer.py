@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.pretrain import checkpoint, report
-from lowrank_optim.pretrain.build import build, restarts_for
+from lowrank_optim.pretrain.build import build, build_parallel, restarts_for
 from lowrank_optim.pretrain.command_line import write_options
 from lowrank_optim.pretrain.config import Options, UserError, user_errors
 from lowrank_optim.pretrain.data import load_data, read_ahead
@@ -23,10 +24,12 @@ from lowrank_optim.pretrain.divergence import PATIENCE
 from lowrank_optim.pretrain.energy import captured_energy
 from lowrank_optim.pretrain.launch import Stop, Stopped, start_accelerator
 from lowrank_optim.pretrain.metrics import Metrics
+from lowrank_optim.pretrain.parallel import replicate
 from lowrank_optim.pretrain.sizes import kept_bytes
 from lowrank_optim.pretrain.sources import Saved
-from lowrank_optim.pretrain.steps import evaluate
+from lowrank_optim.pretrain.steps import evaluate, in_step, share_of
 from lowrank_optim.pretrain.update import Updater
+from lowrank_optim.pretrain.watch import Watch
 
 # Larger files of a checkpoint are compared with their digests beside the load.
 READ_BEFORE = 2**24
@@ -53,16 +56,28 @@ class Trainer:
         # What is wrong with the options is said before the data is read, what is wrong with that before the model takes
         # memory.
         with user_errors(ImportError):
-            run, config, *_ = build(options, "meta", processes=self.world)
+            run, config, self.skeleton, _ = build(options, "meta", processes=self.world)
         found = self._choose(candidates, digests=run.verify, most=READ_BEFORE)
+        if found:
+            run.accumulate = checkpoint.accumulation(found, run, processes=self.world)
+            options = replace(options, batch_size=run.batch_size, accumulate=run.accumulate)
         self.progress = checkpoint.read_state(found, run, processes=self.world) if found else checkpoint.Progress()
         saved = Saved(checkpoint.read_fingerprint(found), found) if found else None
         with self.accelerator.main_process_first():
             self.text = load_data(run, vocab_size=config.vocab_size, rank=self.rank, world=self.world, saved=saved)
         with user_errors(ImportError):
-            self.run, self.config, self.model, self.optimizer = build(options, self.device, processes=self.world)
-            restarts = restarts_for(self.run, self.model, self.optimizer)
-            self.update = Updater(self.run, self.model, self.optimizer, restarts=restarts, processes=self.accelerator)
+            self.run, self.config, self.model, self.network, self.optimizer = build_parallel(
+                options, self.device, processes=self.world
+            )
+            self.update = Updater(
+                self.run, self.model, self.optimizer, network=self.network,
+                restarts=restarts_for(self.run, self.model, self.optimizer), processes=self.accelerator,
+            )  # fmt: skip
+        self.sharded = self.run.fsdp and self.world > 1
+        self.watch = Watch(self.rank, self.world, self.run.process_timeout)
+        if self.rank:
+            # The first process goes on with the numbers that one alone would draw.
+            torch.manual_seed(checkpoint.seed_of(self.run.seed, self.rank))
         device = report.device_name(self.device)
         self.say(report.banner(self.run, self.config, self.model, world=self.world, device=device))
         self.say(f"data       {self.text.description}\nfolder     {self.folder}")
@@ -87,7 +102,7 @@ class Trainer:
         Returns:
             0 at the end, 128 + signal where a signal stopped the run, 75 where its time was up.
         """
-        with self.stop.listening():
+        with self.stop.listening(), self.watch.watching():
             try:
                 return self._train()
             except Stopped as stopped:
@@ -102,8 +117,9 @@ class Trainer:
         if self.progress.step >= self.run.max_steps:
             self.say(f"done       all {self.run.max_steps} updates had been made")
             return 0
-        # The optimizer and the schedule are not prepared: the wrapped schedule would step once a process.
-        network = self.accelerator.prepare_model(self.update.network)
+        network: Any = self.network
+        if self.world > 1 and not self.sharded and not self.run.per_layer:
+            network = replicate(network, self.device)
         self.update.network = torch.compile(network) if self.run.compile else network
         self.model.train()
         meter = report.Meter(self.run, self.config, self.model, start=self.progress.step, device=self.device)
@@ -123,7 +139,10 @@ class Trainer:
         found, *rest = candidates
         wrong: checkpoint.BrokenCheckpointError | None = None
         try:
-            self.position = checkpoint.load_(found, self.update, rank=self.rank, digests=self.leads and self.run.verify)
+            self.position = checkpoint.load_(
+                found, self.update, rank=self.rank, world=self.world, digests=self.leads and self.run.verify,
+                any_=self._any,
+            )  # fmt: skip
         except checkpoint.BrokenCheckpointError as error:
             wrong = error
         if not self._any(wrong is not None):
@@ -276,7 +295,7 @@ class Trainer:
             kept = f" since a rollback; {found} is the last good checkpoint" if found else ""
             raise UserError(f"{what}{kept}: lower --lr")
         self.progress = checkpoint.read_state(found, self.run, processes=self.world)
-        checkpoint.load_(found, self.update, rank=self.rank)
+        checkpoint.load_(found, self.update, rank=self.rank, world=self.world, any_=self._any)
         self.progress.rollbacks = self.metrics.rollbacks = rollbacks + 1
         self.saved = self.progress.step
         first = self.saved + 1
@@ -333,16 +352,25 @@ class Trainer:
         return self._any(self.leads and due and self.metrics.last_evaluation != step)
 
     def _validate(self) -> float:
+        batches = self.text.validation()
+        if self.run.eval_batches:
+            batches = islice(batches, share_of(self.run.eval_batches, rank=self.rank, world=self.world))
+        stopping = self.stop.is_due
+        if self.sharded:
+            batches = in_step(batches, self._total)
+            stopping = lambda: self._any(self.stop.is_due())  # noqa: E731
         result = evaluate(
-            self.model,
-            self.text.validation(),
-            limit=-(-self.run.eval_batches // self.world),
+            self.network,
+            batches,
+            limit=0,
             legacy=self.run.legacy_eval,
             device=self.device,
-            chunked=self.run.chunked_loss,
             reduce=self._total,
-            stopping=self.stop.is_due,
+            stopping=stopping,
         )
+        if self.sharded:
+            # What an evaluation leaves gathered is not what the next update or load changes.
+            self.network.reshard()
         if result.stopped:
             raise self.stop.cause()
         if not result.tokens:
@@ -358,15 +386,21 @@ class Trainer:
         from accelerate.utils import gather_object
 
         processes = gather_object([{"data": self.position, "random": checkpoint.random_state()}])
-        with self.stop.saving():
+        is_there, gathered = self.folder.is_dir(), None
+        with self.stop.saving(), self.watch.away():
             self.metrics.sync()
+            if self.sharded:
+                gathered = checkpoint.gather(
+                    self.folder, self.progress, self.update, self.skeleton, leads=self.leads
+                )
             if self.leads:
-                self._write(processes)
+                self._write(processes, gathered, is_there=is_there)
         self.saved, self.postponed = self.progress.step, False
         self.accelerator.wait_for_everyone()
 
-    def _write(self, processes: list[dict[str, Any]]) -> None:
-        is_there = self.folder.is_dir()
+    def _write(
+        self, processes: list[dict[str, Any]], gathered: checkpoint.Gathered | None, *, is_there: bool
+    ) -> None:
         if is_there and not os.path.samestat(self.folder.stat(), self.folder_is):
             raise UserError(f"{self.folder} has been replaced during the run; nothing was written into the new one")
         path = checkpoint.save(
@@ -376,6 +410,7 @@ class Trainer:
             tokenizer=self.text.tokenizer,
             processes=processes,
             fingerprint=self.text.fingerprint,
+            gathered=gathered,
         )
         self.say(f"saved      {path}")
         if not is_there:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_optim.nn.restarts import Restart
+from lowrank_optim.optim.views import is_sharded
 from lowrank_optim.pretrain import steps
 from lowrank_optim.pretrain.batches import Batch
 from lowrank_optim.pretrain.build import start_in_backward
@@ -54,6 +56,7 @@ class Updater:
         run: says how.
         model: what is trained; ``network``, which computes the sum of a micro-batch's losses, may be wrapped.
         optimizer: of its parameters; where ``run.per_layer`` is set, they are updated in the backward pass from now on.
+        network: computes that sum, where it exists already.
         restarts: what raises the learning rate again after a restart.
         processes: an ``Accelerator`` where several processes train together.
         phase: surrounds "forward", "backward" and "update", for those who want to know where memory goes.
@@ -68,13 +71,14 @@ class Updater:
         model: Any,
         optimizer: Optimizer,
         *,
+        network: nn.Module | None = None,
         restarts: Sequence[Restart] = (),
         processes: Any = ALONE,
         phase: Callable[[str], AbstractContextManager[Any]] = lambda _: nullcontext(),
     ) -> None:
         self.run, self.model, self.optimizer, self.restarts = run, model, optimizer, restarts
         self.processes, self.phase = processes, phase
-        self.network: Any = LossSum(model, chunked=run.chunked_loss)
+        self.network: Any = network or LossSum(model, chunked=run.chunked_loss)
         self.schedule = build_schedule(optimizer, warmup=run.warmup_steps, total=run.max_steps)
         # Hooks run in the order of their registration: around those that use gradients up.
         self.gradient_bytes = GradientBytes(self._sums) if run.per_layer else None
@@ -82,7 +86,9 @@ class Updater:
         if self.gradient_bytes:
             for p in trained:
                 p.register_post_accumulate_grad_hook(self.gradient_bytes.arrives)
-        self.in_backward = start_in_backward(run, optimizer)
+        # Sharded gradients are means over the processes when a hook sees them.
+        copies = processes.num_processes > 1 and not any(is_sharded(p) for p in trained)
+        self.in_backward = start_in_backward(run, optimizer, dist.group.WORLD if copies else None)
         if self.gradient_bytes:
             for p in trained:
                 p.register_post_accumulate_grad_hook(self.gradient_bytes.leaves)
