@@ -30,7 +30,10 @@ setup(
     # Hugging Face distribution "kernels", which transformers probes by that very name.
     packages=find_packages(include=["lowrank_optim*"]) + find_packages("kernels"),
     package_dir={"lowrank_kernels": "kernels/lowrank_kernels"},
-    package_data={"lowrank_optim": ["py.typed", "configs/*.yaml"], "lowrank_kernels": ["py.typed"]},
+    package_data={
+        "lowrank_optim": ["py.typed", "configs/*.yaml", "configs/accelerate/*.yaml"],
+        "lowrank_kernels": ["py.typed"],
+    },
     # On Linux torch brings triton.
     install_requires=["torch>=2.6", "numpy>=1.26"],
     extras_require={

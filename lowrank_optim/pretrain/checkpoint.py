@@ -435,7 +435,12 @@ def read_state(path: Path, options: Resolved, *, processes: int) -> Progress:
 
 
 def load_(
-    path: Path, update: Updater, *, rank: int, world: int = 1, digests: bool = False,
+    path: Path,
+    update: Updater,
+    *,
+    rank: int,
+    world: int = 1,
+    digests: bool = False,
     any_: Callable[[bool], bool] = bool,
 ) -> Any:
     """Load a checkpoint in place; returns the data position and restores the random states of process ``rank``.

@@ -198,8 +198,8 @@ class Options:
     fsdp: bool = option(
         False,
         "processes",
-        "split weights, gradients and optimizer state over the processes that torchrun starts (FSDP2), instead of a copy "
-        "in each; a checkpoint goes on with and without",
+        "split weights, gradients and optimizer state over the processes that torchrun starts (FSDP2), instead of a "
+        "copy in each; a checkpoint goes on with and without",
     )
     process_timeout: float = option(
         30.0,

@@ -27,6 +27,8 @@ ELEMENTWISE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim
 
 def check_sharding(run: Resolved) -> None:
     """Raise ValueError where ``--fsdp`` cannot do what a run asks for."""
+    if torch.__version__ < "2.11":
+        raise ValueError(f"Invalid fsdp: True with torch {torch.__version__}, whose checkpoints cannot: expected 2.11")
     if run.weights in QUANTIZED:
         raise ValueError(f"Invalid weights: {run.weights!r} with fsdp, expected 'bf16' or a run without --fsdp")
     if run.restarts in NEEDS_WHOLE:

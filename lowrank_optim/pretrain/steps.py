@@ -109,7 +109,8 @@ def evaluate(
 ) -> Evaluation:
     """Mean next-token loss of at most ``limit`` micro-batches (0 = all) of this process, and of all through ``reduce``.
 
-    ``model`` may be wrapped as :class:`LossSum`. It ends early where ``stopping``, which is asked before every micro-batch, is true on this process or on another.
+    ``model`` may be wrapped as :class:`LossSum`. It ends early where ``stopping``, which is asked before every
+    micro-batch, is true on this process or on another.
 
     The mean is over tokens, so it does not depend on the batch size. ``legacy`` takes the mean of the batches'
     means and divides by their number plus one, as the harness does from which the published tables come.

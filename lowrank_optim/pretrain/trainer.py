@@ -390,17 +390,13 @@ class Trainer:
         with self.stop.saving(), self.watch.away():
             self.metrics.sync()
             if self.sharded:
-                gathered = checkpoint.gather(
-                    self.folder, self.progress, self.update, self.skeleton, leads=self.leads
-                )
+                gathered = checkpoint.gather(self.folder, self.progress, self.update, self.skeleton, leads=self.leads)
             if self.leads:
                 self._write(processes, gathered, is_there=is_there)
         self.saved, self.postponed = self.progress.step, False
         self.accelerator.wait_for_everyone()
 
-    def _write(
-        self, processes: list[dict[str, Any]], gathered: checkpoint.Gathered | None, *, is_there: bool
-    ) -> None:
+    def _write(self, processes: list[dict[str, Any]], gathered: checkpoint.Gathered | None, *, is_there: bool) -> None:
         if is_there and not os.path.samestat(self.folder.stat(), self.folder_is):
             raise UserError(f"{self.folder} has been replaced during the run; nothing was written into the new one")
         path = checkpoint.save(

@@ -24,8 +24,8 @@ class Watch:
 
     A thread of every process leaves a new number in the store of torchrun every few seconds, and reads those of the
     others. A process is lost when its number stays the same for ``timeout`` seconds, or, on this machine, when it is
-    gone; a frozen one is killed, because torchrun would wait for it. Whatever the main thread waits for does not matter.
-    A process that stood still itself, as when the whole job is suspended, begins to count anew.
+    gone; a frozen one is killed, because torchrun would wait for it. What the main thread waits for does not matter. A
+    process that stood still itself, as when the whole job is suspended, begins to count anew.
 
     Args:
         rank, world: of this process, and how many there are.
@@ -54,7 +54,7 @@ class Watch:
             wait_for_workers=False,
             timeout=timedelta(seconds=max(self.timeout, 1)),
         )
-        self._store = dist.PrefixStore(f"lowrank {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        self._store = dist.PrefixStore(f"lowrank {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         self._say(0)
         # Until everybody has left its first number; the first process may be reading a checkpoint.
         self._store.wait([str(rank) for rank in range(self.world)], timedelta(minutes=30))

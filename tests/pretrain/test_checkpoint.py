@@ -20,7 +20,7 @@ MAY_CHANGE = {
     *("checkpointing", "checkpoint_every", "chunked_loss", "compile", "warmup_steps", "max_steps"),
     *("eval_every", "eval_batches", "legacy_eval", "save_every", "keep", "output_dir", "resume", "log_every"),
     *("report_to", "sample_prompt", "sample_tokens", "config", "dry_run", "max_bad_documents", "allow_changed_data"),
-    *("verify", "max_time", "loss_limit"),
+    *("verify", "max_time", "loss_limit", "fsdp", "process_timeout"),
 }
 NAMES = [field.name for field in dataclasses.fields(Options)]
 
@@ -62,9 +62,24 @@ def test_an_option_that_shapes_the_run_stays(name: str, tmp_path: Path) -> None:
             checkpoint.read_state(tmp_path, now, processes=2)
 
 
-def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"processes was 2 and is now 3$"):
-        checkpoint.read_state(write(tmp_path), options(), processes=3)
+def test_another_number_of_processes_shares_the_sequences_of_an_update(tmp_path: Path) -> None:
+    saved = dataclasses.asdict(options(batch_size=2, accumulate=3))
+    write(tmp_path, options=saved)
+    # 2 processes of 3 micro-batches of 2.
+    for processes, size, expected in ((1, 2, 6), (1, 3, 4), (3, 2, 2), (6, 2, 1), (4, 1, 3), (2, 2, 9)):
+        now = options(batch_size=size, accumulate=9)
+        assert checkpoint.accumulation(tmp_path, now, processes=processes) == expected
+    checkpoint.read_state(tmp_path, options(batch_size=4, accumulate=1), processes=3)
+    with pytest.raises(UserError, match="accumulate was 3 and is now 1"):
+        checkpoint.read_state(tmp_path, options(batch_size=2, accumulate=1), processes=2)
+    with pytest.raises(
+        UserError, match=r"12 sequences, which 4 processes with 2 each cannot share; use --batch-size 1 or 3"
+    ):
+        checkpoint.accumulation(tmp_path, options(batch_size=2), processes=4)
+    with pytest.raises(UserError, match="5 processes with 2 each cannot share; use another number of processes"):
+        checkpoint.accumulation(tmp_path, options(batch_size=2), processes=5)
+    with pytest.raises(UserError, match="with --per-layer .* and 3 would become 1"):
+        checkpoint.accumulation(tmp_path, options(batch_size=2, per_layer=True), processes=6)
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
