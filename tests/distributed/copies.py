@@ -1,4 +1,4 @@
-"""Optimizers and parameterizations on copies of a model (DistributedDataParallel), and parameterizations under FSDP2."""
+"""Optimizers and parameterizations on copies of a model (DistributedDataParallel), the latter under FSDP2 too."""
 
 from __future__ import annotations
 

@@ -49,26 +49,8 @@ MODEL = {
 C4_MODEL = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "vocab_size": 32128}
 # Eight sequences an update, however many processes share them.
 LINE = [
-    "--seq-len",
-    "24",
-    "--batch-size",
-    "2",
-    "--max-steps",
-    "8",
-    "--warmup-steps",
-    "1",
-    "--save-every",
-    "2",
-    "--keep",
-    "0",
-    "--eval-every",
-    "4",
-    "--eval-batches",
-    "3",
-    "--sample-tokens",
-    "0",
-    "--loss-limit",
-    "0",
+    *("--seq-len", "24", "--batch-size", "2", "--max-steps", "8", "--warmup-steps", "1", "--save-every", "2"),
+    *("--keep", "0", "--eval-every", "4", "--eval-batches", "3", "--sample-tokens", "0", "--loss-limit", "0"),
 ]
 GALORE = ["--optimizer-args", "rank=4", "update_proj_gap=3"]
 SEQUENCES = 8

@@ -78,7 +78,7 @@ def test_another_number_of_processes_shares_the_sequences_of_an_update(tmp_path:
         checkpoint.accumulation(tmp_path, options(batch_size=2), processes=4)
     with pytest.raises(UserError, match="5 processes with 2 each cannot share; use another number of processes"):
         checkpoint.accumulation(tmp_path, options(batch_size=2), processes=5)
-    with pytest.raises(UserError, match="with --per-layer .* and 3 would become 1"):
+    with pytest.raises(UserError, match=r"with --per-layer .* and 3 would become 1"):
         checkpoint.accumulation(tmp_path, options(batch_size=2, per_layer=True), processes=6)
 
 
