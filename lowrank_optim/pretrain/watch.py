@@ -73,6 +73,10 @@ class Watch:
             self._look.set()
             with suppress(RuntimeError):
                 self._say(0)
+        # Nobody ends, perhaps with the store, while another still watches.
+        with suppress(RuntimeError):
+            self._store.set(f"left {self.rank}", "")
+            self._store.wait([f"left {rank}" for rank in range(self.world)], timedelta(seconds=self.timeout))
 
     @contextmanager
     def away(self) -> Iterator[None]:

@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from lowrank_optim.pretrain.config import Options
+from lowrank_optim.pretrain.config import Options, UserError
+from lowrank_optim.pretrain.launch import start_accelerator
 from lowrank_optim.pretrain.parallel import check_sharded, check_sharding
 from lowrank_optim.pretrain.recipes import resolve
 from lowrank_optim.pretrain.steps import share_of
@@ -130,6 +132,19 @@ def test_fsdp_names_what_it_cannot_do(name, value):
     settled = resolve(Options(fsdp=True, **{name: value}), hidden_size=16, processes=2)
     with pytest.raises(ValueError, match=f"^Invalid {name}: {value!r} with fsdp"):
         check_sharding(settled)
+
+
+@pytest.mark.parametrize(("seen", "strategy", "message"), [(1, "NO", "2 were started and Accelerate sees 1"),
+                                                          (2, "FSDP", "fsdp_version: 2 or --fsdp")])  # fmt: skip
+def test_accelerate_and_the_environment_agree(monkeypatch, tmp_path, seen, strategy, message):
+    import accelerate
+    from accelerate.utils import DistributedType
+
+    found = SimpleNamespace(num_processes=seen, distributed_type=DistributedType(strategy))
+    monkeypatch.setattr(accelerate, "Accelerator", lambda **_: found)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=message):
+        start_accelerator(Options(), tmp_path)
 
 
 def test_fsdp_names_an_optimizer_that_it_cannot_take():
