@@ -75,13 +75,13 @@ def current() -> str:
 
 def main() -> None:
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    before = read_result("elastic")
-    cases = dict(before["cases"]) if before else {}
     for case in sys.argv[1:] or MEASURED:
         with tempfile.TemporaryDirectory() as folder:
-            cases[case] = CASES[case](Runs(Path(folder)))
+            found = CASES[case](Runs(Path(folder)))
+        before = read_result("elastic")
+        cases = {**(before["cases"] if before else {}), case: found}
         # Another case may not come to its end.
-        print(case, cases[case], write_result("elastic", torch.device("cpu"), {"cases": cases}), flush=True)
+        print(case, found, write_result("elastic", torch.device("cpu"), {"cases": cases}), flush=True)
 
 
 if __name__ == "__main__":

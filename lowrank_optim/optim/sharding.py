@@ -208,7 +208,16 @@ class Layout(NamedTuple):
     def unwrap(self, state: Mapping[str, Any], slots: Slots) -> State:
         """This process' part of a saved state of DTensors of any layout, or of whole tensors."""
         found: State = {}
-        for key, value in state.items():
+        saved = dict(state)
+        for key, codes in slots.items():
+            base = key.removesuffix(".codes")
+            if base == key or key not in saved or f"{base}.zero" in slots or not isinstance(codes, Slot):
+                continue
+            if self.axis(key, codes) is not None:
+                # Nor do the blocks of a whole moment.
+                saved[base] = decode(saved, base)
+                del saved[key], saved[f"{base}.scale"]
+        for key, value in saved.items():
             slot = slots.get(key)
             if not isinstance(slot, Slot):
                 # Codes here, values there.

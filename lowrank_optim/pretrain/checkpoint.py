@@ -122,7 +122,8 @@ def gather(folder: Path, progress: Progress, update: Updater, skeleton: PreTrain
     for name, tensor in update.model.state_dict().items():
         values = whole(tensor)
         if leads:
-            weights[name] = values.cpu()
+            # A copy: of an uneven split the whole is a view of something larger.
+            weights[name] = values.to("cpu", copy=True)
     model = skeleton
     if leads:
         model = copy.deepcopy(skeleton)

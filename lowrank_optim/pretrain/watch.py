@@ -112,18 +112,18 @@ class Watch:
                 # That of torchrun ends with it; any other is the first process'.
                 if self._ends or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not self.rank:
                     return
-                self._end(0, heard[0][0] if 0 in heard else "", first=self.rank == 1)
+                self._end(0, "", gone=True, first=self.rank == 1)
             now = time.monotonic()
             stood_still, looked = now - looked > self.timeout / 2, now
             for rank, words in said.items():
                 if words == AWAY or stood_still or heard.get(rank, ("", 0.0))[0] != words:
                     heard[rank] = words, now
-                if words != AWAY and (_gone(words, self._here) or now - heard[rank][1] > self.timeout):
+                gone = _gone(words, self._here)
+                if words != AWAY and (gone or now - heard[rank][1] > self.timeout):
                     # The first to notice says it.
-                    self._end(rank, words, first=self._store.add("said", 1) == 1)
+                    self._end(rank, words, gone=gone, first=self._store.add("said", 1) == 1)
 
-    def _end(self, rank: int, words: str, *, first: bool) -> None:
-        gone = _gone(words, self._here)
+    def _end(self, rank: int, words: str, *, gone: bool, first: bool) -> None:
         if first:
             what = "was killed or failed" if gone else f"has given no sign of life for {self.timeout:g} s"
             print(

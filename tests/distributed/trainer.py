@@ -112,8 +112,9 @@ class Runs:
         assert len(pairs) > 1
         ours, theirs = self.weights(name, step), self.weights(other, step)
         shares = [
-            float((ours[key].double() - theirs[key].double()).abs().max() / theirs[key].double().abs().max())
-            for key in theirs
+            float((ours[key].double() - values.double()).abs().max() / values.double().abs().max().clamp(min=1e-30))
+            for key, values in theirs.items()
+            if values.numel()
         ]
         return {"loss": max(abs(a - b) for a, b in pairs), "weights": max(shares)}
 
@@ -214,17 +215,21 @@ WAYS: dict[str, list[str]] = {
 
 
 def ways(runs: Runs) -> dict[str, Any]:
-    """One process against two with copies and two with shards, which resume what they have saved."""
+    """One process against two with copies and two with shards, which go on from what they have saved."""
     found = {}
-    for name, line in WAYS.items():
+    tied = runs.folder / "tied.json"
+    tied.write_text(json.dumps(MODEL | {"tie_word_embeddings": True}), encoding="utf-8")
+    for name, options in WAYS.items():
+        line = [*options, "--model", str(tied)] if name.startswith("tied") else options
         # One micro-batch an update: with several, per-layer runs take their first basis from the first.
         runs.run(f"{name} one", 1, *line, "--batch-size", "8", "--accumulate", "1", *EVALUATED)
         for way, more in (("copies", []), ("shards", ["--fsdp"])):
             pair = [*line, *more, "--batch-size", "4", "--accumulate", "1"]
             runs.run(f"{name} {way}", 2, *pair)
             found[f"{name}, {way}"] = runs.differ(f"{name} {way}", f"{name} one", after=0)
-            runs.continued(f"{name} {way} again", f"{name} {way}", 2, *pair)
-            found[f"{name}, {way}, resumed"] = runs.differ(f"{name} {way} again", f"{name} {way}", after=4)
+        # Copies are saved as one process is.
+        runs.continued(f"{name} again", f"{name} shards", 2, *pair)
+        found[f"{name}, resumed"] = runs.differ(f"{name} again", f"{name} shards", after=4)
     return found
 
 
