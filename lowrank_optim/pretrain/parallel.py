@@ -69,10 +69,16 @@ def shard_(network: nn.Module, model: PreTrainedModel, device: torch.device) -> 
         network: what is called to compute a loss; it holds ``model``.
         model: what transformers says of it tells its layers.
         device: where the processes compute.
+
+    Raises:
+        ValueError: a parameter that is a scalar.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    for name, param in model.named_parameters():
+        if param.ndim == 0:
+            raise ValueError(f"Invalid model: {name} is a scalar, which cannot be split; train it without --fsdp")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     layers = set(model._no_split_modules or ())
     # What a layer holds before the layer.

@@ -52,11 +52,11 @@ def layers(rank: int, world: int, names: list[str], way: str) -> list[float | st
             both.append(made)
         alone, shared = both
         network: nn.Module = shared
-        if way == "fsdp":
-            fully_shard(shared, shard_placement_fn=lowrank_optim.long_side)
-        else:
-            network = DistributedDataParallel(shared, find_unused_parameters=False)
         try:
+            if way == "fsdp":
+                fully_shard(shared, shard_placement_fn=lowrank_optim.long_side)
+            else:
+                network = DistributedDataParallel(shared)
             optimizers = [variant.optimizer(one) for one in both]
         except ValueError as error:
             found.append(str(error))
