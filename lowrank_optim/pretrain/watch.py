@@ -44,17 +44,17 @@ class Watch:
         if self.world == 1 or not self.timeout or "MASTER_ADDR" not in os.environ:
             yield
             return
-        import torch.distributed as dist
+        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
         # A connection of its own: one that waits would hold up the main thread's.
-        store = dist.TCPStore(
+        store = TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=False,
             wait_for_workers=False,
             timeout=timedelta(seconds=max(self.timeout, 1)),
         )
-        self._store = dist.PrefixStore(f"lowrank {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        self._store = PrefixStore(f"lowrank {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         self._say(0)
         # Until everybody has left its first number; the first process may be reading a checkpoint.
         self._store.wait([str(rank) for rank in range(self.world)], timedelta(minutes=30))

@@ -205,6 +205,7 @@ def there_and_back(runs: Runs) -> dict[str, Any]:
 # What is trained in which way; the first is one process.
 WAYS: dict[str, list[str]] = {
     "sltrain": ["--parameterization", "sltrain", "--parameterization-args", "rank=4", "sparsity=0.1"],
+    "lost": ["--parameterization", "lost", "--parameterization-args", "rank=4"],
     "cola, clipped": ["--parameterization", "cola", "--parameterization-args", "rank=4", "--grad-clip", "0.1"],
     "tied, checkpointing": [*GALORE, "--checkpointing", "--grad-clip", "0.1"],
     "AdamW": ["--optimizer", "AdamW"],
@@ -258,8 +259,8 @@ def others(runs: Runs) -> dict[str, Any]:
     assert main(["verify", str(runs.folder / "split")]) == 1
     said = runs.run("split", 2, *GALORE, "--fsdp", "--resume", "auto")
     found["broken shard"] = "passed over" in said and runs.losses("split") == before
-    lost = ["--parameterization", "lost", "--parameterization-args", "rank=4", "--fsdp"]
-    found["scalar"] = "gate is a scalar" in runs.run("lost", 2, *lost, expected=2)
+    ternary = ["--parameterization", "ternarylowrank", "--parameterization-args", "rank=3", "--fsdp"]
+    found["scalar"] = "gate is a scalar" in runs.run("ternary", 2, *ternary, expected=2)
     said = runs.continued("unshared", "split", 4, *GALORE, "--batch-size", "4", expected=2)
     found["unshared"] = next(line for line in said.splitlines() if "error" in line)
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
