@@ -270,27 +270,30 @@ def layout_of(param: Tensor, view: View, parts: Parts, group: Group) -> Layout |
     """How a parameter is stepped; None for one that is a plain tensor.
 
     Raises:
+        ValueError: as :func:`layout_for`.
+    """
+    return layout_for(shards_of(param), param.ndim, view, parts, group) if isinstance(param, DTensor) else None
+
+
+def layout_for(shards: Shards, ndim: int, view: View, parts: Parts, group: Group) -> Layout:
+    """How a parameter of so many dimensions is stepped that is split in some way.
+
+    Raises:
         ValueError: moments of 4 bits, two of which share a byte that a split may part.
     """
-    if not isinstance(param, DTensor):
-        return None
     if group["state_dtype"] == "int4":
         raise ValueError(
             "Invalid state_dtype: 'int4' for a sharded parameter, expected 'int8', 'bfloat16' or 'float32'"
         )
-    shards, subspace = shards_of(param), parts.subspace
-    batch = len(view.batch)
-    # Two codes a byte do not split along every axis.
-    if shards.group is None or group["state_dtype"] == "int4":
+    subspace, batch = parts.subspace, len(view.batch)
+    if shards.group is None:
         return Layout(shards, "whole", batch)
     if subspace is None:
-        return Layout(
-            shards, "elements" if parts.rule.elementwise else "whole", batch, from_end=shards.axis - param.ndim
-        )
+        return Layout(shards, "elements" if parts.rule.elementwise else "whole", batch, from_end=shards.axis - ndim)
     kept = subspace.kept_axis(view, group)
     # Of a convolution that is seen as a matrix, only the rows are an axis of the parameter.
-    rows = param.ndim - 2 if param.ndim == len(view.shape) else 0
-    axes = {rows: "rows", rows + 1: "columns"} if param.ndim == len(view.shape) else {0: "rows"}
+    rows = ndim - 2 if ndim == len(view.shape) else 0
+    axes = {rows: "rows", rows + 1: "columns"} if ndim == len(view.shape) else {0: "rows"}
     axis = axes.get(shards.axis)
     split = "whole"
     if kept is not None and axis is not None:
