@@ -36,6 +36,9 @@ class Devices(NamedTuple):
         return self.number > 1 and self.strategy == "fsdp"
 
 
+ALONE = Devices()
+
+
 class Moved(NamedTuple):
     """Bytes of the tensors that processes sum, gather, or sum and scatter: of whole tensors."""
 
@@ -59,7 +62,7 @@ class Footprint:
     Attributes:
         weights, gradients, optimizer: what it keeps.
         gathered: whole parameters and gradients that FSDP2 holds beside them at the end of a backward pass.
-        model: moved in an update for weights and gradients.
+        model: moved for weights and gradients, under FSDP2 in every micro-batch, else in an update.
         low_rank: the same with :class:`lowrank_optim.distributed.LowRankAllReduce`, between refreshes.
         update: moved by the optimizer in every update.
         refresh: in addition in one that renews all bases.
@@ -81,13 +84,14 @@ class Footprint:
         """All that a device holds at once but activations."""
         return self.weights + self.gradients + self.optimizer + self.gathered
 
-    def sent(self, number: int) -> int:
-        """What a device sends in an update, in the mean over updates with and without a refresh."""
-        return self.model.plus(self.update).plus(self.refresh, 1 / self.gap).sent(number)
+    def sent(self, devices: Devices, accumulate: int = 1) -> int:
+        """What a device sends in an update of so many micro-batches, in the mean over refreshes."""
+        model = Moved().plus(self.model, accumulate if devices.splits else 1)
+        return model.plus(self.update).plus(self.refresh, 1 / self.gap).sent(devices.number)
 
-    def sent_at_low_rank(self, number: int) -> int:
+    def sent_at_low_rank(self, devices: Devices) -> int:
         """The same with gradients that are summed at low rank between refreshes."""
-        return self.low_rank.plus(self.model, 1 / self.gap).plus(self.low_rank, -1 / self.gap).sent(number)
+        return self.low_rank.plus(self.model, 1 / self.gap).plus(self.low_rank, -1 / self.gap).sent(devices.number)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -97,8 +101,7 @@ def footprint(options: Options, devices: Devices) -> Footprint:
     """The bytes of a job on each of several devices, without a process of them.
 
     Args:
-        options: of a run, or a :class:`lowrank_optim.memory.job.Job`; ``accumulate`` and ``batch_size`` are those of
-            one device.
+        options: of a run, or a :class:`lowrank_optim.memory.job.Job`.
         devices: how it is spread.
 
     Raises:
@@ -108,12 +111,10 @@ def footprint(options: Options, devices: Devices) -> Footprint:
     # What repeats is counted as often as it does.
     network = build_network(run, with_layers(config, 1), "meta")
     optimizer = optimizer_for(run, network)
-    return footprint_of(network, optimizer, config.num_hidden_layers, devices, run.accumulate)
+    return footprint_of(network, optimizer, config.num_hidden_layers, devices)
 
 
-def footprint_of(
-    network: nn.Module, optimizer: torch.optim.Optimizer, layers: int, devices: Devices, accumulate: int = 1
-) -> Footprint:
+def footprint_of(network: nn.Module, optimizer: torch.optim.Optimizer, layers: int, devices: Devices) -> Footprint:
     """:func:`footprint` of a model of ``layers`` layers, from one of a single layer on the meta device."""
     path = layers_of(network, 1)
     count = {p: layers if name.startswith(f"{path}.") else 1 for name, p in network.named_parameters()}
@@ -134,7 +135,7 @@ def footprint_of(
         if devices.splits:
             # What is in no layer stays whole from the forward to the backward pass.
             passes = 2 if times > 1 else 1
-            model = model.plus(Moved(0, passes * padded, padded), times * accumulate)
+            model = model.plus(Moved(0, passes * padded, padded), times)
             gathered += GATHERED[times > 1] * padded
         elif devices.number > 1:
             model = model.plus(Moved(p.nbytes), times)

@@ -64,16 +64,14 @@ def simulate_sharded(options: Options, number: int, *, layers: int | None = None
     """
     if layers is None:
         return _simulated(options, number, None)
-    two, three = (_flat(_simulated(options, number, some)) for some in (2, 3))
-    values = [a + (layers - 2) * (b - a) for a, b in zip(two, three)]
-    return Simulated(*values[:4], *(Moved(*values[i : i + 3]) for i in (4, 7, 10)))
+    two, three = (vars(_simulated(options, number, some)) for some in (2, 3))
 
+    def all_layers(key: str) -> Any:
+        if isinstance(two[key], Moved):
+            return two[key].plus(three[key].plus(two[key], -1), layers - 2)
+        return two[key] + (layers - 2) * (three[key] - two[key])
 
-def _flat(found: Simulated) -> list[int]:
-    return [
-        *(found.weights, found.gradients, found.optimizer, found.peak),
-        *found.model, *found.update, *found.refresh,
-    ]  # fmt: skip
+    return Simulated(**{key: all_layers(key) for key in two})
 
 
 def _simulated(options: Options, number: int, layers: int | None) -> Simulated:
@@ -175,12 +173,12 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._count(id(storage), size)
             return result
 
-        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign]
-        super().__enter__()
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign,assignment]
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
