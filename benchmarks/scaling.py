@@ -103,23 +103,30 @@ def table(result: dict[str, Any]) -> str:
     for model in dict.fromkeys(r["model"] for r in result["rows"]):
         first = next(r for r in result["rows"] if r["model"] == model and r["rank"])
         heads = ["copies", "low-rank sums", *(f"{number} parts" for number in numbers)]
-        lines += [f"{model}, rank {first['rank']}:", "", f"| method | {' | '.join(heads)} |", "|---" + "|---:" * len(heads) + "|"]
+        lines += [
+            f"{model}, rank {first['rank']}:",
+            "",
+            f"| method | {' | '.join(heads)} |",
+            "|---" + "|---:" * len(heads) + "|",
+        ]
         for method in dict.fromkeys(r["method"] for r in result["rows"]):
             one = rows[model, method, numbers[0]]
             cells = [_cell(one["copies_stored"], one["copies_sent"])]
             saves = one["low_rank_sent"] < one["copies_sent"]
             cells.append(f"{one['low_rank_sent'] / 1e9:.2f}" if saves else "–")
-            cells += [_cell(rows[model, method, number]["stored"], rows[model, method, number]["sent"]) for number in numbers]
+            parts = [rows[model, method, number] for number in numbers]
+            cells += [_cell(part["stored"], part["sent"]) for part in parts]
             lines.append(f"| `{method}` | {' | '.join(cells)} |")
         lines.append("")
     known = [r for r in result["rows"] if "simulated" in r]
     worst = {key: max((abs(r[key] / r["simulated"][key] - 1) for r in known), default=0) for key in ("stored", "sent")}
+    methods = ", ".join(dict.fromkeys(r["method"] for r in known))
     return "\n".join(
         [
             *lines,
             "Stored / sent, GB a device; one micro-batch an update, refreshes in the mean. Copies: of 8 devices.",
-            f"Formulas against {len(known)} simulations ({', '.join(dict.fromkeys(r['method'] for r in known))}): stored "
-            f"within {worst['stored']:.2%}, sent within {worst['sent']:.2%}.",
+            f"Formulas against {len(known)} simulations ({methods}): stored within {worst['stored']:.2%}, sent within "
+            f"{worst['sent']:.2%}.",
             f"Made by `{result['command']}` and `python -m benchmarks.table`.",
         ]
     )

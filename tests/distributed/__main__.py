@@ -4,7 +4,7 @@ The table has, for every row of ``tests/optimizers.py``, how far the parameters 
 updates, a refresh in every third, as a share of the largest value: split as ``fully_shard`` does by itself, with
 ``long_side``, and with it on a mesh of two copies (HSDP). Weights in float64 and float32 train end to end; with
 bfloat16 weights, and with float32 weights and all moments in int8, the gradients are given, so that only optimizers
-are compared. After these updates comes one whose gradient is not finite on one process.
+are compared. In float64 an update follows whose gradient is not finite on one process.
 
 Checkpoints are runs that torch.distributed.checkpoint saves on 2 processes and that go on on 1, then 4, then 2, against
 one process without a break.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,28 +40,33 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/distributed.json")
     options = parser.parse_args()
     rows = [i for i, name in enumerate(IDS) if options.only in name and VARIANTS[i][0] not in OF_LAYERS]
-    figures: dict[str, Any] = {"updates": max(CHAIN)}
-    missed = 0
+    figures: dict[str, Any] = {"updates": max(CHAIN), "table": [], "checkpoints": []}
     with tempfile.TemporaryDirectory() as folder:
         if "table" in (options.parts or PARTS):
-            figures["table"] = table(options, rows, folder)
-            missed += sum(row["error"] is not None and row["error"] > row["limit"] for row in figures["table"])
-            missed += sum(row["skipped"] is False for row in figures["table"])
+            for section in table(options, rows, folder):
+                figures["table"] += section
+                write(options, figures)
         if "checkpoints" in (options.parts or PARTS):
             figures["checkpoints"] = checkpoints(rows, folder)
-            missed += sum(max(row["errors"]) > row["limit"] for row in figures["checkpoints"])
+            write(options, figures)
+    missed = sum(row["error"] is not None and row["error"] > row["limit"] for row in figures["table"])
+    missed += sum(row["skipped"] is False for row in figures["table"])
+    missed += sum(max(row["errors"]) > row["limit"] for row in figures["checkpoints"])
     print(f"\n{missed} missed")
+    return int(missed > 0)
+
+
+def write(options: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Keep what is known so far."""
     if options.write:
         # Only a checkout has it.
         from benchmarks.common import write_result
 
         write_result("distributed", torch.device("cpu"), figures)
-    return int(missed > 0)
 
 
-def table(options: argparse.Namespace, rows: list[int], folder: str) -> list[dict[str, Any]]:
-    """Every row, world, dtype and placement."""
-    found = []
+def table(options: argparse.Namespace, rows: list[int], folder: str) -> Iterator[list[dict[str, Any]]]:
+    """Every row in one world, dtype and placement after another."""
     for world in options.worlds:
         for dtype in options.dtypes:
             for placement in options.placements:
@@ -69,11 +75,10 @@ def table(options: argparse.Namespace, rows: list[int], folder: str) -> list[dic
                 print(f"\n{world} processes, {dtype}, {placement}", flush=True)
                 results: list[Result] = run(compare, world, rows, dtype, placement, folder, True, start="fork")[0]
                 setting = {"processes": world, "dtype": dtype, "placement": placement}
-                found += [
+                yield [
                     {"row": IDS[i], **setting, **result._asdict(), "limit": limit(i, dtype)}
                     for i, result in zip(rows, results)
                 ]
-    return found
 
 
 def checkpoints(rows: list[int], folder: str) -> list[dict[str, Any]]:
