@@ -289,7 +289,12 @@ def layout_for(shards: Shards, ndim: int, view: View, parts: Parts, group: Group
     if shards.group is None:
         return Layout(shards, "whole", batch)
     if subspace is None:
-        return Layout(shards, "elements" if parts.rule.elementwise else "whole", batch, from_end=shards.axis - ndim)
+        return Layout(
+            shards,
+            "elements" if parts.rule.elementwise else "whole",
+            batch,
+            from_end=shards.axis - ndim - view.dtype.is_complex,
+        )
     kept = subspace.kept_axis(view, group)
     # Of a convolution that is seen as a matrix, only the rows are an axis of the parameter.
     rows = ndim - 2 if ndim == len(view.shape) else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,8 @@ UPDATES = 20
 CHAIN = {5: 2, 10: 1, 15: 4, 20: 2}
 # Weights end to end, and weights or all moments of a run with given gradients, so that only optimizers are compared.
 DTYPES = ("float64", "float32", "bfloat16", "int8")
+# The sign of what is nearly zero makes a whole step of a rounding, which a run end to end takes further.
+GIVEN = ("FRUGALAdamW",)
 
 
 class Result(NamedTuple):
@@ -77,10 +79,10 @@ def made(row: int, dtype: str) -> tuple[Model, dict[str, Any]]:
 
 def advance(trained: nn.Module, optimizer: Optimizer, updates: range, dtype: str) -> None:
     """Some updates, end to end or with given gradients."""
-    if dtype in ("float64", "float32"):
+    if dtype in ("float64", "float32") and type(optimizer).__name__ not in GIVEN:
         train(trained, optimizer, updates, getattr(torch, dtype))
         return
-    with small_moments_too():
+    with small_moments_too() if dtype == "int8" else nullcontext():
         for update in updates:
             for name, p in trained.named_parameters():
                 p.grad = given(name, p, update)
