@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -89,7 +89,6 @@ def _simulated(options: Options, number: int, layers: int | None) -> Simulated:
             Meter() as meter,
         ):
             allocate_(model, "cpu")
-            whole = [p.untyped_storage() for p in model.parameters()]
             network = LossSum(model, chunked=run.chunked_loss)
             kinds = set(model._no_split_modules or ())
             for module in reversed(list(model.modules())):
@@ -100,9 +99,7 @@ def _simulated(options: Options, number: int, layers: int | None) -> Simulated:
             for group in optimizer.param_groups:
                 if group.get("update_proj_gap", 1) > 1:
                     group["update_proj_gap"] = 2
-            # Of which FSDP2 keeps a part.
-            for storage in whole:
-                storage.resize_(0)
+            # Of the build, in which parameters were whole.
             meter.begin()
             gradients = 0
             for part in UPDATES:
@@ -192,7 +189,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten.nonzero.default:
             return result
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            # A DTensor has a storage of the whole size, without memory.
+            if isinstance(leaf, FakeTensor):
                 storage = leaf.untyped_storage()
                 if id(storage) not in self._sizes:
                     self._sizes[id(storage)] = 0
