@@ -2,7 +2,7 @@
 
 Reads ``results/step.json`` (``benchmarks.step``) and ``results/reference.json`` (``benchmarks.reference``) and replaces
 what stands between the two markers in README.md. State bytes are computed by :mod:`lowrank_optim.memory`. The other
-tables are those of the modules that it imports; the one of compiled kernels stands in docs/kernels.md.
+tables are those of the modules that it imports, each in its own page.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lowrank_optim
-from benchmarks import aot_table, elastic, launches, memory_7b, parameterizations_table
+from benchmarks import aot_table, distributed_table, elastic, launches, memory_7b, parameterizations_table, scaling
 from benchmarks.common import read_result
 from benchmarks.contestants import ARGUMENTS, own_names
 from benchmarks.gpu import table as gpu_table
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for table in (memory_7b, parameterizations_table):
             new = replaced(new, table.current(), table.BEGIN)
         pages = {README: new}
-        for table in (launches, aot_table, gpu_table, elastic):
+        for table in (launches, aot_table, gpu_table, distributed_table, elastic, scaling):
             page = pages.get(table.PAGE) or table.PAGE.read_text(encoding="utf-8")
             pages[table.PAGE] = replaced(page, table.current(), table.BEGIN)
     except ValueError as error:

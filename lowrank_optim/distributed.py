@@ -67,14 +67,7 @@ class LowRankAllReduce:
         return rows
 
     def _reason(self, param: Tensor) -> str | None:
-        """Why the gradient of a parameter is always sent whole, None where it is not."""
-        group = self.optimizer.entry(param).group
-        subspace, _, lift = self.optimizer.parts_of(param, group)
-        if subspace is None:
-            return "it is not compressed"
-        if lift.reads_gradient(group):
-            return "its update reads the whole gradient"
-        return None if subspace.orthonormal else "its basis is not orthonormal"
+        return reason_to_send_whole(self.optimizer, param)
 
     def _plan(self, param: Tensor) -> Plan | None:
         """The plan of a parameter whose coming update can do with its low-rank gradient."""
@@ -122,3 +115,14 @@ class LowRankAllReduce:
         oriented = subspace.orient(as_matrices(grad.zero_(), plan.view), plan.state)
         low = piece.view(subspace.low_shape(plan.view, group))
         subspace.project_back_(oriented, low, plan.state, group, alpha=1.0)
+
+
+def reason_to_send_whole(optimizer: LowRankOptimizer, param: Tensor) -> str | None:
+    """Why the gradient of a parameter is always sent whole by :class:`LowRankAllReduce`, None where it is not."""
+    group = optimizer.entry(param).group
+    subspace, _, lift = optimizer.parts_of(param, group)
+    if subspace is None:
+        return "it is not compressed"
+    if lift.reads_gradient(group):
+        return "its update reads the whole gradient"
+    return None if subspace.orthonormal else "its basis is not orthonormal"

@@ -13,14 +13,15 @@ from lowrank_kernels._support import cdiv, check_operand, check_scales
 from lowrank_kernels.rounding import join_24_bits, store_rounded
 from lowrank_kernels.tiles import add_product, grouped_tile, rescaled, tile_options
 from lowrank_optim.ops.chunks import as_batch
+from lowrank_optim.ops.rounding import Positions, wrap
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @triton.jit
 def move(
-    product, rows, columns, weight_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, correction_ptr, key, start, decay,
-    grad_alpha, m, n, weight_stride_m, weight_stride_n, grad_stride_m, grad_stride_n,
+    product, rows, columns, weight_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, correction_ptr, key, start, skip,
+    decay, grad_alpha, m, n, weight_stride_m, weight_stride_n, grad_stride_m, grad_stride_n,
     ONE_ROW_SCALE: tl.constexpr, ROUNDING: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """weight = decay weight + product + grad_alpha row_scale grad column_scale, for one tile."""
@@ -40,7 +41,10 @@ def move(
         value += grad_alpha * rescaled(grad, rows, columns, row_scale_ptr, column_scale_ptr, m, n, ONE_ROW_SCALE)
 
     correction = weight if correction_ptr is None else correction_ptr + position
-    store_rounded(weight, correction, value, position + start, key, mask, ROUNDING)
+    position += start
+    if skip is not None:
+        position += rows[:, None] * skip
+    store_rounded(weight, correction, value, position, key, mask, ROUNDING)
 
 
 @triton.jit
@@ -50,7 +54,7 @@ def halves(tile):
     return tl.split(tl.permute(parted, (0, 2, 1)))
 
 
-@triton.jit(do_not_specialize=["key"])
+@triton.jit(do_not_specialize=["key", "start", "step"])
 def lowrank_update_kernel(
     weight_ptr,  # (matrices, m, n), modified in place
     left_ptr,  # (matrices, m, rank), dtype of the weight, or None
@@ -63,6 +67,9 @@ def lowrank_update_kernel(
     alpha,  # a number, or a pointer to one
     decay,  # likewise
     grad_alpha,  # likewise
+    start,  # position of the first element in the counter of the random bits
+    step,  # from one matrix to the next in it
+    skip,  # elements of other parts between two rows, or None
     m,
     n,
     rank,
@@ -101,7 +108,7 @@ def lowrank_update_kernel(
     if correction_ptr is not None:
         correction_ptr += matrix * m * n
     # The counter of the random bits has 32.
-    start = (matrix * m * n).to(tl.int32)
+    start += (matrix * step).to(tl.int32)
     tile_m, tile_n = grouped_tile(m, n, BLOCK_M, BLOCK_N)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tile_n * BLOCK_N
@@ -119,8 +126,8 @@ def lowrank_update_kernel(
     if left_ptr is None:
         move(
             product, rows, columns, weight_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, correction_ptr, key, start,
-            decay, grad_alpha, m, n, weight_stride_m, weight_stride_n, grad_stride_m, grad_stride_n, ONE_ROW_SCALE,
-            ROUNDING, WIDE,
+            skip, decay, grad_alpha, m, n, weight_stride_m, weight_stride_n, grad_stride_m, grad_stride_n,
+            ONE_ROW_SCALE, ROUNDING, WIDE,
         )  # fmt: skip
     else:
         left_ptr += matrix * left_stride_e
@@ -143,7 +150,7 @@ def lowrank_update_kernel(
             columns = first + i * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
             move(
                 quarters[i], rows, columns, weight_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, correction_ptr, key,
-                start, decay, grad_alpha, m, n, weight_stride_m, weight_stride_n, grad_stride_m, grad_stride_n,
+                start, skip, decay, grad_alpha, m, n, weight_stride_m, weight_stride_n, grad_stride_m, grad_stride_n,
                 ONE_ROW_SCALE, ROUNDING, WIDE,
             )  # fmt: skip
 
@@ -161,6 +168,7 @@ def lowrank_update_(
     column_scale: Tensor | None = None,
     key: int | Tensor | None = None,
     correction: Tensor | None = None,
+    start: int | Positions = 0,
 ) -> None:
     """See ``lowrank_optim.ops.lowrank_update``; real weights of at most 32 bits, computed in fp32.
 
@@ -194,7 +202,8 @@ def lowrank_update_(
     tiles = cdiv(m, options["BLOCK_M"]) * cdiv(n, options["BLOCK_N"])
     lowrank_update_kernel[(tiles, weight.shape[0])](
         weight, left, right, grad, row_scale, column_scale, correction, 0 if key is None else key, alpha, decay,
-        grad_alpha, m, n, rank, *weight.stride(), *strides(left), *strides(right), *strides(grad), ONE_ROW_SCALE=one,
+        grad_alpha, *counter(start, m, n), m, n, rank, *weight.stride(), *strides(left), *strides(right),
+        *strides(grad), ONE_ROW_SCALE=one,
         ROUNDING="compensated" if correction is not None else "stochastic" if rounds else "nearest",
         KEY_ON_DEVICE=isinstance(key, Tensor), ALPHA_ON_DEVICE=isinstance(alpha, Tensor),
         DECAY_ON_DEVICE=isinstance(decay, Tensor), GRAD_ALPHA_ON_DEVICE=isinstance(grad_alpha, Tensor),
@@ -211,6 +220,15 @@ def launch_options(dtype: torch.dtype, rank: int) -> dict[str, Any]:
 def on_device(device: torch.device, value: float | Tensor) -> float | Tensor:
     """A kernel reads a tensor on its own device; a learning rate on the CPU costs no synchronisation to read."""
     return float(value) if isinstance(value, Tensor) and value.device != device else value
+
+
+def counter(start: int | Positions, m: int, n: int) -> tuple[int, int, int | None]:
+    """Position of the first element, step from one matrix to the next, and what is skipped between two rows."""
+    if not isinstance(start, Positions):
+        return wrap(start), m * n, None
+    if start.run % (m * n) == 0:
+        return wrap(start.start), m * n + start.skip, None
+    return wrap(start.start), m * (n + start.skip), start.skip
 
 
 def strides(tensor: Tensor | None) -> tuple[int, ...]:
@@ -241,6 +259,7 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
         strides = ("weight_stride_n", "left_stride_k", "right_stride_k", "grad_stride_n")
         constants: dict[str, object] = {**options, "ROUNDING": rounding}
         constants |= {**dict.fromkeys(flags, False), **dict.fromkeys(strides, 1), **absent(product, scales)}
+        constants["skip"] = None
         if rounding != "compensated":
             constants["correction_ptr"] = None
         pointers = dict.fromkeys(("weight_ptr", "left_ptr", "right_ptr", "grad_ptr"), types[dtype])

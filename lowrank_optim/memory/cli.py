@@ -15,11 +15,12 @@ from lowrank_optim.cli import quiet  # noqa: F401
 from lowrank_optim.cli.main import installed_version
 from lowrank_optim.memory import format, published
 from lowrank_optim.memory.compare import all_methods, compare, table, write_csv, write_html, write_png
+from lowrank_optim.memory.devices import STRATEGIES
 from lowrank_optim.memory.estimate import estimate
 from lowrank_optim.memory.format import UNITS
 from lowrank_optim.memory.job import MEMORY_OPTIONS, Job
 from lowrank_optim.memory.measure import measure
-from lowrank_optim.memory.plan import available, command_line, parse_size, search
+from lowrank_optim.memory.plan import Plan, available, command_line, parse_size, search
 from lowrank_optim.memory.simulate import simulate
 from lowrank_optim.pretrain.command_line import Parser, add_flags, check_ranges, parse_known, read_values
 from lowrank_optim.pretrain.config import UserError
@@ -89,6 +90,14 @@ def _parser() -> Parser:
     added = command("plan", _plan, "The fastest setting that fits a GPU, and the command that trains with it")
     added.add_argument("--model", required=True, help=MODELS)
     added.add_argument("--gpu", required=True, metavar="SIZE", help="memory of the GPU (24, 24GB, 22.5GiB) or its name")
+    added.add_argument("--devices", type=_positive, default=1, metavar="N", help="GPUs that share an update [1]")
+    added.add_argument(
+        "--strategy",
+        nargs="+",
+        choices=STRATEGIES,
+        default=list(STRATEGIES),
+        help="copies (ddp) or parts (fsdp) [both]",
+    )
     added.add_argument("--simulate", action="store_true", help="check the plan by a simulation; some seconds more")
     added.add_argument("--tokens", type=_positive, default=131072, metavar="N", help="tokens per update [131072]")
     added.add_argument("--seq-len", type=_positive, default=256, metavar="N", help="tokens per sequence [256]")
@@ -167,18 +176,22 @@ def _plan(options: argparse.Namespace) -> Any:
     with _progress() as progress:
         found = search(
             options.model, size, tokens=options.tokens, seq_len=options.seq_len, optimizers=options.optimizer,
-            check=options.simulate, progress=progress,
+            devices=options.devices, strategies=options.strategy, check=options.simulate, progress=progress,
         )  # fmt: skip
     if not options.json:
         return format.planned(size, found)
-    best, following = ({**plan.as_dict(), "command": command_line(plan.job)} if plan else None for plan in found[::2])
+    best, following = (_as_dict(plan) if plan else None for plan in found[::2])
     return {
         "gpu_bytes": size,
         "available_bytes": available(size),
         "plan": best,
         "next": following,
-        "by_optimizer": [{**other.as_dict(), "command": command_line(other.job)} for other in found.best_of],
+        "by_optimizer": [_as_dict(other) for other in found.best_of],
     }
+
+
+def _as_dict(plan: Plan) -> dict[str, Any]:
+    return {**plan.as_dict(), "command": command_line(plan.job, plan.devices)}
 
 
 @contextmanager

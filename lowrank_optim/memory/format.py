@@ -97,9 +97,13 @@ def measured(job: Job, expected: Estimate, peak: Peak, runs: Sequence[Measured])
 
 def planned(gpu_bytes: int, found: Found) -> str:
     """The plan with its command line, the best of the other optimizers, and what would fit next."""
-    heads = ("weights", "method", "rank", "states", "updates", "micro-batches", "checkpointing", "cost", "GB", "GPU GB")
+    several = any(plan.devices.number > 1 for plan in found.best_of)
+    heads = (
+        *("weights", "method", "rank", "states", "updates", "micro-batches", "checkpointing", "cost", "GB", "GPU GB"),
+        *(("devices", "sent GB") if several else ()),
+    )
     least = min((plan.cost for plan in found.best_of), default=1.0)
-    rows = [_planned(plan, least) for plan in found.best_of]
+    rows = [_planned(plan, least, several) for plan in found.best_of]
     lines = [
         f"{gpu_bytes / 1e9:.1f} GB, of which {available(gpu_bytes) / 1e9:.1f} GB are for tensors: CUDA's context takes "
         f"{CONTEXT / 1e9:.1f} GB, {FRAGMENTATION:.0%} are left to fragmentation.",
@@ -114,20 +118,20 @@ def planned(gpu_bytes: int, found: Found) -> str:
         if plan.peak is not None:
             peak = f"simulated peak {plan.peak.peak_bytes / 1e9:.3f} GB ({plan.peak.peak_bytes / 2**30:.3f} GiB)"
         lines += ["Fastest of each optimizer that is predicted to fit:", "", table([heads, *rows]), ""]
-        lines += [command_line(plan.job) for plan in found.best_of]
-        lines += ["", f"Best: {plan.job.method}, {plan.job.setting}: {peak}", command_line(plan.job)]
+        lines += [command_line(plan.job, plan.devices) for plan in found.best_of]
+        lines += ["", f"Best: {plan.job.method}, {plan.job.setting}: {peak}", command_line(plan.job, plan.devices)]
     if found.next is not None:
         plan = found.next
         lines += [
             "",
             f"What would fit next: {plan.job.method}, {plan.job.setting}, on a card of "
             f"{needed(plan.predicted_bytes) / 1e9:.1f} GB:",
-            command_line(plan.job),
+            command_line(plan.job, plan.devices),
         ]
     return "\n".join([*lines, "", f"{UNITS}."])
 
 
-def _planned(plan: Plan, least: float) -> tuple[object, ...]:
+def _planned(plan: Plan, least: float, several: bool) -> tuple[object, ...]:
     job, args = plan.job, parse_optimizer_args(plan.job.optimizer_args)
     own = {"int8" if job.optimizer.endswith("8bit") else "bf16" if job.optimizer == "AdamW" else "float32"}
     return (
@@ -141,6 +145,7 @@ def _planned(plan: Plan, least: float) -> tuple[object, ...]:
         f"{plan.cost / least:.3f}",
         f"{plan.predicted_bytes / 1e9:.2f}",
         f"{needed(plan.predicted_bytes) / 1e9:.2f}",
+        *((f"{plan.devices.number} {plan.devices.strategy}", f"{plan.sent_bytes / 1e9:.2f}") if several else ()),
     )
 
 

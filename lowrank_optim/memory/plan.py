@@ -1,4 +1,4 @@
-"""``lowrank-memory plan``: the fastest way to train a model that fits a GPU."""
+"""``lowrank-memory plan``: the fastest way to train a model that fits a GPU, or each of several."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from lowrank_optim.memory.estimate import init_state_, low_rank_sums, table_bytes
+from lowrank_optim.memory.devices import ALONE, STRATEGIES, Devices, Footprint, footprint_of
+from lowrank_optim.memory.estimate import low_rank_sums
 from lowrank_optim.memory.job import MEMORY_OPTIONS, Job
 from lowrank_optim.memory.simulate import layers_of, simulate, with_layers
 from lowrank_optim.memory.tracker import Peak
@@ -44,6 +44,8 @@ CARDS = {
 CONTEXT, FRAGMENTATION = 0.6e9, 0.03
 # How many FLOPs a GPU makes in the time of one byte of memory traffic: 156 on an A100, 165 on an RTX 4090.
 BALANCE = 160
+# And of one byte that is sent to another GPU: 312 TFLOP/s and 300 GB/s in each direction, an A100 with NVLink.
+LINK = 1040
 # Plans whose costs differ by less than this are equally fast.
 TIE = 0.02
 # Updates between two refreshes, where the method has a choice.
@@ -52,7 +54,8 @@ EVERY_UPDATE = ("Trion", "LDAdamW")
 STATES = ("float32", "bfloat16", "int8")
 WEIGHTS = ("bf16", "int8")
 
-COST_MODEL = f"""Cost of an update of N tokens, in FLOPs; W matrices, H head, r rank; a byte of traffic is {BALANCE}:
+COST_MODEL = f"""Cost of an update of N tokens, in FLOPs; W matrices, H head, r rank; a byte of traffic is {BALANCE},
+one sent to another device {LINK}:
   forward, backward   6 (W + H) N + attention, 2 H N for the logits that are computed twice
   checkpointing       2 W N + attention / 3
   projection          2 W r down, as often as there are gradients to be summed at low rank, and 2 W r up
@@ -60,6 +63,7 @@ COST_MODEL = f"""Cost of an update of N tokens, in FLOPs; W matrices, H head, r 
   whole matrices      30 W side (Muon), 16 W r (LoRAPre), in place of projection and refresh
   traffic             weights in each pass (int8: 5 bytes a value, else 2), gradients twice a micro-batch,
                       weights and states twice an update
+  devices             all of this for one of them, and what it sends, none of it behind computation
 Plans within {TIE:.0%} count as equally fast; among them the highest rank wins, then the widest states and weights."""
 
 
@@ -76,21 +80,29 @@ class Profile:
     sums: int
     refresh: int
     whole: int
+    device: Footprint
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A job, its cost in FLOPs an update, the bytes that it is predicted to take, and where it stands among others."""
+    """A job of one device, its cost in FLOPs an update, the bytes that it is predicted to take, and its place.
+
+    sent_bytes: what a device sends to others in an update, in the mean over refreshes.
+    """
 
     job: Job
     cost: float
     predicted_bytes: int
     order: tuple[Any, ...]
     peak: Peak | None = None
+    devices: Devices = ALONE
+    sent_bytes: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         peak = self.peak.as_dict() if self.peak is not None else {}
-        return {**self.job.as_dict(), "cost": self.cost, "predicted_bytes": self.predicted_bytes, **peak}
+        found = {**self.job.as_dict(), "cost": self.cost, "predicted_bytes": self.predicted_bytes, **peak}
+        several = {"devices": self.devices.number, "strategy": self.devices.strategy, "sent_bytes": self.sent_bytes}
+        return found | (several if self.devices.number > 1 else {})
 
 
 class Found(NamedTuple):
@@ -134,6 +146,8 @@ def search(
     tokens: int,
     seq_len: int,
     optimizers: Sequence[str] = (),
+    devices: int = 1,
+    strategies: Sequence[str] = STRATEGIES,
     check: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Found:
@@ -141,20 +155,34 @@ def search(
 
     Args:
         model: a preset or a path.
-        gpu_bytes: memory of the GPU; what CUDA itself takes is set aside.
+        gpu_bytes: memory of a GPU; what CUDA itself takes is set aside.
         tokens: per update.
         seq_len: tokens per sequence.
         optimizers: only these.
+        devices: how many GPUs share the tokens of an update.
+        strategies: how they do, of several.
         check: simulate the plan, and take the next one where its simulated peak does not fit.
         progress: gets the name of each optimizer before its plans are made.
 
     Raises:
-        ValueError: fewer tokens than a sequence has, or an unknown optimizer.
+        ValueError: fewer tokens than a sequence has, an unknown optimizer, sequences that the devices cannot share
+            alike, or a simulation of parts of a model.
     """
     if tokens < seq_len:
         raise ValueError(f"Invalid --tokens: {tokens}, expected at least one sequence of {seq_len}")
+    if tokens // seq_len % devices:
+        raise ValueError(
+            f"Invalid --tokens: {tokens}, expected as many sequences of {seq_len} on each of {devices} devices"
+        )
+    if check and devices > 1 and "fsdp" in strategies:
+        raise ValueError("Invalid --simulate: with --strategy fsdp, expected --strategy ddp or one device")
     room = available(gpu_bytes)
-    every = sorted(_plans(model, tokens, seq_len, optimizers or _known(), progress), key=lambda plan: plan.order)
+    every: list[Plan] = []
+    for strategy in strategies if devices > 1 else strategies[:1]:
+        spread = Devices(devices, strategy)
+        names = optimizers or _known(spread)
+        every += _plans(model, tokens // devices, seq_len, names, progress, spread)
+    every.sort(key=lambda plan: plan.order)
     plans = [plan for plan in every if plan.predicted_bytes <= room]
     best_of = sorted({plan.job.optimizer: plan for plan in reversed(plans)}.values(), key=lambda plan: plan.order)
     best = plans[0] if plans else None
@@ -180,13 +208,19 @@ def available(gpu_bytes: int) -> int:
     return int((gpu_bytes - CONTEXT) * (1 - FRAGMENTATION))
 
 
-def command_line(job: Job) -> str:
-    """The command that runs a job."""
-    return shlex.join(["lowrank-train", *write_flags(job, MEMORY_OPTIONS)])
+def command_line(job: Job, devices: Devices = ALONE) -> str:
+    """The command that runs a job, on every node of eight devices."""
+    words = ["lowrank-train", *write_flags(job, MEMORY_OPTIONS)]
+    if devices.number > 1:
+        nodes = ["--nnodes", str(-(-devices.number // 8))] if devices.number > 8 else []
+        words = ["torchrun", *nodes, "--nproc_per_node", str(min(devices.number, 8)), "--no-python", *words]
+        words += ["--fsdp"] if devices.splits else []
+    return shlex.join(words)
 
 
-def _known() -> list[str]:
-    return [name for name in ("AdamW", "AdamW8bit") if name in optimizer_names()] + low_rank_names()
+def _known(devices: Devices) -> list[str]:
+    others = ("AdamW",) if devices.splits else ("AdamW", "AdamW8bit")
+    return [name for name in others if name in optimizer_names()] + low_rank_names()
 
 
 def _order(cost: float, rank: float, state: str | None, weights: str) -> tuple[Any, ...]:
@@ -195,8 +229,9 @@ def _order(cost: float, rank: float, state: str | None, weights: str) -> tuple[A
 
 
 def _plans(
-    model: str, tokens: int, seq_len: int, optimizers: Sequence[str], progress: Callable[[str], None]
-) -> Iterator[Plan]:
+    model: str, tokens: int, seq_len: int, optimizers: Sequence[str], progress: Callable[[str], None],
+    devices: Devices = ALONE,
+) -> Iterator[Plan]:  # fmt: skip
     config = build_config(model)
     sequences = tokens // seq_len
     micro_batches = [2**i for i in range(sequences.bit_length()) if sequences % 2**i == 0]
@@ -218,11 +253,12 @@ def _plans(
             if name == "DCTAdamW":
                 # Its default, a selection at every update, needs the whole gradient.
                 args["update_proj_gap"] = GAP
-            profile = _profile(config, network, name, args)
-            for weights in WEIGHTS if own else ("bf16",):
-                this = replace(profile, weights=weight_bytes[weights])
+            profile = _profile(config, network, name, args, devices)
+            whole = own and not devices.splits
+            for weights in WEIGHTS if whole else ("bf16",):
+                this = profile if devices.splits else replace(profile, weights=weight_bytes[weights])
                 for size, per_layer, checkpointing in product(
-                    micro_batches, (False, True) if own else (False,), (False, True)
+                    micro_batches, (False, True) if whole else (False,), (False, True)
                 ):
                     # Staggered refreshes come one after the other, and so do the sums that they take.
                     sums = per_layer and size < sequences and profile.sums
@@ -232,9 +268,10 @@ def _plans(
                         seq_len=seq_len, accumulate=sequences // size, accumulate_dtype="bf16", per_layer=per_layer,
                         checkpointing=checkpointing,
                     )  # fmt: skip
-                    cost = _cost(config, job, rank or 1, this)
+                    cost = _cost(config, job, rank or 1, this, devices)
                     order = _order(cost, (rank or 1) if own else math.inf, state, weights)
-                    yield Plan(job, cost, _bytes(config, job, this), order)
+                    sent = this.device.sent(devices, job.accumulate)
+                    yield Plan(job, cost, _bytes(config, job, this), order, devices=devices, sent_bytes=sent)
 
 
 def _weight_bytes(network: Any, layers: int) -> int:
@@ -247,30 +284,25 @@ def _weight_bytes(network: Any, layers: int) -> int:
     )
 
 
-def _profile(config: Any, network: Any, name: str, args: Mapping[str, Any]) -> Profile:
+def _profile(config: Any, network: Any, name: str, args: Mapping[str, Any], devices: Devices) -> Profile:
     """From a model of one layer: everything else is there once, and a layer as often as there are layers."""
     optimizer = build_optimizer(name, network, args=args)
+    found = footprint_of(network, optimizer, config.num_hidden_layers, devices)
     layer = layers_of(network, 1)
     count = {
         p: config.num_hidden_layers if path.startswith(f"{layer}.") else 1 for path, p in network.named_parameters()
     }
-    for p in count:
-        p.grad = torch.empty_like(p, memory_format=torch.contiguous_format)
-    init_state_(optimizer)
-    state = sum(table_bytes(optimizer).values())
-    for p, number in count.items():
-        tensors = [value for value in optimizer.state[p].values() if isinstance(value, Tensor)]
-        state += number * storage_bytes(tensors)
     gradients = {p: p.grad.nbytes for p in count if p.grad is not None}
     summed = dict(low_rank_sums(optimizer, torch.bfloat16)) if isinstance(optimizer, LowRankOptimizer) else {}
     return Profile(
-        weights=0,
-        optimizer=state,
-        gradients=sum(count[p] * size for p, size in gradients.items()),
-        largest_gradient=max(gradients.values()),
+        weights=found.weights,
+        optimizer=found.optimizer,
+        gradients=found.gradients,
+        largest_gradient=max(gradients.values()) // (devices.number if devices.splits else 1),
         sums=sum(count[p] * sums.low for p, sums in summed.items()),
         refresh=max((sums.late + max(sums.sketches) for sums in summed.values()), default=0),
         whole=sum(count[p] * size for p, size in gradients.items() if p not in summed),
+        device=found,
     )
 
 
@@ -291,7 +323,8 @@ def _bytes(config: Any, job: Job, profile: Profile) -> int:
     # The loss takes fp32 logits, their gradient, and both in bf16, beside the gradient of the head; an update takes
     # about as much for itself as the largest gradient.
     loss = 10 * min(tokens, CHUNK) * config.vocab_size
-    return int(profile.weights + profile.optimizer + activations + profile.largest_gradient + max(gradients, loss))
+    kept = profile.weights + profile.optimizer + profile.device.gathered + activations
+    return int(kept + profile.largest_gradient + max(gradients, loss))
 
 
 def _inner(config: Any) -> int:
@@ -300,7 +333,7 @@ def _inner(config: Any) -> int:
     return fields.get("intermediate_size") or fields.get("ffn_dim") or fields.get("n_inner") or 4 * config.hidden_size
 
 
-def _cost(config: Any, job: Job, rank: int, profile: Profile) -> float:
+def _cost(config: Any, job: Job, rank: int, profile: Profile, devices: Devices) -> float:
     tokens = job.batch_size * job.accumulate * job.seq_len
     hidden, layers = config.hidden_size, config.num_hidden_layers
     head = config.vocab_size * hidden
@@ -313,8 +346,11 @@ def _cost(config: Any, job: Job, rank: int, profile: Profile) -> float:
         downs = job.accumulate if job.per_layer and profile.sums else 1
         refresh = 5 * math.log2(hidden) if job.optimizer in ("DCTAdamW", "Trion") else 6.0 * rank
         low_rank = 2.0 * rank * (downs + 1) + refresh / (1 if job.optimizer in EVERY_UPDATE else GAP)
-        flops += matrices * {"Muon": 30.0 * hidden, "LoRAPre": 16.0 * rank}.get(job.optimizer, low_rank)
+        whole = {"Muon": 30.0 * hidden, "LoRAPre": 16.0 * rank}
+        # What takes a whole matrix is made on every device.
+        split = devices.number if devices.splits and job.optimizer not in whole else 1
+        flops += matrices * whole.get(job.optimizer, low_rank) / split
     passes = 3 if job.checkpointing else 2
     traffic = job.accumulate * passes * (matrices * (5 if job.weights == "int8" else 2) + 2 * head)
     traffic += job.accumulate * 2 * profile.gradients + 2 * (profile.weights + profile.optimizer)
-    return flops + BALANCE * traffic
+    return flops + BALANCE * traffic + LINK * profile.device.sent(devices, job.accumulate)

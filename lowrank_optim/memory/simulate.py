@@ -54,9 +54,9 @@ def simulate(options: Options, *, whole: bool = False) -> Peak:
         config = with_layers(config, LAYERS)
     model = build_network(run, config, "meta")
     with (
-        _without_cached_tensors(),
-        _as_if_with_data(),
-        _two_parts_of_a_pass(),
+        without_cached_tensors(),
+        as_if_with_data(),
+        two_parts_of_a_pass(),
         FakeTensorMode(allow_non_fake_inputs=True),
         Tracker(layers and f"{layers}.1", times) as tracker,
     ):
@@ -158,7 +158,7 @@ def _watched_updater(run: Resolved, model: nn.Module, optimizer: Optimizer, trac
 
 
 @contextmanager
-def _without_cached_tensors() -> Iterator[None]:
+def without_cached_tensors() -> Iterator[None]:
     """Keep tensors without data out of the caches of functions, and the cached ones out of the simulation."""
     _clear_caches()
     try:
@@ -168,7 +168,7 @@ def _without_cached_tensors() -> Iterator[None]:
 
 
 @contextmanager
-def _as_if_with_data() -> Iterator[None]:
+def as_if_with_data() -> Iterator[None]:
     """Keep transformers from taking tensors without data for a trace, for which it builds masks that a run has not."""
     from transformers.utils import import_utils
 
@@ -185,7 +185,7 @@ def _as_if_with_data() -> Iterator[None]:
 
 
 @contextmanager
-def _two_parts_of_a_pass() -> Iterator[None]:
+def two_parts_of_a_pass() -> Iterator[None]:
     """Let passes over a matrix in parts end after two: every part makes tensors like those of the one before."""
     passes: dict[Any, Any] = {
         function: (lambda *args, function=function: islice(function(*args), 2))

@@ -92,13 +92,10 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._parts: list[tuple[int, str]] = [(0, "build")]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _aten._local_scalar_dense.default:
-            return 1.0 if args[0].dtype.is_floating_point else 1
+        result = without_reading(func, args, kwargs or {})
+        # Of a mask that holds everywhere it is larger than any in a run.
         if func is _aten.nonzero.default:
-            return torch.stack(_everywhere(args[0]), dim=1)
-        if func in (_aten.index.Tensor, _aten.index_put_.default):
-            args = (args[0], _without_masks(args[1]), *args[2:])
-        result = func(*args, **(kwargs or {}))
+            return result
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._block(leaf)
@@ -204,6 +201,17 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         block.alive, block.freed_in = False, self._pass
         del self._blocks[key]
         self._events.append((block, -1, self.phase, self._at_work()))
+
+
+def without_reading(func: Any, args: Any, kwargs: Any) -> Any:
+    """An operation on tensors without data: values that the host reads are 1, and masks hold everywhere."""
+    if func is _aten._local_scalar_dense.default:
+        return 1.0 if args[0].dtype.is_floating_point else 1
+    if func is _aten.nonzero.default:
+        return torch.stack(_everywhere(args[0]), dim=1)
+    if func in (_aten.index.Tensor, _aten.index_put_.default):
+        args = (args[0], _without_masks(args[1]), *args[2:])
+    return func(*args, **kwargs)
 
 
 def _everywhere(mask: Tensor) -> list[Tensor]:

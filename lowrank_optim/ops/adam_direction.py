@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowrank_optim.ops.rounding import round_to_bfloat16
+from lowrank_optim.ops.rounding import Positions, round_to_bfloat16
 
 
 def adam_direction(
     grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, beta1: float, beta2: float, eps: float | Tensor,
-    keys: tuple[int | Tensor, int | Tensor] | None = None, start: int = 0, norms: Tensor | None = None,
+    keys: tuple[int | Tensor, int | Tensor] | None = None, start: int | Positions = 0, norms: Tensor | None = None,
     ok: Tensor | None = None, dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """Update both moments in place and return Adam's direction before bias correction.
@@ -25,7 +25,7 @@ def adam_direction(
         exp_avg_sq: V, shape of R, real, fp32 or wider (modified in place).
         eps: a number or a 0-d tensor.
         keys: of the random bits that round bfloat16 moments, M's and V's; the arithmetic is fp32.
-        start: position of the first element in the counter of the random bits.
+        start: position of the first element in the counter of the random bits, or of all; the kernel takes the first.
         norms: fp32 (2, rows), where the norms of the rows of R and of N are wanted (overwritten).
         ok: fp32, any shape: where one of its values is not finite, R counts as zeros.
         dtype: of N.

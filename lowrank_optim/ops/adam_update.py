@@ -6,14 +6,14 @@ from torch import Tensor
 
 from lowrank_optim.ops.adam8bit_direction import adam8bit_direction
 from lowrank_optim.ops.adam_direction import adam_direction
-from lowrank_optim.ops.rounding import join_24_bits, round_to_bfloat16, split_24_bits
+from lowrank_optim.ops.rounding import Positions, join_24_bits, round_to_bfloat16, split_24_bits
 
 
 def adam_update_(
     weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, exp_avg_scale: Tensor | None = None,
     exp_avg_sq_scale: Tensor | None = None, *, beta1: float, beta2: float, eps: float | Tensor, alpha: float | Tensor,
     decay: float | Tensor = 1.0, keys: tuple[int | Tensor, int | Tensor] | None = None,
-    key: int | Tensor | None = None, correction: Tensor | None = None, start: int = 0,
+    key: int | Tensor | None = None, correction: Tensor | None = None, start: int | Positions = 0,
 ) -> None:  # fmt: skip
     """Move a weight and both moments, computing in fp32 and rounding once::
 
@@ -31,7 +31,7 @@ def adam_update_(
         keys: of the random bits that round bfloat16 moments.
         key, correction: how a bfloat16 weight is rounded, as for
             :func:`lowrank_optim.ops.lowrank_update.lowrank_update_`.
-        start: position of the first element in the counter of the random bits.
+        start: position of the first element in the counter of the random bits, or of all; the kernel takes the first.
     """
     grad = grad.nan_to_num(0.0, 0.0, 0.0)
     if exp_avg_scale is None or exp_avg_sq_scale is None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lowrank_optim.ops.blockwise import GREATEST_SCALE
 from lowrank_optim.ops.int4 import pack, unpack
 from lowrank_optim.ops.int8_weight import as_share
-from lowrank_optim.ops.rounding import spread_bits
+from lowrank_optim.ops.rounding import Positions, spread_bits
 
 BLOCK = 128
 # Three decades, denser towards the large values; 1 has no counterpart.
@@ -47,7 +47,14 @@ def block_count(numel: int) -> int:
 
 
 def quantize_(
-    codes: Tensor, scale: Tensor, values: Tensor, key: int | Tensor, *, step: int | Tensor, signed: bool, start: int = 0
+    codes: Tensor,
+    scale: Tensor,
+    values: Tensor,
+    key: int | Tensor,
+    *,
+    step: int | Tensor,
+    signed: bool,
+    start: int | Positions = 0,
 ) -> None:
     """Write ``values``, each to one of the two codes beside it, in the mean to itself.
 

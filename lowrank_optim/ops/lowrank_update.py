@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops.chunks import as_batch, row_blocks
-from lowrank_optim.ops.rounding import join_24_bits, round_to_bfloat16, split_24_bits
+from lowrank_optim.ops.rounding import Positions, advanced, join_24_bits, round_to_bfloat16, split_24_bits
 
 NARROW = (torch.bfloat16, torch.float16)
 
@@ -27,6 +27,7 @@ def lowrank_update_(
     column_scale: Tensor | None = None,
     key: int | Tensor | None = None,
     correction: Tensor | None = None,
+    start: int | Positions = 0,
 ) -> None:
     """Move a weight, or a batch of weights, once::
 
@@ -48,6 +49,8 @@ def lowrank_update_(
             None rounds to nearest. The counter is the position in a contiguous weight.
         correction: int8 (..., m, n), contiguous (modified in place): the bfloat16 weight is
             :func:`lowrank_optim.ops.rounding.join_24_bits` of the two; takes a key.
+        start: position of the first element, or of all, where the weight is a part of a larger one; runs are rows or
+            whole matrices.
 
     Raises:
         ValueError: a key or a correction for a weight that is not bfloat16; leading axes that are no batch.
@@ -94,12 +97,12 @@ def lowrank_update_(
             _rows_of(row_scale, matrices, rows),
             None if column_scale is None else column_scale[matrices],
         )
-        start = (matrices.start * m + rows.start) * n
+        here = advanced(start, (matrices.start * m + rows.start) * n)
         if corrections is not None:
-            value, low = split_24_bits(value, 0 if key is None else key, start)
+            value, low = split_24_bits(value, 0 if key is None else key, here)
             corrections[matrices, rows].copy_(low)
         elif key is not None:
-            value = round_to_bfloat16(value, key, start)
+            value = round_to_bfloat16(value, key, here)
         part.copy_(value)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from lowrank_optim.optim.roles import HIDDEN, ON_REQUEST, Role, longer_than_hidden, role_of_name, roles
+from lowrank_optim.optim.weight_storage import is_quantized
 
 Named = tuple[str, Tensor, Role]
 
@@ -105,14 +106,28 @@ def long_side(param: nn.Parameter) -> Any:
 
     Returns:
         ``torch.distributed.tensor.Shard`` of one of the last two axes, or None for FSDP2's own choice, the first axis.
+
+    Raises:
+        ValueError: a parameter of a quantized weight, which FSDP2 cannot split.
     """
     from torch.distributed import get_world_size
     from torch.distributed.tensor import Shard
 
-    if param.ndim < 2:
-        return None
-    axis = param.ndim - 2 if param.shape[-2] >= param.shape[-1] else param.ndim - 1
-    return Shard(axis) if axis > 0 and param.shape[axis] % get_world_size() == 0 else None
+    if is_quantized(param):
+        raise ValueError(
+            f"Invalid parameter for fully_shard: a quantized weight of shape {tuple(param.shape)}, expected a "
+            "floating-point one; train quantized weights with DistributedDataParallel(..., init_sync=False)"
+        )
+    axis = long_axis(param.shape, get_world_size())
+    return Shard(axis) if axis > 0 else None
+
+
+def long_axis(shape: Sequence[int], processes: int) -> int:
+    """The axis along which :func:`long_side` splits."""
+    if len(shape) < 2:
+        return 0
+    axis = len(shape) - 2 if shape[-2] >= shape[-1] else len(shape) - 1
+    return axis if shape[axis] % processes == 0 else 0
 
 
 def check_flattened(params: Iterable[Tensor]) -> None:

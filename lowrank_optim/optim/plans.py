@@ -21,7 +21,7 @@ from lowrank_optim.optim.views import is_sharded, seed_of, view_of
 from lowrank_optim.optim.weight_storage import check_storable, weight_slots
 
 if TYPE_CHECKING:
-    from lowrank_optim.optim.sharding import Layout
+    from lowrank_optim.optim.sharding import Layout, Shards
 
 
 class Explanation(NamedTuple):
@@ -203,6 +203,14 @@ class PlannedOptimizer(Optimizer):
         view, parts = self._view_and_parts(param, group)
         slots, layout = self._slots(param, group, view, parts), self.layout(param, view, parts, group)
         return slots if layout is None else layout.slots(slots)
+
+    def split(self, param: Tensor, group: Group, shards: Shards) -> tuple[View, Parts, Slots, Layout]:
+        """What a parameter gets that is split in some way: its view, its parts, a process' slots and its layout."""
+        from lowrank_optim.optim.sharding import layout_for
+
+        view, parts = self._view_and_parts(param, group)
+        layout = layout_for(shards, param.ndim, view, parts, group)
+        return view, parts, layout.slots(self._slots(param, group, view, parts)), layout
 
     def layout(self, param: Tensor, view: View, parts: Parts, group: Group) -> Layout | None:
         """How a parameter is split over processes; None where it is a plain tensor."""

@@ -21,7 +21,7 @@ from lowrank_optim.ops.adafactor_direction import root_mean_square
 from lowrank_optim.optim.finite import host_looks, is_finite, verdict
 from lowrank_optim.optim.parts import Group, Number, Parts, Slot, Slots, State, View
 from lowrank_optim.optim.schedule import largest
-from lowrank_optim.optim.state_storage import FIRST, decode, scale_slot
+from lowrank_optim.optim.state_storage import PART, decode, scale_slot
 
 
 class Shards(NamedTuple):
@@ -82,12 +82,14 @@ class Layout(NamedTuple):
         or "whole": weight and gradient are gathered for the step, and the state is whole on every process.
     batch: the number of leading axes of the view that count matrices.
     kept: the axis of the weight that the rows of an oriented gradient run along.
+    from_end: the axis that is split, counted from the last one of the view.
     """
 
     shards: Shards
     split: str
     batch: int = 0
     kept: str | None = None
+    from_end: int = -1
 
     @contextmanager
     def opened(self, param: Tensor, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -162,8 +164,9 @@ class Layout(NamedTuple):
             # The scales of a part are those of its own blocks.
             if key.endswith(".codes"):
                 found[f"{key.removesuffix('.codes')}.scale"] = scale_slot(part)
-        if self.split in ("rows", "elements"):
-            found[FIRST] = Number(self.shards.start, fixed=True)
+        if self.split != "whole":
+            numbers = zip(PART, (self.from_end, self.shards.size, self.shards.start))
+            found.update({key: Number(value, fixed=True) for key, value in numbers})
         return found
 
     def largest(self, grad: Tensor, batch: tuple[int, ...]) -> list[float]:
@@ -187,7 +190,7 @@ class Layout(NamedTuple):
                     found[base] = self._wrap(decode(state, base), self.axis(key, codes))
             elif isinstance(slot, Slot) and value.ndim > 0:
                 found[key] = self._wrap(value, self.axis(key, slot))
-            elif key != FIRST:
+            elif key not in PART:
                 found[key] = value
         return found
 
@@ -313,25 +316,35 @@ def layout_of(param: Tensor, view: View, parts: Parts, group: Group) -> Layout |
     """How a parameter is stepped; None for one that is a plain tensor.
 
     Raises:
+        ValueError: as :func:`layout_for`.
+    """
+    return layout_for(shards_of(param), param.ndim, view, parts, group) if isinstance(param, DTensor) else None
+
+
+def layout_for(shards: Shards, ndim: int, view: View, parts: Parts, group: Group) -> Layout:
+    """How a parameter of so many dimensions is stepped that is split in some way.
+
+    Raises:
         ValueError: moments of 4 bits, two of which share a byte that a split may part.
     """
-    if not isinstance(param, DTensor):
-        return None
     if group["state_dtype"] == "int4":
         raise ValueError(
             "Invalid state_dtype: 'int4' for a sharded parameter, expected 'int8', 'bfloat16' or 'float32'"
         )
-    shards, subspace = shards_of(param), parts.subspace
-    batch = len(view.batch)
-    # Two codes a byte do not split along every axis.
-    if shards.group is None or group["state_dtype"] == "int4":
+    subspace, batch = parts.subspace, len(view.batch)
+    if shards.group is None:
         return Layout(shards, "whole", batch)
     if subspace is None:
-        return Layout(shards, "elements" if parts.rule.elementwise else "whole", batch)
+        return Layout(
+            shards,
+            "elements" if parts.rule.elementwise else "whole",
+            batch,
+            from_end=shards.axis - ndim - view.dtype.is_complex,
+        )
     kept = subspace.kept_axis(view, group)
     # Of a convolution that is seen as a matrix, only the rows are an axis of the parameter.
-    rows = param.ndim - 2 if param.ndim == len(view.shape) else 0
-    axes = {rows: "rows", rows + 1: "columns"} if param.ndim == len(view.shape) else {0: "rows"}
+    rows = ndim - 2 if ndim == len(view.shape) else 0
+    axes = {rows: "rows", rows + 1: "columns"} if ndim == len(view.shape) else {0: "rows"}
     axis = axes.get(shards.axis)
     split = "whole"
     if kept is not None and axis is not None:
@@ -339,7 +352,7 @@ def layout_of(param: Tensor, view: View, parts: Parts, group: Group) -> Layout |
     able = subspace.splits & parts.lift.splits
     if parts.lift.needs_norms and not parts.rule.rowwise:
         able = frozenset()
-    return Layout(shards, split if split in able else "whole", batch, kept)
+    return Layout(shards, split if split in able else "whole", batch, kept, -2 if axis == "rows" else -1)
 
 
 def _flag(ok: bool | Tensor, device: torch.device) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowrank_optim.ops import blockwise4, int8_blocks
 from lowrank_optim.ops.blockwise import BLOCK, dequantize, quantize_
-from lowrank_optim.ops.rounding import mix_key, round_to_bfloat16
+from lowrank_optim.ops.rounding import Positions, advanced, mix_key, round_to_bfloat16
 from lowrank_optim.optim.finite import is_finite
 from lowrank_optim.optim.parts import Slot, Slots, State
 
@@ -37,8 +37,9 @@ SALTS = {
     "sum": 7,
 }
 
-# The number of the first row, in the state of a parameter of which this process has some rows.
-FIRST = "first"
+# In the state of a parameter of which this process has a part: the axis that is split, counted from the last one of the
+# weight, its whole length, and where the part begins.
+AXIS, LENGTH, FIRST = PART = "axis", "length", "first"
 
 # Values that are computed on at a time where they are stored in fewer bits: some ten fp32 temporaries of 8 MB each.
 SLICE = 2**21
@@ -54,13 +55,26 @@ def spread_rounding(state: State, role: str) -> dict[str, int | Tensor]:
     return {"key": mix_key(state["seed"], 0, SALTS[role]), "step": state["step"]}
 
 
-def position(state: State, tensor: Tensor) -> int:
-    """Where the first element of a tensor stands in the counter of the random bits that round it."""
-    if "start" in state:
-        start: int = state["start"]
+def position(state: State, tensor: Tensor, *, weight: bool = False) -> int | Positions:
+    """Where a tensor stands in the counter of the random bits that round it: its first element, or all of a part.
+
+    Args:
+        weight: whether it is the weight as its view has it, or something of the state.
+    """
+    start: int | Positions = state.get("start", 0)
+    axis: int | None = state.get(AXIS)
+    if axis is None or "start" in state:
         return start
-    first: int = state.get(FIRST, 0)
-    return first * math.prod(tensor.shape[1:])
+    if "left" in state and not weight:
+        # What is oriented is split along its rows, or not at all.
+        if axis != (-1 if state["left"] else -2):
+            return start
+        axis = -2
+    axis += tensor.ndim
+    inner = math.prod(tensor.shape[axis + 1 :])
+    run, skip = tensor.shape[axis] * inner, (state[LENGTH] - tensor.shape[axis]) * inner
+    at: int = state[FIRST] * inner
+    return at if run == tensor.numel() else Positions(at, run, skip)
 
 
 def moment_slots(key: str, shape: tuple[int, ...], dtype: torch.dtype, state_dtype: str, along: str | None) -> Slots:
@@ -212,7 +226,7 @@ def slices(state: State, *tensors: Tensor) -> Iterator[tuple[State, tuple[Tensor
         return
     for start in range(0, numel, SLICE):
         stop = min(start + SLICE, numel)
-        part: dict[str, Any] = {**state, "start": first + start}
+        part: dict[str, Any] = {**state, "start": advanced(first, start)}
         for key, value in state.items():
             if key.endswith(CODES[1]):
                 part[key] = value[start // BLOCK : -(-stop // BLOCK)]

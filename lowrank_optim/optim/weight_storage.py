@@ -100,7 +100,7 @@ def writable(param: Tensor, state: dict[str, Any], weight_rounding: str) -> Iter
     if weight_rounding == "nearest" or param.dtype != torch.bfloat16:
         yield param
         return
-    start = position(state, param)
+    start = position(state, param, weight=True)
     # Rounding reinterprets bits by position, so the copy is contiguous even where the parameter is not.
     if weight_rounding == "stochastic":
         value = param.to(torch.float32, memory_format=torch.contiguous_format)
@@ -180,15 +180,15 @@ def write_(
             update_int4_ = pick(lowrank_update_int4_, backend, param.device)
             update_int4_(codes, scale, left, right, columns=param.shape[1], **options)
         return
+    weight = as_matrices(param, view)
     if rounding != "nearest" and param.dtype == torch.bfloat16:
-        options["key"] = rounding_key(state, "weight")
+        options |= {"key": rounding_key(state, "weight"), "start": position(state, weight, weight=True)}
         if rounding == "compensated":
             options["correction"] = state["weight_correction"].view(view.shape)
     # On an H200 cuBLAS takes 0.034 ms at 4096 x 4096, bf16, rank 256, the kernel 0.048 (benchmarks/results/gpu.jsonl).
     plain = "key" not in options and slope is None and not isinstance(size, Tensor) and not isinstance(decay, Tensor)
     keeps_eager = _keeps_eager(param, backend) or (backend is None and plain)
     move_ = lowrank_update_ if keeps_eager else pick(lowrank_update_, backend, param.device)
-    weight = as_matrices(param, view)
     move_(weight, left, right, **options)
     # A compiler follows strides; the one of torch 2.11 gives up at a comparison of addresses.
     if weight is not param and not param.is_contiguous():

@@ -2,22 +2,50 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 import lowrank_optim
-from tests.distributed.model import difference, model, train
-from tests.optimizers import VARIANTS, build
+from lowrank_optim.optim import state_storage
+from lowrank_optim.optim.sharding import shards_of
+from tests.distributed.model import Model, distance, model, train, whole
+from tests.optimizers import IDS, VARIANTS, build
 
 # How the model is split; "replicated" is a mesh of two copies of it, each split over half of the processes.
 PLACEMENTS = ("first axis", "long side", "replicated")
 UPDATES = 20
+# After so many updates, on so many processes, a run is saved.
+CHAIN = {5: 2, 10: 1, 15: 4, 20: 2}
+# Weights end to end, and weights or all moments of a run with given gradients, so that only optimizers are compared.
+DTYPES = ("float64", "float32", "bfloat16", "int8")
+# The sign of what is nearly zero makes a whole step of a rounding, which a run end to end takes further.
+GIVEN = ("FRUGALAdamW",)
+
+
+class Result(NamedTuple):
+    """Of one row of the table.
+
+    error: the largest distance from one process; None where the optimizer refuses the row.
+    splits: how many parameters are split in which way, or the refusal.
+    skipped: whether a gradient that is not finite on one process left its parameter alone on all, and no other.
+    """
+
+    error: float | None
+    splits: str
+    skipped: bool | None = None
 
 
 def shard(whole: nn.Module, placement: str = "long side") -> None:
@@ -37,25 +65,122 @@ def fewer_bits(row: int) -> bool:
 
 def limit(row: int, dtype: str) -> float:
     """How far a row may be from one process."""
-    if fewer_bits(row):
+    if dtype in ("bfloat16", "int8") or fewer_bits(row):
         return 0.05
     return 1e-12 if dtype == "float64" else 1e-4
 
 
-def compare(rank: int, world: int, rows: list[int], dtype: str, placement: str) -> list[tuple[float, str]]:
-    """Distance from one process, and how many parameters are split in which way."""
-    found = []
+def made(row: int, dtype: str) -> tuple[Model, dict[str, Any]]:
+    """The model of a row, and the options of its optimizer."""
+    precision = {"bfloat16": torch.bfloat16, "float64": torch.float64}.get(dtype, torch.float32)
+    options = VARIANTS[row][1] | ({"state_dtype": "int8"} if dtype == "int8" else {})
+    return model(precision), options
+
+
+def advance(trained: nn.Module, optimizer: Optimizer, updates: range, dtype: str) -> None:
+    """Some updates, end to end or with given gradients."""
+    if dtype in ("float64", "float32") and type(optimizer).__name__ not in GIVEN:
+        train(trained, optimizer, updates, getattr(torch, dtype))
+        return
+    with small_moments_too() if dtype == "int8" else nullcontext():
+        for update in updates:
+            for name, p in trained.named_parameters():
+                p.grad = given(name, p, update)
+            optimizer.step()
+
+
+def given(name: str, param: Tensor, update: int) -> Tensor:
+    """A gradient of low rank with some noise, the same on any number of processes."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {update}".encode()))
+    grad = torch.randn(param.shape, generator=generator)
+    if param.ndim > 1:
+        sides = [torch.randn(*param.shape[:-2], side, 3, generator=generator) for side in param.shape[-2:]]
+        grad = (0.3 * grad + sides[0] @ sides[1].mT).contiguous()
+    grad = grad.to(param.dtype)
+    if not isinstance(param, DTensor):
+        return grad
+    shards = shards_of(param)
+    part = shards.take(grad, shards.axis).contiguous()
+    placed: Tensor = DTensor.from_local(
+        part, shards.mesh, shards.placements, run_check=False, shape=grad.shape, stride=grad.stride()
+    )
+    return placed
+
+
+@contextmanager
+def small_moments_too() -> Iterator[None]:
+    """Store moments in 8 bits whatever their size."""
+    before, state_storage.MIN_8BIT_SIZE = state_storage.MIN_8BIT_SIZE, 1
+    try:
+        yield
+    finally:
+        state_storage.MIN_8BIT_SIZE = before
+
+
+def alone(row: int, dtype: str, folder: Path) -> dict[int, list[Tensor]]:
+    """The parameters that one process has at every number of updates in :data:`CHAIN`."""
+    file = folder / f"{row} {dtype}.pt"
+    if not file.exists():
+        trained, options = made(row, dtype)
+        optimizer, found, done = build(VARIANTS[row][0], trained.named_parameters(), **options), {}, 0
+        for updates in CHAIN:
+            advance(trained, optimizer, range(done, updates), dtype)
+            done, found[updates] = updates, [p.detach().clone() for p in trained.parameters()]
+        torch.save(found, file)
+    loaded: dict[int, list[Tensor]] = torch.load(file)
+    return loaded
+
+
+def share(rank: int, world: int, rows: list[int], dtype: str, folder: Path) -> None:
+    """Let every process run some of the rows alone, for all."""
+    for row in rows[rank::world]:
+        alone(row, dtype, folder)
+    dist.barrier()
+
+
+def compare(
+    rank: int, world: int, rows: list[int], dtype: str, placement: str, folder: str, show: bool = False
+) -> list[Result]:
+    """Rows against one process, whose runs are kept in ``folder``."""
+    kept, found = Path(folder), []
+    share(rank, world, rows, dtype, kept)
     for row in rows:
-        name, options = VARIANTS[row]
-        alone, shared = model(getattr(torch, dtype)), model(getattr(torch, dtype))
-        shard(shared, placement)
-        first, second = (build(name, one.named_parameters(), **options) for one in (alone, shared))
-        for one, optimizer in ((alone, first), (shared, second)):
-            train(one, optimizer, range(UPDATES), getattr(torch, dtype))
-        splits = [second.plan_of(p, second.entry(p).group).layout.split for p in shared.parameters()]
-        kinds = ", ".join(f"{splits.count(kind)} {kind}" for kind in sorted(set(splits)))
-        found.append((difference(alone, shared), kinds))
+        result = compared(rank, row, dtype, placement, kept)
+        found.append(result)
+        if show and rank == 0:
+            bound = limit(row, dtype)
+            met = "" if result.error is None or result.error <= bound else f"  MISSED {bound:g}"
+            error = " refused" if result.error is None else f"{result.error:8.1e}"
+            print(f"{IDS[row]:100.100} {error}  {result.splits}{met}", flush=True)
     return found
+
+
+def compared(rank: int, row: int, dtype: str, placement: str, folder: Path) -> Result:
+    """One row."""
+    shared, options = made(row, dtype)
+    shard(shared, placement)
+    second = build(VARIANTS[row][0], shared.named_parameters(), **options)
+    try:
+        advance(shared, second, range(UPDATES), dtype)
+    except ValueError as error:
+        return Result(None, str(error).partition(",")[0])
+    splits = [second.plan_of(p, second.entry(p).group).layout.split for p in shared.parameters()]
+    kinds = ", ".join(f"{splits.count(kind)} {kind}" for kind in sorted(set(splits)))
+    error = distance(alone(row, dtype, folder)[UPDATES], shared.parameters())
+    return Result(error, kinds, one_bad_shard(rank, shared, second) if dtype == "float64" else None)
+
+
+def one_bad_shard(rank: int, trained: nn.Module, optimizer: Optimizer) -> bool:
+    """Whether a NaN in the shard of one process leaves its parameter alone on all, and the others move."""
+    before = [whole(p).clone() for p in trained.parameters()]
+    for name, p in trained.named_parameters():
+        p.grad = given(name, p, UPDATES)
+        if rank == 1 and name == "up.weight":
+            p.grad.to_local().view(-1)[0] = torch.nan
+    optimizer.step()
+    moved = [not torch.equal(old, whole(p)) for old, p in zip(before, trained.parameters())]
+    names = [name for name, _ in trained.named_parameters()]
+    return [name for name, did in zip(names, moved) if not did] == ["up.weight"]
 
 
 def save(trained: nn.Module, optimizer: Optimizer, folder: str) -> None:
@@ -72,21 +197,23 @@ def load(trained: nn.Module, optimizer: Optimizer, folder: str) -> None:
     set_optimizer_state_dict(trained, optimizer, state["optimizer"])
 
 
-def resharded(rank: int, world: int, rows: list[int], folder: str, begin: bool) -> list[float]:
-    """The first or the second half of runs over a changing number of processes; how far they are from one process."""
-    found = []
+def resharded(rank: int, world: int, rows: list[int], folder: str, updates: int) -> list[float | None]:
+    """One part of runs over a changing number of processes, up to ``updates``; how far they are from one process."""
+    found: list[float | None] = []
+    share(rank, world, rows, "float64", Path(folder))
     for row in rows:
         name, options = VARIANTS[row]
-        alone, shared = model(torch.float64), model(torch.float64)
+        shared = model(torch.float64)
         shard(shared)
-        first, second = (build(name, one.named_parameters(), **options) for one in (alone, shared))
-        train(alone, first, range(5), torch.float64)
-        if begin:
-            train(shared, second, range(5), torch.float64)
-            save(shared, second, f"{folder}/{row}")
-        else:
-            load(shared, second, f"{folder}/{row}")
-            for one, optimizer in ((alone, first), (shared, second)):
-                train(one, optimizer, range(5, 10), torch.float64)
-        found.append(difference(alone, shared))
+        optimizer = build(name, shared.named_parameters(), **options)
+        begins = max((end for end in CHAIN if end < updates), default=0)
+        try:
+            if begins:
+                load(shared, optimizer, f"{folder}/{row} after {begins}")
+            advance(shared, optimizer, range(begins, updates), "float64")
+        except ValueError:
+            found.append(None)
+            continue
+        save(shared, optimizer, f"{folder}/{row} after {updates}")
+        found.append(distance(alone(row, "float64", Path(folder))[updates], shared.parameters()))
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -60,5 +62,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 def difference(one: nn.Module, other: nn.Module) -> float:
     """The largest of any parameter, as a share of its largest value."""
-    pairs = zip(one.parameters(), other.parameters(), strict=True)
-    return max(float((whole(a) - whole(b)).abs().max() / whole(a).abs().max()) for a, b in pairs)
+    return distance(one.parameters(), other.parameters())
+
+
+def distance(ones: Iterable[Tensor], others: Iterable[Tensor]) -> float:
+    """:func:`difference` of lists of parameters."""
+    pairs = [(whole(a).double(), whole(b).double()) for a, b in zip(ones, others, strict=True)]
+    return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)

@@ -11,6 +11,7 @@ from torch import Tensor
 from lowrank_optim.ops import pick
 from lowrank_optim.ops.lowrank_update import lowrank_update_ as eager
 from lowrank_optim.ops.rounding import join_24_bits
+from lowrank_optim.optim.state_storage import position
 
 SHAPES = [(61, 37, 5), (1, 40, 3), (130, 1, 1), (64, 64, 16), (37, 200, 130), (0, 8, 2)]
 
@@ -107,6 +108,33 @@ def test_rounding_is_the_same_bits(compensated: bool, turned: bool, on_device: b
         results.append((w, correction))
     (w, correction), (ours, our_correction) = results
     assert torch.equal(w, ours) and torch.equal(correction, our_correction) and not torch.equal(w, weight)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "part"),
+    [((22, 35), (-2, 6, 9)), ((22, 35), (-1, 6, 9)), ((3, 22, 35), (-2, 6, 9)), ((3, 22, 35), (-1, 6, 9))],
+)
+def test_a_part_is_rounded_as_in_the_whole(
+    shape: tuple[int, ...], part: tuple[int, int, int], compensated: bool, backend: str, device: torch.device
+) -> None:
+    axis, first, length = part
+    grad, row_scale = torch.randn(shape, device=device), torch.full((1,) * len(shape), 2.0**-9, device=device)
+    row_scale = row_scale.expand(*shape[:-2], 1, 1).contiguous()
+    whole, correction = (
+        torch.randn(shape, device=device).bfloat16(),
+        torch.zeros(shape, dtype=torch.int8, device=device),
+    )
+    parts = [tensor.narrow(axis, first, length).clone() for tensor in (whole, correction, grad)]
+    # As a process knows it of its part of a parameter.
+    state = {"axis": axis, "first": first, "length": shape[axis]}
+    kernel = pick(eager, backend, device)
+    starts: tuple[Any, ...] = (0, position(state, parts[0], weight=True))
+    for (w, c, g), start in zip([(whole, correction, grad), parts], starts):
+        kernel(w, None, None, grad=g, row_scale=row_scale, key=5, correction=c if compensated else None, start=start)
+    expected = [tensor.narrow(axis, first, length) for tensor in (whole, correction)]
+    assert torch.equal(parts[0], expected[0]) and torch.equal(parts[1], expected[1])
 
 
 def test_a_rounded_product_is_that_of_the_eager_operation_but_for_its_last_bit(device: torch.device) -> None:

@@ -13,6 +13,7 @@ from lowrank_optim.ops.adam_direction import adam_direction
 from lowrank_optim.ops.adam_update import adam_update_
 from lowrank_optim.ops.fused_adam import fused_adam_, fused_adam_fits
 from lowrank_optim.ops.move_columns import move_columns_
+from lowrank_optim.ops.rounding import Positions
 from lowrank_optim.ops.row_norms import row_norms
 from lowrank_optim.optim.finite import zero_unless
 from lowrank_optim.optim.options import number
@@ -69,7 +70,7 @@ class Adam(Rule):
         dtype: torch.dtype | None = None,
     ) -> Tensor:  # fmt: skip
         """M / (sqrt(V) + eps) in ``dtype``, by default fp32 or wider; of zeros where the gradient is not ``ok``."""
-        if self._has_kernels(low, group):
+        if self._has_kernels(low, state, group):
             return self._by_kernel(low, state, group, norms, ok, dtype)
         low = zero_unless(ok, low)
         whole = "exp_avg.codes" not in state and not is_int4(state, "exp_avg")
@@ -83,7 +84,7 @@ class Adam(Rule):
     def add_direction_(self, target: Tensor, grad: Tensor, state: State, group: Group, *, alpha: Scalar) -> None:
         """target += alpha * direction(grad), without a temporary where torch has one kernel for all of it."""
         eps = self._eps(state, group)
-        if not self._has_kernels(grad, group) and self._may_fuse(group, eps):
+        if not self._has_kernels(grad, state, group) and self._may_fuse(group, eps):
             moments = [load_moment(state, key, grad.dtype) for key in MOMENT_KEYS]
             if fused_adam_fits(target, grad, *moments):
                 beta1, beta2 = group["betas"]
@@ -94,7 +95,7 @@ class Adam(Rule):
 
     def update_(self, weight: Tensor, grad: Tensor, state: State, group: Group, *, size: Scalar, decay: Scalar) -> bool:
         """One kernel for contiguous weights of at most 32 bits."""
-        if not (self._has_kernels(weight, group) and weight.is_contiguous()) or weight.dtype == torch.float64:
+        if not (self._has_kernels(weight, state, group) and weight.is_contiguous()) or weight.dtype == torch.float64:
             return False
         beta1, beta2 = group["betas"]
         rounding = group["weight_rounding"] if weight.dtype == torch.bfloat16 else "nearest"
@@ -147,11 +148,14 @@ class Adam(Rule):
         for key, moment in zip(MOMENT_KEYS, moments):
             store_moment_(state, key, moment)
 
-    def _has_kernels(self, low: Tensor, group: Group) -> bool:
+    def _has_kernels(self, low: Tensor, state: State, group: Group) -> bool:
         wide = low.dtype == torch.float64 or low.is_complex()
         if group["state_dtype"] == "int4" or (group["backend"] is None and wide):
             return False
-        return pick(adam_direction, group["backend"], low.device) is not adam_direction
+        if pick(adam_direction, group["backend"], low.device) is adam_direction:
+            return False
+        # They count elements through, whatever of other processes stands between two of them.
+        return not isinstance(position(state, low), Positions)
 
     def _may_fuse(self, group: Group, eps: Scalar) -> bool:
         return group["backend"] is None and not isinstance(eps, Tensor)
