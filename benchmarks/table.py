@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lowrank_optim
-from benchmarks import aot_table, launches, memory_7b, parameterizations_table
+from benchmarks import aot_table, launches, memory_7b, parameterizations_table, state_bytes
 from benchmarks.common import read_result
 from benchmarks.contestants import ARGUMENTS, own_names
 from benchmarks.gpu import table as gpu_table
@@ -30,6 +30,7 @@ NONE = "–"
 HEADER = (
     "optimizer",
     "state on LLaMA-7B, GB",
+    "state, bytes a parameter",
     "step / two GEMMs",
     "full-size tensors a step",
     "SVD / refresh",
@@ -66,10 +67,11 @@ def _state(name: str) -> str:
     return f"{estimate(job).by_category['optimizer'] / 1e9:.2f}"
 
 
-def _timed(row: Mapping[str, Any] | None) -> tuple[str, str]:
+def _timed(row: Mapping[str, Any] | None) -> tuple[str, str, str]:
     if row is None:
-        return NONE, NONE
-    return f"{row['to_floor']:.2f}", f"{row['full_size_temporaries']:.2g}"
+        return NONE, NONE, NONE
+    stored = state_bytes.cell(row["state_bytes_a_parameter"])
+    return stored, f"{row['to_floor']:.2f}", f"{row['full_size_temporaries']:.2g}"
 
 
 def _refresh(name: str, figures: Mapping[str, Any]) -> str:
@@ -91,7 +93,8 @@ def _caption(step: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     setting = f"{TIMED.replace('_', '-')}, rank {figures['rank']}, {figures['dtype']}, {device}"
     return "\n".join(
         (
-            f"State: weights in bf16, rank {PLANNED_RANK} where a rank can be chosen.",
+            f"State on LLaMA-7B: weights in bf16, rank {PLANNED_RANK} where a rank can be chosen.",
+            f"State a parameter: of the matrices that are timed, moments in {' / '.join(state_bytes.STORED)}.",
             f"Step: between refreshes, the projected matrices of {setting}, torch {step['versions']['torch']};",
             "two GEMMs = project the gradient, back-project into the weight; full-size tensors: created for a matrix.",
             "SVD / refresh: time of the exact SVDs over that of the default refresh.",

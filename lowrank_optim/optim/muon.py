@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from lowrank_optim.ops.newton_schulz import newton_schulz
 from lowrank_optim.optim.finite import zero_unless
-from lowrank_optim.optim.lifts.momentum import SCALINGS, update_scale
+from lowrank_optim.optim.lifts.momentum import SCALINGS, check_precision, update_scale
 from lowrank_optim.optim.options import Common, arguments, flag, number, one_of, positive_int
 from lowrank_optim.optim.parts import Group, Lift, Option, Parts, Slots, State, Step, Update, View
 from lowrank_optim.optim.rules.adam import CorrectedAdam
@@ -27,6 +27,9 @@ class Orthogonalized(Lift):
         "ns_steps": Option(positive_int, 5),
         "scaling": Option(one_of(*SCALINGS), "kimi"),
     }
+
+    def check(self, group: Group) -> None:
+        check_precision(group)
 
     def slots(self, view: View, shape: tuple[int, ...], group: Group) -> Slots:
         return moment_slots("momentum", shape, view.wide, group["state_dtype"], "elements")
@@ -72,8 +75,8 @@ class Muon(TwoRates):
             and decay fit (``match_rms_adamw`` in torch), "kj" sqrt(max(1, m/n)) (``original``), "dion" sqrt(m/n),
             "none" 1.
         adamw_lr: learning rate of AdamW while ``lr`` has its initial value; None is ``lr``.
-        common: stagger (without effect), state_dtype (of B too), weight_rounding, maximize, capturable, backend; see
-            :class:`lowrank_optim.optim.options.Common`.
+        common: stagger (without effect), state_dtype (of B too; "int4" is for AdamW alone), weight_rounding, maximize,
+            capturable, backend; see :class:`lowrank_optim.optim.options.Common`.
 
     Raises:
         ValueError: an argument out of range, or no parameters.

@@ -171,6 +171,10 @@ def test_a_zero_gradient_is_no_division_by_zero_and_the_gradient_is_left_alone()
     [
         ({"momentum": 1.0}, r"Invalid momentum: 1.0, expected a number in \[0, 1\)"),
         ({"nesterov": 2}, "Invalid nesterov: 2, expected one of True, False"),
+        (
+            {"state_dtype": "int4"},
+            "Invalid state_dtype: 'int4' for a momentum that is orthogonalised",
+        ),
         ({"ns_steps": 0}, "Invalid ns_steps: 0, expected a positive int"),
         ({"scaling": "original"}, "Invalid scaling: 'original', expected one of 'kj', 'dion', 'kimi', 'none'"),
     ],
@@ -178,3 +182,9 @@ def test_a_zero_gradient_is_no_division_by_zero_and_the_gradient_is_left_alone()
 def test_values_out_of_range_are_named(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Muon([nn.Parameter(torch.ones(8, 8))], **kwargs)
+
+
+def test_adamws_moments_may_have_4_bits() -> None:
+    p, embedding = nn.Parameter(torch.ones(8, 8)), nn.Parameter(torch.ones(64, 128))
+    optimizer = Muon([{"params": [p]}, {"params": [embedding], "rank": None, "state_dtype": "int4"}])
+    assert "exp_avg.nibbles" in optimizer.init_state(embedding, optimizer.param_groups[1])
