@@ -10,9 +10,17 @@ from torch import nn
 from benchmarks.common import held_bytes
 from benchmarks.contestants import Contestant
 from lowrank_optim.memory.estimate import init_state_
+from lowrank_optim.pretrain.llama import PRESETS
 
 # Moments, and what else ``state_dtype`` says, are stored so; bases have the dtype of the weights.
 STORED = ("float32", "bfloat16", "int8")
+
+
+def layer_shapes(model: str) -> list[torch.Size]:
+    """The weights of a layer that are projected: four of attention, two up, one down."""
+    shape = PRESETS[model]
+    sides = [(shape.hidden,) * 2] * 4 + [(shape.intermediate, shape.hidden)] * 2 + [(shape.hidden, shape.intermediate)]
+    return [torch.Size(pair) for pair in sides]
 
 
 def planned(one: Contestant, shapes: Sequence[torch.Size], rank: int, dtype: torch.dtype) -> dict[str, float]:

@@ -65,12 +65,11 @@ def problem(model: str, rank: int | None, device: torch.device, dtype: torch.dty
     """Random weights, and gradients with a decaying spectrum."""
     shape = PRESETS[model]
     rank = rank or RANKS.get(model) or shape.hidden // 4
-    attention, up, down = (shape.hidden,) * 2, (shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)
     if not rank * shape.intermediate < shape.hidden**2:
         raise ValueError(f"Invalid rank: {rank}, expected one below hidden² / intermediate, or nothing is compressed")
     random = torch.Generator().manual_seed(0)
     layer = []
-    for rows, columns in [attention] * 4 + [up] * 2 + [down]:
+    for rows, columns in state_bytes.layer_shapes(model):
         inner = min(rows, columns)
         left = torch.randn(rows, inner, generator=random) * torch.arange(1, inner + 1) ** -0.7
         layer.append(((left @ torch.randn(inner, columns, generator=random)) * 1e-3).to(device, dtype))

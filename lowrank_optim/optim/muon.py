@@ -35,18 +35,20 @@ class Orthogonalized(Lift):
         return moment_slots("momentum", shape, view.wide, group["state_dtype"], "elements")
 
     def update(self, step: Step, state: State, group: Group) -> Update:
-        beta = group["momentum"]
+        ahead = self._ahead(step, state, group)
+        rows, columns = ahead.shape[-2:]
+        tall = zero_unless(step.ok, ahead if rows >= columns else ahead.mT)
+        found = newton_schulz(tall, steps=group["ns_steps"], backend=group["backend"]).to(ahead.dtype)
+        found.mul_(update_scale(rows, columns, group["scaling"]))
+        return Update(full=found if rows >= columns else found.mT)
+
+    def _ahead(self, step: Step, state: State, group: Group) -> Tensor:
+        """What is orthogonalised, which is never what was rounded for the state."""
         before = load_moment(state, "momentum", step.grad.dtype)
         grad = step.grad.to(before.dtype)
-        mean = before.lerp(grad, 1 - beta)
-        ahead = mean.lerp(grad, 1 - beta) if group["nesterov"] else mean
-        # What is orthogonalised is never what was rounded for the state.
+        mean = before.lerp(grad, 1 - group["momentum"])
         replace_moment_(state, "momentum", mean, step.ok)
-        rows, columns = ahead.shape[-2:]
-        tall = ahead if rows >= columns else ahead.mT
-        found = newton_schulz(zero_unless(step.ok, tall), steps=group["ns_steps"], backend=group["backend"])
-        found = found.to(before.dtype) * update_scale(rows, columns, group["scaling"])
-        return Update(full=found if rows >= columns else found.mT)
+        return mean.lerp_(grad, 1 - group["momentum"]) if group["nesterov"] else mean
 
 
 class Muon(TwoRates):

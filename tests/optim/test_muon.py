@@ -14,6 +14,7 @@ from lowrank_optim import Muon, low_rank_groups
 from lowrank_optim.ops.blockwise import dequantize, quantize_
 from lowrank_optim.ops.newton_schulz import newton_schulz
 from tests.reference import muon as reference
+from tests.temporaries import CountTemporaries
 
 SHAPES = [(14, 9), (9, 14)]
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -123,6 +124,20 @@ def test_the_momentum_is_the_only_state(state_dtype: str, bytes_per_value: float
     state = Muon([p], state_dtype=state_dtype).init_state(p, {**Muon([p]).param_groups[0], "state_dtype": state_dtype})
     found = sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
     assert found == p.numel() * bytes_per_value
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (64, 96)], ids=str)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_momentum_and_iteration_make_two_full_size_tensors_each(shape: tuple[int, int], device: str) -> None:
+    """The mean, it over its norm, and two products; torch's makes seven."""
+    p = nn.Parameter(torch.ones(shape, device=device))
+    optimizer = Muon([p], weight_decay=0.1)
+    p.grad = torch.ones(shape, device=device)
+    optimizer.init_state(p, optimizer.param_groups[0])
+    with CountTemporaries(p.numel()) as count:
+        optimizer.step()
+    # Where the host does not look, the verdict masks what is stored and what is orthogonalised.
+    assert len(count.created) == (4 if device == "cpu" else 6), count.created
 
 
 @pytest.mark.parametrize(("state_dtype", "bound"), [("bfloat16", 0.02), ("int8", 0.1)])
