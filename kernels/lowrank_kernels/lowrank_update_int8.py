@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 import triton
@@ -235,23 +235,29 @@ def launch_options(dtype: torch.dtype | None, rank: int, *, gradient: bool) -> d
     return {**options, "BLOCK_M": 16, "num_stages": 1 if gradient else 2, "PRECISION": precision}
 
 
+# Dtype of the operands, None for no product, and the scales of the gradient.
+Kind: TypeAlias = tuple[torch.dtype | None, tuple[str, ...]]
+KINDS: list[Kind] = [
+    (torch.bfloat16, ()),
+    (torch.bfloat16, ROWS),
+    (torch.bfloat16, ROWS + COLUMNS),
+    (None, ROWS),
+    (None, COLUMNS),
+    (torch.float32, ROWS),
+]
+
+
 def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
-    return cases_of("lowrank_update_int8", lowrank_update_int8_kernel, launch_options, "*i8")
+    return cases_of("lowrank_update_int8", lowrank_update_int8_kernel, launch_options, "*i8", KINDS)
 
 
 def cases_of(
-    name: str, kernel: Any, tiles: Callable[..., dict[str, Any]], codes: str
+    name: str, kernel: Any, tiles: Callable[..., dict[str, Any]], codes: str, kinds: Sequence[Kind]
 ) -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
     """What Q-GaLore, Fira and APOLLO launch on LLaMA's matrices: label, kernel, signature, constants, options."""
     cases = []
-    for dtype, pointer, scales in [
-        (torch.bfloat16, "*bf16", ()),
-        (torch.bfloat16, "*bf16", ROWS),
-        (torch.bfloat16, "*bf16", ROWS + COLUMNS),
-        (None, "*bf16", ROWS),
-        (None, "*bf16", COLUMNS),
-        (torch.float32, "*fp32", ROWS),
-    ]:
+    for dtype, scales in kinds:
+        pointer = "*fp32" if dtype == torch.float32 else "*bf16"
         options = tiles(dtype, 256, gradient=bool(scales))
         launched = {name: options.pop(name) for name in ("num_warps", "num_stages")}
         constants: dict[str, object] = {
