@@ -39,11 +39,16 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 
 class Contestant(NamedTuple):
-    """``build`` takes parameters and a rank; ``arguments`` are what tells it from others of its class."""
+    """``build`` takes parameters, a rank and, of a class of this package, further arguments.
+
+    arguments: what tells it from others of its class.
+    own: whether the class is of this package.
+    """
 
     name: str
-    build: Callable[[Sequence[nn.Parameter], int], Optimizer]
+    build: Callable[..., Optimizer]
     arguments: Mapping[str, Any]
+    own: bool = False
 
 
 def contestants() -> Iterator[Contestant]:
@@ -52,7 +57,7 @@ def contestants() -> Iterator[Contestant]:
         variants = [ARGUMENTS.get(optimizer, {}), *(args for name, args in VARIANTS if name == optimizer)]
         for i, arguments in enumerate(variants):
             label = optimizer if i == 0 else f"{optimizer}({', '.join(f'{k}={v}' for k, v in arguments.items())})"
-            yield Contestant(label, _own(optimizer, arguments), arguments)
+            yield Contestant(label, _own(optimizer, arguments), arguments, own=True)
     for way in ("foreach", "fused"):
         yield Contestant(f"torch AdamW {way}", _torch_adamw(way), {way: True})
     yield Contestant("torch Muon", _torch_muon, {})
@@ -65,13 +70,13 @@ def own_names() -> list[str]:
     return low_rank_names()
 
 
-def _own(name: str, arguments: Mapping[str, Any]) -> Callable[[Sequence[nn.Parameter], int], Optimizer]:
-    def build(params: Sequence[nn.Parameter], rank: int) -> Optimizer:
+def _own(name: str, arguments: Mapping[str, Any]) -> Callable[..., Optimizer]:
+    def build(params: Sequence[nn.Parameter], rank: int, **more: Any) -> Optimizer:
         cls = getattr(lowrank_optim, name)
         common = {"rank": rank, "update_proj_gap": NEVER}
         accepted = inspect.signature(cls).parameters
         taken = {key: value for key, value in common.items() if key in accepted}
-        optimizer: Optimizer = cls(params, lr=LR, **{**taken, **arguments})
+        optimizer: Optimizer = cls(params, lr=LR, **{**taken, **arguments, **more})
         return optimizer
 
     return build

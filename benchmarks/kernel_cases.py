@@ -18,11 +18,12 @@ from lowrank_optim.ops.dct_select import dct_select
 from lowrank_optim.ops.gaussian import gaussian
 from lowrank_optim.ops.gram import gram
 from lowrank_optim.ops.int4 import dequantize_int4, group_count, packed_shape, quantize_int4_
-from lowrank_optim.ops.int8_weight import quantize_int8_weight_, scale_shape
 from lowrank_optim.ops.limited_scale import limited_scale
 from lowrank_optim.ops.lowrank_update import lowrank_update_
+from lowrank_optim.ops.lowrank_update_int4 import lowrank_update_int4_
 from lowrank_optim.ops.lowrank_update_int8 import lowrank_update_int8_
 from lowrank_optim.ops.move_columns import move_columns_
+from lowrank_optim.ops.quantized_weight import INT4, INT8, Format
 from lowrank_optim.ops.sddmm import sddmm
 from lowrank_optim.ops.sltrain import sltrain_weight
 from lowrank_optim.ops.support import draw_positions, empty_support, pack_
@@ -205,15 +206,25 @@ def _two_sided_update(size: Size, device: torch.device) -> Case:
     return _rescaled(size, device, *scales)
 
 
-def _lowrank_update_int8(size: Size, device: torch.device) -> Case:
+def _quantized_update(
+    size: Size, device: torch.device, stored: Format, operation: Callable[..., Any], **options: int
+) -> Case:
     m, n, r = size.rows, size.columns, size.rank
-    codes = torch.zeros(m, n, dtype=torch.int8, device=device)
-    scale = torch.zeros(scale_shape(m, n), device=device)
-    quantize_int8_weight_(codes, scale, _random(m, n, device=device))
+    codes = torch.zeros(stored.codes_shape(m, n), dtype=stored.dtype, device=device)
+    scale = torch.zeros(stored.scale_shape(m, n), device=device)
+    stored.quantize_(codes, scale, _random(m, n, device=device))
     tensors = {"codes": codes, "scale": scale, **_product(size, device)}
     moved = 2 * (codes.nbytes + scale.nbytes) + 2 * r * (m + n)
-    options = {"alpha": -0.03, "key": 5}
-    return Case(lowrank_update_int8_, tensors, options, moved, flops=2 * m * n * r, mutated=("codes", "scale"))
+    given = {"alpha": -0.03, "key": 5, **options}
+    return Case(operation, tensors, given, moved, flops=2 * m * n * r, mutated=("codes", "scale"))
+
+
+def _lowrank_update_int8(size: Size, device: torch.device) -> Case:
+    return _quantized_update(size, device, INT8, lowrank_update_int8_)
+
+
+def _lowrank_update_int4(size: Size, device: torch.device) -> Case:
+    return _quantized_update(size, device, INT4, lowrank_update_int4_, columns=size.columns, step=3)
 
 
 def _gaussian(size: Size, device: torch.device) -> Case:
@@ -289,4 +300,7 @@ MOST_USED = (
     _adam_direction, _adam8bit_direction, _lowrank_update, _rescaled_update, _rescaled_columns, _two_sided_update,
     _lowrank_update_int8, _gaussian, _adam_update, _limited_scale,
 )  # fmt: skip
-MAKERS = (*MOST_USED, _dequantize_int4, _dct_select, _move_columns, _gram, _square, _sltrain_weight, _sddmm)
+MAKERS = (
+    *MOST_USED, _lowrank_update_int4, _dequantize_int4, _dct_select, _move_columns, _gram, _square, _sltrain_weight,
+    _sddmm,
+)  # fmt: skip

@@ -8,7 +8,7 @@ model's size is allocated; a job takes a few minutes on one core. Writes ``resul
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,12 @@ from lowrank_optim.memory.job import Job
 from lowrank_optim.memory.simulate import simulate
 
 BEGIN = "<!-- table:memory_7b -->"
+
+CAPTION = (
+    "Simulated on tensors without data: 1 × 2048 tokens, per-layer updates, checkpointing, chunked loss; "
+    "GB = 10⁹ bytes.\n"
+    "Made by `python -m benchmarks.memory_7b` and `python -m benchmarks.table`."
+)
 
 # Model, optimizer, its arguments, weights, and the peak in GB that the job is to stay under.
 JOBS: list[tuple[str, str, dict[str, Any], str, float]] = [
@@ -73,15 +79,7 @@ def current() -> str:
         lines.append(
             f"| {model} | `{row['method']}` | {row['weights']} | {' | '.join(f'{size / 1e9:.2f}' for size in sizes)} |"
         )
-    return "\n".join([*lines, "", _caption(result)])
-
-
-def _caption(result: Mapping[str, Any]) -> str:
-    return (
-        "Simulated on tensors without data: 1 × 2048 tokens, per-layer updates, checkpointing, chunked loss; "
-        "GB = 10⁹ bytes.\n"
-        f"Made by `{result['command']}` and `python -m benchmarks.table`."
-    )
+    return "\n".join([*lines, "", CAPTION])
 
 
 if __name__ == "__main__":

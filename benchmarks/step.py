@@ -4,8 +4,9 @@
 
 writes ``results/step.json``: for every contestant the step time between refreshes (contestants take turns, so that a
 busy moment hits all), its ratio to the floor of two bare GEMMs (project, back-project into the weight) and to
-galore-torch, the state's bytes, and how many full-size tensors a step creates for a matrix. For GaLoreAdamW also a
-refresh of each kind, and the slowest step of a staggered run. What is held to a target is printed beside it.
+galore-torch, the state's bytes, those a parameter with moments of each dtype, and how many full-size tensors a step
+creates for a matrix. For GaLoreAdamW also a refresh of each kind, and the slowest step of a staggered run. What is held
+to a target is printed beside it.
 
 The published packages: ``pip install --no-deps --target .peers galore-torch==1.0 apollo-torch==1.0.3 fira==1.0.2`` and
 ``.peers`` on PYTHONPATH; who cannot be imported is left out.
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks import common
+from benchmarks import common, state_bytes
 from benchmarks.contestants import LR, Contestant, contestants, every_svd_once
 from benchmarks.targets import targets
 from lowrank_optim import GaLoreAdamW
@@ -64,12 +65,11 @@ def problem(model: str, rank: int | None, device: torch.device, dtype: torch.dty
     """Random weights, and gradients with a decaying spectrum."""
     shape = PRESETS[model]
     rank = rank or RANKS.get(model) or shape.hidden // 4
-    attention, up, down = (shape.hidden,) * 2, (shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)
     if not rank * shape.intermediate < shape.hidden**2:
         raise ValueError(f"Invalid rank: {rank}, expected one below hidden² / intermediate, or nothing is compressed")
     random = torch.Generator().manual_seed(0)
     layer = []
-    for rows, columns in [attention] * 4 + [up] * 2 + [down]:
+    for rows, columns in state_bytes.layer_shapes(model):
         inner = min(rows, columns)
         left = torch.randn(rows, inner, generator=random) * torch.arange(1, inner + 1) ** -0.7
         layer.append(((left @ torch.randn(inner, columns, generator=random)) * 1e-3).to(device, dtype))
@@ -139,11 +139,16 @@ def full_size_temporaries(work: Problem, optimizer: Optimizer) -> float:
 def measure_steps(work: Problem, everyone: Sequence[Contestant], budget: float) -> dict[str, Any]:
     running, left_out = start(work, everyone)
     turns: dict[str, Callable[[], None]] = {FLOOR: two_gemms(work)}
-    temporaries, state = {}, {}
+    temporaries, state, planned = {}, {}, {}
+    shapes, dtype = [p.shape for p in work.params], work.params[0].dtype
+    numel = sum(p.numel() for p in work.params)
     for one in running:
         name = one.contestant.name
         temporaries[name] = full_size_temporaries(work, one.optimizer)
         state[name] = common.held_bytes(one.optimizer.state, exclude=[*work.params, *work.grads])
+        as_it_is = {str(dtype).removeprefix("torch."): state[name] / numel}
+        own = one.contestant.own
+        planned[name] = state_bytes.planned(one.contestant, shapes, work.rank, dtype) if own else as_it_is
         turns[name] = one.step
     work.give_gradients()
     seconds = common.interleave(turns, work.device, budget=budget, least=LEAST)
@@ -155,6 +160,7 @@ def measure_steps(work: Problem, everyone: Sequence[Contestant], budget: float) 
             "to_floor": common.ratio(seconds[one.contestant.name], floor),
             "to_galore_torch": common.ratio(seconds[one.contestant.name], galore) if galore else None,
             "state_bytes": state[one.contestant.name],
+            "state_bytes_a_parameter": planned[one.contestant.name],
             "full_size_temporaries": temporaries[one.contestant.name],
         }
         for one in running
@@ -286,14 +292,15 @@ def sheet(model: str, figures: dict[str, Any]) -> str:
     floor = figures["floor_seconds"]["median"]
     lines = [
         f"{model}, rank {figures['rank']}, {figures['matrices']} matrices; two GEMMs {1e3 * floor:.1f} ms",
-        f"{'':52}{'ms':>9}{'/ GEMMs':>9}{'/ galore':>9}{'state MB':>10}{'full-size':>10}",
+        f"{'':52}{'ms':>9}{'/ GEMMs':>9}{'/ galore':>9}{'full-size':>10}  bytes of state a parameter, moments in "
+        f"{' / '.join(state_bytes.STORED)}",
     ]
     for name, row in figures["methods"].items():
         galore = row["to_galore_torch"]
         lines.append(
             f"{name:52}{1e3 * row['seconds']['median']:9.1f}{row['to_floor']:9.2f}"
-            f"{galore if galore is not None else float('nan'):9.2f}{row['state_bytes'] / 1e6:10.1f}"
-            f"{row['full_size_temporaries']:10.2f}"
+            f"{galore if galore is not None else float('nan'):9.2f}"
+            f"{row['full_size_temporaries']:10.2f}  {state_bytes.cell(row['state_bytes_a_parameter'])}"
         )
     for name, reason in figures["left_out"].items():
         lines.append(f"{name:52} left out: {reason}")

@@ -15,12 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import lowrank_optim
-from benchmarks import aot_table, distributed_table, elastic, launches, memory_7b, parameterizations_table, scaling
+from benchmarks import (
+    aot_table,
+    distributed_table,
+    elastic,
+    launches,
+    memory_7b,
+    parameterizations_table,
+    scaling,
+    state_bytes,
+)
 from benchmarks.common import read_result
-from benchmarks.contestants import ARGUMENTS, own_names
+from benchmarks.contestants import ARGUMENTS, contestants, own_names
 from benchmarks.gpu import table as gpu_table
 from lowrank_optim.memory.estimate import estimate
 from lowrank_optim.memory.job import Job
+from lowrank_optim.pretrain.build import DTYPES
 from lowrank_optim.pretrain.optimizers import accepted_arguments
 
 README = Path(__file__).parents[1] / "README.md"
@@ -30,6 +40,7 @@ NONE = "–"
 HEADER = (
     "optimizer",
     "state on LLaMA-7B, GB",
+    "state, bytes a parameter",
     "step / two GEMMs",
     "full-size tensors a step",
     "SVD / refresh",
@@ -48,12 +59,19 @@ def table(step: Mapping[str, Any], reference: Mapping[str, Any] | None) -> str:
     methods = figures["methods"]
     errors = reference["errors"] if reference else {}
     rows = [
-        [f"`{name}`", _state(name), *_timed(methods.get(name)), _refresh(name, figures), _distance(errors.get(name))]
+        [
+            f"`{name}`", _state(name), _stored(name, figures), *_timed(methods.get(name)), _refresh(name, figures),
+            _distance(errors.get(name)),
+        ]
         for name in own_names()
+    ]  # fmt: skip
+    rows += [
+        [label, state, _held(methods.get(name), figures), *_timed(methods.get(name)), NONE, NONE]
+        for name, label, state in (
+            ("torch AdamW fused", "`torch.optim.AdamW`, fused", _state("AdamW")),
+            *((name, name, NONE) for name in methods if name.split()[0] in ("galore-torch", "apollo-torch", "fira")),
+        )
     ]
-    rows.append(["`torch.optim.AdamW`, fused", _state("AdamW"), *_timed(methods.get("torch AdamW fused")), NONE, NONE])
-    peers = [name for name in methods if name.split()[0] in ("galore-torch", "apollo-torch", "fira")]
-    rows += [[name, NONE, *_timed(methods[name]), NONE, NONE] for name in peers]
     lines = [f"| {' | '.join(row)} |" for row in (HEADER, *rows)]
     return "\n".join([lines[0], f"|---{'|---:' * (len(HEADER) - 1)}|", *lines[1:], "", _caption(step, figures)])
 
@@ -64,6 +82,20 @@ def _state(name: str) -> str:
     args = {"rank": PLANNED_RANK} if free else {}
     job = Job(model=PLANNED, optimizer=name, optimizer_args=args)
     return f"{estimate(job).by_category['optimizer'] / 1e9:.2f}"
+
+
+def _stored(name: str, figures: Mapping[str, Any]) -> str:
+    """Bytes of state a parameter of the matrices that are timed, as they are planned now."""
+    one = next(one for one in contestants() if one.own and one.name == name)
+    shapes = state_bytes.layer_shapes(TIMED)
+    return state_bytes.cell(state_bytes.planned(one, shapes, figures["rank"], DTYPES[figures["dtype"]]))
+
+
+def _held(row: Mapping[str, Any] | None, figures: Mapping[str, Any]) -> str:
+    """The same of another package, as they were measured."""
+    if row is None:
+        return NONE
+    return f"{row['state_bytes'] / figures['weight_bytes'] * DTYPES[figures['dtype']].itemsize:.2f}"
 
 
 def _timed(row: Mapping[str, Any] | None) -> tuple[str, str]:
@@ -91,7 +123,8 @@ def _caption(step: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     setting = f"{TIMED.replace('_', '-')}, rank {figures['rank']}, {figures['dtype']}, {device}"
     return "\n".join(
         (
-            f"State: weights in bf16, rank {PLANNED_RANK} where a rank can be chosen.",
+            f"State on LLaMA-7B: weights in bf16, rank {PLANNED_RANK} where a rank can be chosen.",
+            f"State a parameter: of the matrices that are timed, moments in {' / '.join(state_bytes.STORED)}.",
             f"Step: between refreshes, the projected matrices of {setting}, torch {step['versions']['torch']};",
             "two GEMMs = project the gradient, back-project into the weight; full-size tensors: created for a matrix.",
             "SVD / refresh: time of the exact SVDs over that of the default refresh.",

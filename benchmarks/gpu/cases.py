@@ -61,7 +61,7 @@ def checks(device: torch.device) -> list[Check]:
     plain += [
         (f"{name}, {at}", MAKER[name], size, _same)
         for at, size in odd.items()
-        for name in (*UPDATES, "lowrank_update_int8")
+        for name in (*UPDATES, "lowrank_update_int8", "lowrank_update_int4")
     ]
     plain += [
         (f"{name}, {label}, {at}", MAKER[name], size, change)
@@ -139,8 +139,9 @@ def on_device(case: Case) -> Case:
     for key in ("alpha", "decay", "eps"):
         if key in options:
             options[key] = torch.tensor(options[key], device=device)
-    if "key" in options:
-        options["key"] = torch.tensor(options["key"], dtype=torch.int32, device=device)
+    for key in ("key", "step"):
+        if key in options:
+            options[key] = torch.tensor(options[key], dtype=torch.int32, device=device)
     return case._replace(options=options)
 
 
@@ -196,6 +197,7 @@ CHANGED: list[tuple[str, str, Change]] = [
     ("rescaled_update", "compensated, scalars on the device", lambda case: on_device(decayed(compensated(case)))),
     ("lowrank_update", "scalars on the device", lambda case: on_device(decayed(case))),
     ("lowrank_update_int8", "scalars on the device", lambda case: on_device(decayed(case))),
+    ("lowrank_update_int4", "scalars on the device", lambda case: on_device(decayed(case))),
     ("gaussian", "key on the device", lambda case: case._replace(options={**case.options, "key": _key(case)})),
     ("adam_direction", "random moments", with_moments),
     ("adam_direction", "bf16 moments", bf16_moments),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 import triton
@@ -12,8 +13,9 @@ from torch import Tensor
 from lowrank_kernels._support import FLOATING, cdiv, check_operand, check_scales, power_of_2
 from lowrank_kernels.lowrank_update import COLUMNS, ROWS, absent, gradient, halves, on_device, strides
 from lowrank_kernels.rounding import random_bits
-from lowrank_kernels.tiles import add_product, grouped_tile, rescaled
-from lowrank_optim.ops.int8_weight import GROUP, scale_shape
+from lowrank_kernels.tiles import grouped_tile, rescaled, tile_product
+from lowrank_optim.ops.int8_weight import GROUP
+from lowrank_optim.ops.quantized_weight import INT8, Format
 
 QUARTER = tl.constexpr(64)
 
@@ -111,20 +113,10 @@ def lowrank_update_int8_kernel(
     if GRAD_ALPHA_ON_DEVICE:
         grad_alpha = tl.load(grad_alpha).to(tl.float32)
 
-    product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    if left_ptr is not None:
-        steps, columns = tl.arange(0, BLOCK_K), first + tl.arange(0, BLOCK_N)
-        # Rows past the end are read from the start instead: no mask, and nobody looks at the result.
-        left = left_ptr + (rows % m)[:, None] * left_stride_m + steps[None, :] * left_stride_k
-        right = right_ptr + steps[:, None] * right_stride_k + (columns % n)[None, :] * right_stride_n
-        for k in range(0, rank, BLOCK_K):
-            inside = steps < rank - k
-            a = tl.load(left, mask=inside[None, :], other=0.0)
-            b = tl.load(right, mask=inside[:, None], other=0.0)
-            product = add_product(a, b, product, PRECISION)
-            left += BLOCK_K * left_stride_k
-            right += BLOCK_K * right_stride_k
-
+    product = tile_product(
+        left_ptr, right_ptr, rows, first + tl.arange(0, BLOCK_N), m, n, rank, left_stride_m, left_stride_k,
+        right_stride_n, right_stride_k, PRECISION, BLOCK_K,
+    )  # fmt: skip
     scale = scale_ptr + rows * tl.cdiv(n, BLOCK_N) + group
     step = tl.load(scale, mask=rows < m, other=0.0)
     left_half, right_half = halves(product * alpha)
@@ -164,22 +156,45 @@ def lowrank_update_int8_(
     """See ``lowrank_optim.ops.lowrank_update_int8``.
 
     Raises:
+        ValueError: as :func:`launch`.
+    """
+    launch(
+        lowrank_update_int8_kernel, INT8, launch_options, codes, scale, left, right, columns=codes.shape[1],
+        alpha=alpha, decay=decay, grad=grad, grad_alpha=grad_alpha, row_scale=row_scale, column_scale=column_scale,
+        key=key,
+    )  # fmt: skip
+
+
+def launch(
+    kernel: Any, stored: Format, tiles: Callable[..., dict[str, Any]], codes: Tensor, scale: Tensor,
+    left: Tensor | None, right: Tensor | None, *, columns: int, alpha: float | Tensor, decay: float | Tensor,
+    grad: Tensor | None, grad_alpha: float | Tensor, row_scale: Tensor | None, column_scale: Tensor | None,
+    **random: int | Tensor,
+) -> None:  # fmt: skip
+    """Check the operands of the update of a quantized weight (m, ``columns``) and launch its kernel.
+
+    Args:
+        stored: what the weight is stored as.
+        tiles: the ``launch_options`` of the kernel.
+        random: the last of the kernel's arguments that are no scalars of the update; each may be on the device.
+
+    Raises:
         ValueError: 2^31 elements or more, which a 32-bit counter cannot tell apart, or an operand of another shape,
             device or kind than the codes ask for.
     """
-    if codes.numel() >= 2**31:
-        raise ValueError(f"Invalid shape: {tuple(codes.shape)}, expected fewer than 2^31 elements")
-    if not codes.numel():
+    shape, device = torch.Size((codes.shape[0], columns)), codes.device
+    m, n = shape
+    if m * n >= 2**31:
+        raise ValueError(f"Invalid shape: {tuple(shape)}, expected fewer than 2^31 elements")
+    if not m * n:
         return
     if left is None or right is None:
         left = right = None
     if row_scale is None and column_scale is None:
         grad = None
-    shape, device = codes.shape, codes.device
-    m, n = shape
     rank = 0 if left is None else left.shape[1]
-    check_operand("codes", codes, shape, device, (torch.int8,))
-    check_operand("scale", scale, scale_shape(m, n), device, (torch.float32,))
+    check_operand("codes", codes, stored.codes_shape(m, n), device, (stored.dtype,))
+    check_operand("scale", scale, stored.scale_shape(m, n), device, (torch.float32,))
     check_operand("left", left, (m, rank), device, contiguous=False)
     check_operand("right", right, (n, rank), device, FLOATING if left is None else (left.dtype,), contiguous=False)
     check_operand("grad", grad, shape, device, contiguous=False)
@@ -187,12 +202,11 @@ def lowrank_update_int8_(
     one = row_scale is not None and len(row_scale) == 1
     row_scale, column_scale = (None if x is None else x.contiguous() for x in (row_scale, column_scale))
     alpha, decay, grad_alpha = (on_device(device, x) for x in (alpha, decay, grad_alpha))
-    options = launch_options(None if left is None else left.dtype, rank, gradient=grad is not None)
-    tiles = cdiv(m, options["BLOCK_M"]) * cdiv(n, GROUP)
-    lowrank_update_int8_kernel[(tiles,)](
-        codes, scale, left, right, grad, row_scale, column_scale, key, alpha, decay, grad_alpha, m, n, rank,
-        *strides(left)[-2:], *strides(right)[-2:], *strides(grad)[-2:],
-        ONE_ROW_SCALE=one, KEY_ON_DEVICE=isinstance(key, Tensor),
+    options = tiles(None if left is None else left.dtype, rank, gradient=grad is not None)
+    kernel[(cdiv(m, options["BLOCK_M"]) * cdiv(n, options["BLOCK_N"]),)](
+        codes, scale, left, right, grad, row_scale, column_scale, *random.values(), alpha, decay, grad_alpha, m, n,
+        rank, *strides(left)[-2:], *strides(right)[-2:], *strides(grad)[-2:], ONE_ROW_SCALE=one,
+        **{f"{name.upper()}_ON_DEVICE": isinstance(value, Tensor) for name, value in random.items()},
         ALPHA_ON_DEVICE=isinstance(alpha, Tensor), DECAY_ON_DEVICE=isinstance(decay, Tensor),
         GRAD_ALPHA_ON_DEVICE=isinstance(grad_alpha, Tensor), **options,
     )  # fmt: skip
@@ -221,35 +235,43 @@ def launch_options(dtype: torch.dtype | None, rank: int, *, gradient: bool) -> d
     return {**options, "BLOCK_M": 16, "num_stages": 1 if gradient else 2, "PRECISION": precision}
 
 
+# Dtype of the operands, None for no product, and the scales of the gradient.
+Kind: TypeAlias = tuple[torch.dtype | None, tuple[str, ...]]
+KINDS: list[Kind] = [
+    (torch.bfloat16, ()),
+    (torch.bfloat16, ROWS),
+    (torch.bfloat16, ROWS + COLUMNS),
+    (None, ROWS),
+    (None, COLUMNS),
+    (torch.float32, ROWS),
+]
+
+
 def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
+    return cases_of("lowrank_update_int8", lowrank_update_int8_kernel, launch_options, "*i8", KINDS)
+
+
+def cases_of(
+    name: str, kernel: Any, tiles: Callable[..., dict[str, Any]], codes: str, kinds: Sequence[Kind]
+) -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
     """What Q-GaLore, Fira and APOLLO launch on LLaMA's matrices: label, kernel, signature, constants, options."""
     cases = []
-    for dtype, pointer, scales in [
-        (torch.bfloat16, "*bf16", ()),
-        (torch.bfloat16, "*bf16", ROWS),
-        (torch.bfloat16, "*bf16", ROWS + COLUMNS),
-        (None, "*bf16", ROWS),
-        (None, "*bf16", COLUMNS),
-        (torch.float32, "*fp32", ROWS),
-    ]:
-        options = launch_options(dtype, 256, gradient=bool(scales))
-        launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    for dtype, scales in kinds:
+        pointer = "*fp32" if dtype == torch.float32 else "*bf16"
+        options = tiles(dtype, 256, gradient=bool(scales))
+        launched = {name: options.pop(name) for name in ("num_warps", "num_stages")}
         constants: dict[str, object] = {
             **options,
-            **dict.fromkeys([name for name in lowrank_update_int8_kernel.arg_names if "_ON_DEVICE" in name], False),
+            **dict.fromkeys([name for name in kernel.arg_names if "_ON_DEVICE" in name], False),
             "ONE_ROW_SCALE": False,
             **dict.fromkeys(("left_stride_k", "right_stride_k", "grad_stride_n"), 1),
             **absent(dtype is not None, scales),
         }
-        types = {"codes_ptr": "*i8", "scale_ptr": "*fp32"}
+        types = {"codes_ptr": codes, "scale_ptr": "*fp32"}
         types |= dict.fromkeys(("alpha", "decay", "grad_alpha"), "fp32")
         types |= dict.fromkeys(ROWS + COLUMNS, "*fp32")
         types |= dict.fromkeys(("left_ptr", "right_ptr", "grad_ptr"), pointer)
-        signature = {
-            name: "constexpr" if name in constants else types.get(name, "i32")
-            for name in lowrank_update_int8_kernel.arg_names
-        }
+        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
         operands = "" if dtype is None else f" {dtype} product".replace("torch.", "")
-        label = f"lowrank_update_int8{operands}{gradient(scales)}"
-        cases.append((label, lowrank_update_int8_kernel, signature, constants, launch))
+        cases.append((f"{name}{operands}{gradient(scales)}", kernel, signature, constants, launched))
     return cases

@@ -79,6 +79,28 @@ def add_product(a, b, total, PRECISION: tl.constexpr):
     return tl.dot(a, b, total, input_precision=PRECISION)
 
 
+@triton.jit
+def tile_product(
+    left_ptr, right_ptr, rows, columns, m, n, rank, left_stride_m, left_stride_k, right_stride_n, right_stride_k,
+    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """left rightᵀ for one tile; where ``left_ptr`` is None, zeros."""
+    product = tl.zeros((rows.shape[0], columns.shape[0]), dtype=tl.float32)
+    if left_ptr is not None:
+        steps = tl.arange(0, BLOCK_K)
+        # Rows past the end are read from the start instead: no mask, and nobody looks at the result.
+        left = left_ptr + (rows % m)[:, None] * left_stride_m + steps[None, :] * left_stride_k
+        right = right_ptr + steps[:, None] * right_stride_k + (columns % n)[None, :] * right_stride_n
+        for k in range(0, rank, BLOCK_K):
+            inside = steps < rank - k
+            a = tl.load(left, mask=inside[None, :], other=0.0)
+            b = tl.load(right, mask=inside[:, None], other=0.0)
+            product = add_product(a, b, product, PRECISION)
+            left += BLOCK_K * left_stride_k
+            right += BLOCK_K * right_stride_k
+    return product
+
+
 def aot_cases() -> list[object]:
     """None: these are parts of kernels."""
     return []

@@ -192,8 +192,7 @@ class Int8Linear(QuantizedLinear):
 class Int4Linear(QuantizedLinear):
     """:class:`QuantizedLinear` with two codes a byte, uint8 (m, ceil(n / 2)), and a scale for every 128 values.
 
-    The rounding of updates is what it costs: see :mod:`lowrank_optim.ops.int4_weight`. There is no Triton kernel for
-    it: on a GPU an update is a row of operations of torch.
+    The rounding of updates is what it costs: see :mod:`lowrank_optim.ops.int4_weight`.
     """
 
     format = INT4

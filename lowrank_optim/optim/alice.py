@@ -133,16 +133,8 @@ class TrackingAdam(Adam):
 class OtherAdamW(CorrectedAdam):
     """AdamW with betas of its own."""
 
+    betas = "adamw_betas"
     options = {"eps": Adam.options["eps"], "adamw_betas": Option(check_betas, (0.9, 0.999))}
-
-    def add_direction_(self, target: Tensor, grad: Tensor, state: State, group: Group, *, alpha: Scalar) -> None:
-        super().add_direction_(target, grad, state, {**group, "betas": group["adamw_betas"]}, alpha=alpha)
-
-    def update_(self, weight: Tensor, grad: Tensor, state: State, group: Group, *, size: Scalar, decay: Scalar) -> bool:
-        return super().update_(weight, grad, state, {**group, "betas": group["adamw_betas"]}, size=size, decay=decay)
-
-    def correction(self, step: int | Tensor, group: Group) -> Scalar:
-        return super().correction(step, {**group, "betas": group["adamw_betas"]})
 
 
 class Compensation(GrowthLimiter):

@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from lowrank_optim.ops.newton_schulz import newton_schulz
 from lowrank_optim.optim.finite import zero_unless
-from lowrank_optim.optim.lifts.momentum import SCALINGS, update_scale
+from lowrank_optim.optim.lifts.momentum import SCALINGS, check_precision, update_scale
 from lowrank_optim.optim.options import Common, arguments, flag, number, one_of, positive_int
 from lowrank_optim.optim.parts import Group, Lift, Option, Parts, Slots, State, Step, Update, View
 from lowrank_optim.optim.rules.adam import CorrectedAdam
@@ -28,22 +28,27 @@ class Orthogonalized(Lift):
         "scaling": Option(one_of(*SCALINGS), "kimi"),
     }
 
+    def check(self, group: Group) -> None:
+        check_precision(group)
+
     def slots(self, view: View, shape: tuple[int, ...], group: Group) -> Slots:
         return moment_slots("momentum", shape, view.wide, group["state_dtype"], "elements")
 
     def update(self, step: Step, state: State, group: Group) -> Update:
-        beta = group["momentum"]
+        ahead = self._ahead(step, state, group)
+        rows, columns = ahead.shape[-2:]
+        tall = zero_unless(step.ok, ahead if rows >= columns else ahead.mT)
+        found = newton_schulz(tall, steps=group["ns_steps"], backend=group["backend"]).to(ahead.dtype)
+        found.mul_(update_scale(rows, columns, group["scaling"]))
+        return Update(full=found if rows >= columns else found.mT)
+
+    def _ahead(self, step: Step, state: State, group: Group) -> Tensor:
+        """What is orthogonalised, which is never what was rounded for the state."""
         before = load_moment(state, "momentum", step.grad.dtype)
         grad = step.grad.to(before.dtype)
-        mean = before.lerp(grad, 1 - beta)
-        ahead = mean.lerp(grad, 1 - beta) if group["nesterov"] else mean
-        # What is orthogonalised is never what was rounded for the state.
+        mean = before.lerp(grad, 1 - group["momentum"])
         replace_moment_(state, "momentum", mean, step.ok)
-        rows, columns = ahead.shape[-2:]
-        tall = ahead if rows >= columns else ahead.mT
-        found = newton_schulz(zero_unless(step.ok, tall), steps=group["ns_steps"], backend=group["backend"])
-        found = found.to(before.dtype) * update_scale(rows, columns, group["scaling"])
-        return Update(full=found if rows >= columns else found.mT)
+        return mean.lerp_(grad, 1 - group["momentum"]) if group["nesterov"] else mean
 
 
 class Muon(TwoRates):
@@ -72,8 +77,8 @@ class Muon(TwoRates):
             and decay fit (``match_rms_adamw`` in torch), "kj" sqrt(max(1, m/n)) (``original``), "dion" sqrt(m/n),
             "none" 1.
         adamw_lr: learning rate of AdamW while ``lr`` has its initial value; None is ``lr``.
-        common: stagger (without effect), state_dtype (of B too), weight_rounding, maximize, capturable, backend; see
-            :class:`lowrank_optim.optim.options.Common`.
+        common: stagger (without effect), state_dtype (of B too; "int4" is for AdamW alone), weight_rounding, maximize,
+            capturable, backend; see :class:`lowrank_optim.optim.options.Common`.
 
     Raises:
         ValueError: an argument out of range, or no parameters.

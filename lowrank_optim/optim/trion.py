@@ -57,7 +57,7 @@ class Trion(TwoRates):
         basis, ell_norm, similarity: as in :class:`DCTAdamW`.
         update_proj_gap: updates between two selections, >= 1.
         adamw_lr: learning rate of AdamW while ``lr`` has its initial value; None is ``lr``.
-        common: stagger, state_dtype, weight_rounding, maximize, capturable, backend; see
+        common: stagger, state_dtype ("int4" is for AdamW alone), weight_rounding, maximize, capturable, backend; see
             :class:`lowrank_optim.optim.options.Common`.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import common, step
+from benchmarks import common, state_bytes, step
 from benchmarks.contestants import ARGUMENTS, VARIANTS, contestants, every_svd_once, own_names
 from benchmarks.targets import Target, targets
 from tests.optimizers import OPTIMIZERS
@@ -45,12 +45,28 @@ def test_every_public_optimizer_is_measured(tmp_path: Path) -> None:
     low = 4 * 4 * (4 * (2 * 128 * 32 + 128 * 32) + 3 * (2 * 352 * 32 + 128 * 32))
     assert methods["GaLoreAdamW"]["state_bytes"] == low
     assert methods["torch AdamW fused"]["state_bytes"] >= 2 * figures["weight_bytes"]
+    for row in (methods["GaLoreAdamW"], methods["torch AdamW fused"]):
+        a_parameter = row["state_bytes"] / (figures["weight_bytes"] / 4)
+        assert row["state_bytes_a_parameter"]["float32"] == pytest.approx(a_parameter)
     assert set(figures["refresh"]) == {"svd", "randomized", "power"}
     refreshed = figures["stagger"]["refreshed_parameters"]
     assert refreshed["slowest"] >= refreshed["median"]
     held = {target.name: target for target in targets(figures)}
     assert held["GaLoreAdamW / two GEMMs"].measured == methods["GaLoreAdamW"]["to_floor"]
     assert held["full-size tensors a matrix: GaLore"].met
+
+
+def test_planned_bytes_a_parameter() -> None:
+    chosen = {one.name: one for one in contestants() if one.own}
+    shapes = [torch.Size((256, 128)), torch.Size((128, 256))]
+    found = {
+        name: state_bytes.planned(chosen[name], shapes, 32, torch.float32) for name in ("GaLoreAdamW", "SinkGD", "Muon")
+    }
+    assert state_bytes.cell(found["SinkGD"]) == "0.00"
+    # Two moments (256, 32) and a basis (128, 32) of 256 x 128 values.
+    assert found["GaLoreAdamW"] == {"float32": 2.5, "bfloat16": 1.5, "int8": 0.5 + 2 * (1 + 4 / 256) * 32 / 128}
+    assert state_bytes.cell(found["Muon"]) == "4.00 / 2.00 / 1.02"
+    assert state_bytes.cell(None) == "–"
 
 
 def test_a_target_says_whether_it_is_met_and_what_two_gemms_would_measure() -> None:

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 
 def timed(to_floor: float) -> dict[str, Any]:
-    return {"to_floor": to_floor, "full_size_temporaries": 2.0}
+    return {"to_floor": to_floor, "full_size_temporaries": 2.0, "state_bytes": 4e6}
 
 
 STEP = {
@@ -24,6 +24,7 @@ STEP = {
         "llama_60m": {
             "rank": 128,
             "dtype": "fp32",
+            "weight_bytes": 2e6,
             "methods": {"GaLoreAdamW": timed(1.234), "torch AdamW fused": timed(0.5), "fira FiraAdamW": timed(3.0)},
             "refresh": {"power": {"svd_to_this": 31.7}},
         }
@@ -48,15 +49,16 @@ def test_the_readme_is_up_to_date() -> None:
 def test_a_row_an_optimizer_from_the_figures() -> None:
     text = table.table(STEP, {"errors": {"GaLoreAdamW": {"a": 3e-6, "b": 4e-6, "c": 9e-4}}})
     state, *rest = cells(text, "`GaLoreAdamW`")
-    assert rest == ["1.23", "2", "32", "4e-06 (9e-04)"]
+    # Two moments and a basis of rank 128 beside 512 x 512 and 1376 x 512 values.
+    assert rest == ["2.58 / 1.58 / 1.09", "1.23", "2", "32", "4e-06 (9e-04)"]
     adamw = cells(text, "`torch.optim.AdamW`, fused")
     # Two bf16 moments of 6.74 billion parameters.
-    assert adamw == ["26.95", "0.50", "2", "–", "–"]
+    assert adamw == ["26.95", "8.00", "0.50", "2", "–", "–"]
     assert 0 < float(state) < float(adamw[0])
-    assert cells(text, "fira FiraAdamW")[1] == "3.00"
+    assert cells(text, "fira FiraAdamW")[2] == "3.00"
     assert all(cells(text, f"`{name}`") for name in own_names())
     unmeasured = next(name for name in own_names() if name != "GaLoreAdamW")
-    assert cells(text, f"`{unmeasured}`")[1:3] == ["–", "–"]
+    assert cells(text, f"`{unmeasured}`")[2:4] == ["–", "–"]
 
 
 def test_only_what_stands_between_the_markers_is_replaced() -> None:

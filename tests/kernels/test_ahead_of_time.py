@@ -11,7 +11,8 @@ from pathlib import Path
 
 import lowrank_kernels
 import pytest
-from lowrank_kernels.compile import SHARED_LIMIT, Usage, cases, markdown
+from lowrank_kernels import compile as compile_
+from lowrank_kernels.compile import SHARED_LIMIT, Case, Usage, cases, markdown
 
 # Every thread keeps 64 values through a loop, and may have 32 registers.
 SPILLING = """
@@ -61,6 +62,21 @@ def test_no_kernel_spills_or_takes_too_much_shared_memory(chosen: tuple[str, ...
     assert {row.arch for row in rows} >= ({90} if chosen else {80, 89, 90})
     assert all(0 < row.registers <= 255 for row in rows)
     assert result.stdout.strip() == markdown(rows)
+
+
+def test_only_replaces_the_figures_of_these_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    # Which the command removes.
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(compile_, "cases", lambda: iter([Case(label, None, {}, {}, {}) for label in ("a one", "b")]))
+    monkeypatch.setattr(compile_, "usage", lambda case, arch, aligned: Usage(case.label, arch, aligned, 40, 0, 0))
+    old = [Usage(label, 90, aligned, 7, 0, 0)._asdict() for label in ("a one", "b") for aligned in (True, False)]
+    written = tmp_path / "aot.json"
+    written.write_text(json.dumps({"command": "of all", "kernels": {triton.__version__: old}}))
+    compile_.main(["--only", "a", "--arch", "90", "--json", str(written)])
+    found = json.loads(written.read_text())
+    rows = {(row["kernel"], row["registers"]) for row in found["kernels"][triton.__version__]}
+    assert rows == {("a one", 40), ("b", 7)} and found["command"] == "of all"
 
 
 def test_a_spill_is_an_error(tmp_path: Path) -> None:

@@ -61,6 +61,18 @@ def test_the_lasso_shrinks_the_rank_to_that_of_the_target() -> None:
     assert float(error) < 0.05
 
 
+def test_what_is_cut_is_next_to_nothing() -> None:
+    layer = Maestro(rank=4).build(7, 5)
+    with torch.no_grad():
+        layer.A[2:] *= 1e-3
+        layer.B[:, 2:] *= 1e-3
+    model = nn.Sequential(layer)
+    before, dropout = layer(torch.eye(7)), OrderedDropout(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    dropout.restart_()
+    assert layer.rank == 2
+    torch.testing.assert_close(layer(torch.eye(7)), before, rtol=0, atol=1e-6)
+
+
 def test_the_whole_width_is_a_low_rank_layer() -> None:
     layer, low = Maestro(rank=3).build(7, 5), LowRank(rank=3).build(7, 5)
     low.load_state_dict({"A": layer.A, "B": layer.B})

@@ -62,6 +62,15 @@ def test_the_first_step_is_adams(debias: str) -> None:
     torch.testing.assert_close(ours, trained(torch.optim.AdamW([params[1]], **options), params[1], grad))
 
 
+def test_a_matrix_that_is_no_larger_than_the_rank_gets_adamw() -> None:
+    grads, params = torch.randn(3, 14, 9), [nn.Parameter(torch.ones(14, 9)) for _ in range(2)]
+    options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1}
+    with pytest.warns(UserWarning, match="compresses no parameter"):
+        ours = LoRAPre([params[0]], rank=9, **options)
+    theirs = trained(torch.optim.AdamW([params[1]], **options), params[1], grads)
+    torch.testing.assert_close(trained(ours, params[0], grads), theirs)
+
+
 def product(state: dict[str, Any]) -> Tensor:
     factors: Tensor = state["exp_avg.left"] @ state["exp_avg.right"].mT
     return factors

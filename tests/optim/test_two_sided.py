@@ -93,6 +93,14 @@ def test_sinkhorn_knows_no_scale() -> None:
     left = torch.diag(10 ** torch.randn(14, dtype=torch.float64))
     torch.testing.assert_close(balanced(left @ matrix, 1), balanced(matrix, 1))
     torch.testing.assert_close(balanced(1e-25 * matrix.float(), 5), balanced(matrix.float(), 5), rtol=1e-4, atol=1e-5)
+    right = 10 ** torch.randn(9, dtype=torch.float64)
+    off = [float((balanced(matrix * right, k) - balanced(matrix, k)).abs().max()) for k in (1, 5, 60)]
+    assert off[0] > 0.1 and off[0] > off[1] > off[2] and off[2] < 1e-10
+    assert torch.equal(balanced(matrix[:, :1], 1), balanced(matrix[:, :1], 5))
+    torch.testing.assert_close(balanced(matrix[:, :1], 1), matrix[:, :1].sign())
+    # Noise is as long in one direction as a matrix of independent entries.
+    noise = balanced(torch.randn(200, 100), 5)
+    assert float(torch.linalg.matrix_norm(noise, 2)) == pytest.approx(200**0.5 + 100**0.5, rel=0.05)
     # Of rank one it leaves the signs.
     ones = torch.outer(torch.randn(14), torch.randn(9))
     torch.testing.assert_close(balanced(ones, 1), ones.sign())
@@ -122,6 +130,23 @@ def test_a_head_without_momentum_is_a_matrix() -> None:
             step_with(optimizer, p, torch.randn(14, 9, generator=torch.Generator().manual_seed(seed)))
         weights.append(p.detach())
     torch.testing.assert_close(*weights)
+
+
+def test_the_momentum_of_a_head_goes_on_after_a_resume() -> None:
+    def optimizer_of(p: nn.Parameter) -> SCALE:
+        return SCALE([("lm_head.weight", p), ("layers.1.weight", nn.Parameter(torch.ones(3, 3)))], lr=0.1)
+
+    whole, half = (nn.Parameter(torch.zeros(14, 9)) for _ in range(2))
+    grads = torch.randn(4, 14, 9)
+    one, other = optimizer_of(whole), optimizer_of(half)
+    for p, optimizer, some in ((whole, one, grads), (half, other, grads[:2])):
+        for grad in some:
+            step_with(optimizer, p, grad)
+    resumed = optimizer_of(half)
+    resumed.load_state_dict(other.state_dict())
+    for grad in grads[2:]:
+        step_with(resumed, half, grad)
+    assert torch.equal(whole, half)
 
 
 class Tied(nn.Module):

@@ -24,6 +24,18 @@ def update_scale(rows: int, columns: int, scaling: str) -> float:
     }[scaling]
 
 
+def check_precision(group: Group) -> None:
+    """Raise ValueError where a momentum that is orthogonalised would be stored in 4 bits.
+
+    Small singular values are raised to the size of the largest, and with them the rounding of these.
+    """
+    if group["rank"] is not None and group["state_dtype"] == "int4":
+        raise ValueError(
+            "Invalid state_dtype: 'int4' for a momentum that is orthogonalised, expected 'float32', 'bfloat16' or "
+            "'int8'; groups with rank=None may have 'int4'"
+        )
+
+
 class Momentum(Lift):
     """A momentum of which only the part that is used decays.
 
@@ -37,6 +49,9 @@ class Momentum(Lift):
         "momentum": Option(number(0.0, 1.0, high_open=True), 0.95),
         "scaling": Option(one_of(*SCALINGS), "kj"),
     }
+
+    def check(self, group: Group) -> None:
+        check_precision(group)
 
     def slots(self, view: View, shape: tuple[int, ...], group: Group) -> Slots:
         return moment_slots("momentum", shape, view.wide, group["state_dtype"], "elements")

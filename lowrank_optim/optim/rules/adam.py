@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -53,6 +53,8 @@ class Adam(Rule):
     elementwise = True
     masks = True
     rowwise = True
+    # The option that holds the decays of the two moments.
+    betas: ClassVar[str] = "betas"
     options = {"betas": Option(check_betas), "eps": Option(number())}
 
     def slots(self, shape: tuple[int, ...], view: View, group: Group, along: str | None) -> Slots:
@@ -87,7 +89,7 @@ class Adam(Rule):
         if not self._has_kernels(grad, state, group) and self._may_fuse(group, eps):
             moments = [load_moment(state, key, grad.dtype) for key in MOMENT_KEYS]
             if fused_adam_fits(target, grad, *moments):
-                beta1, beta2 = group["betas"]
+                beta1, beta2 = group[self.betas]
                 fused_adam_(target, grad, *moments, beta1=beta1, beta2=beta2, eps=float(eps), alpha=float(alpha))
                 self._store_(moments, state)
                 return
@@ -97,7 +99,7 @@ class Adam(Rule):
         """One kernel for contiguous weights of at most 32 bits."""
         if not (self._has_kernels(weight, state, group) and weight.is_contiguous()) or weight.dtype == torch.float64:
             return False
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = group[self.betas]
         rounding = group["weight_rounding"] if weight.dtype == torch.bfloat16 else "nearest"
         names = [f"{key}.{part}" for part in ("codes", "scale") for key in MOMENT_KEYS]
         stored = [state[name] for name in (names if names[0] in state else MOMENT_KEYS)]
@@ -110,7 +112,7 @@ class Adam(Rule):
         return True
 
     def _direction(self, low: Tensor, state: State, group: Group, norms: Tensor | None = None) -> Tensor:
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = group[self.betas]
         eps = self._eps(state, group)
         moments = [load_moment(state, key, low.dtype) for key in MOMENT_KEYS]
         if self._may_fuse(group, eps) and fused_adam_fits(low, *moments):
@@ -128,7 +130,7 @@ class Adam(Rule):
         dtype: torch.dtype | None,
     ) -> Tensor:  # fmt: skip
         """Kernels read moments as they are stored, and the verdict."""
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = group[self.betas]
         eps, told = self._eps(state, group), ok if isinstance(ok, Tensor) else None
         if "exp_avg.codes" in state:
             stored = [state[f"{key}.{part}"] for key in MOMENT_KEYS for part in ("codes", "scale")]
@@ -166,7 +168,7 @@ class Adam(Rule):
 
     def correction(self, step: int | Tensor, group: Group) -> Scalar:
         """sqrt(1 - beta2^t) / (1 - beta1^t)."""
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = group[self.betas]
         factor: Scalar = (1 - beta2**step) ** 0.5 / (1 - beta1**step)
         return factor
 
@@ -194,5 +196,5 @@ class CorrectedAdam(Adam):
     """
 
     def _eps(self, state: State, group: Group) -> Scalar:
-        eps: Scalar = group["eps"] * (1 - group["betas"][1] ** state["step"]) ** 0.5
+        eps: Scalar = group["eps"] * (1 - group[self.betas][1] ** state["step"]) ** 0.5
         return eps
