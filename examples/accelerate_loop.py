@@ -1,7 +1,7 @@
 """A loop of one's own with Accelerate: accumulation, clipping, and a saved state from which the bits are the same.
 
-Random tokens and a tiny LLaMA; the calls stay the same with a model, mixed precision and FSDP2 of yours. Updates within
-the backward pass (``lowrank_optim.step_in_backward``) take the place of ``accelerator.accumulate``, not of the rest.
+Random tokens and a tiny LLaMA. Updates within the backward pass (``lowrank_optim.step_in_backward``) would take the
+place of ``accelerator.accumulate``, clipping and ``optimizer.step``, and of nothing else.
 
     accelerate launch examples/accelerate_loop.py [8] [--save DIR] [--load DIR --first 4]
 """
@@ -27,15 +27,14 @@ def train(updates: int = 8, *, first: int = 0, save: Path | None = None, load: P
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
     )
-    # Groups are made of the model before it is prepared: Accelerate gives the optimizer what becomes of its parameters.
     optimizer = GaLoreAdamW(low_rank_groups(model, rank=8, update_proj_gap=3), lr=1e-2)
     scheduler = LambdaLR(optimizer, lambda update: min(1.0, (update + 1) / 4))
-    loader = DataLoader(torch.randint(128, (4 * 2 * updates, 16)), batch_size=4)
+    loader = DataLoader(torch.randint(128, (64, 16)), batch_size=4)
     model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
     if load:
         accelerator.load_state(load)
         loader = skip_first_batches(loader, 2 * first)
-    for batch in loader:
+    for _, batch in zip(range(2 * first, 2 * updates), loader):
         with accelerator.accumulate(model):
             loss = model(input_ids=batch, labels=batch).loss
             accelerator.backward(loss)

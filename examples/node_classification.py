@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from lowrank_optim import SSTAdamW, spectral_groups
 from lowrank_optim.nn import SST, convert
 
-NODES, COMMUNITIES, SIZE = 400, 4, 32
+NODES, KNOWN, COMMUNITIES, SIZE = 400, 40, 4, 32
 
 
 class Graph(NamedTuple):
-    """Features (NODES, SIZE), the normalized adjacency (NODES, NODES), and the community of every node."""
+    """Features (NODES, SIZE), the normalized adjacency (NODES, NODES), the community of every node."""
 
     features: Tensor
     adjacency: Tensor
@@ -44,15 +44,14 @@ def accuracy(graph: Graph, *, spectral: bool, steps: int = 100) -> float:
         convert(model, SST(rank=8), targets=("0", "1"), from_weight=True)
     groups = spectral_groups(model) if spectral else model.parameters()
     optimizer = SSTAdamW(groups, lr=3e-3, update_proj_gap=50) if spectral else torch.optim.AdamW(groups, lr=3e-3)
-    known = NODES // 10
     for _ in range(steps + 1):
         x = graph.features
         for layer in model:
             x = layer(graph.adjacency @ (x if layer is model[0] else x.relu()))
-        nn.functional.cross_entropy(x[:known], graph.labels[:known]).backward()
+        nn.functional.cross_entropy(x[:KNOWN], graph.labels[:KNOWN]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return float((x[known:].argmax(dim=1) == graph.labels[known:]).double().mean())
+    return float((x[KNOWN:].argmax(dim=1) == graph.labels[KNOWN:]).double().mean())
 
 
 if __name__ == "__main__":

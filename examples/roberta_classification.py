@@ -20,16 +20,16 @@ from transformers import RobertaConfig, RobertaForSequenceClassification
 import lowrank_optim
 
 PAD, LENGTH = 1, 48
+STDLIB = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
 
 
 def examples(count: int) -> tuple[Tensor, Tensor]:
     """``count`` lines as bytes (count, LENGTH), comments and statements in turn, and which of them are comments."""
-    stdlib = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    lines = [line.strip() for path in stdlib for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for path in STDLIB for line in path.read_text(encoding="utf-8").splitlines()]
     lines = [line for line in lines if 16 <= len(line) <= LENGTH and line.isascii()]
     comments = [line.lstrip("# ") for line in lines if line.startswith("# ")]
     code = [line for line in lines if line.startswith(("self.", "return ", "raise ", "def ", "if ", "for "))]
-    pairs = zip(*(random.Random(0).sample(some, count // 2) for some in (comments, code)))
+    pairs = zip(random.Random(0).sample(comments, count // 2), random.Random(0).sample(code, count // 2))
     rows = [list(line.encode().ljust(LENGTH, bytes([PAD]))) for pair in pairs for line in pair]
     return torch.tensor(rows), 1 - torch.arange(count) % 2
 
@@ -43,8 +43,7 @@ def accuracy(name: str, steps: int, batch: int = 16, lr: float = 3e-3) -> float:
     )  # fmt: skip
     model = RobertaForSequenceClassification(config)
     # The layers' matrices at rank 4; embeddings, norms, biases and the new classifier with full Adam.
-    groups = lowrank_optim.low_rank_groups(model, rank=4, update_proj_gap=50)
-    optimizer = getattr(lowrank_optim, name)(groups, lr=lr)
+    optimizer = getattr(lowrank_optim, name)(lowrank_optim.low_rank_groups(model, rank=4, update_proj_gap=50), lr=lr)
     rows, labels = examples(2000)
     for _ in range(steps):
         some = torch.randint(1600, (batch,))

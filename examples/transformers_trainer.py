@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -22,18 +23,19 @@ class PerLayerTrainer(PerLayer, Trainer):
     """A Trainer whose backward pass updates."""
 
 
-def train(folder: str, *, per_layer: bool = False, steps: int = 8, resume: bool = False) -> Trainer:
-    """Train on random tokens and return the Trainer."""
+def train(folder: str, *, per_layer: bool = False, steps: int = 8, resume: bool = False, **changes: Any) -> Trainer:
+    """Train on random tokens, with ``changes`` of the arguments, and return the Trainer."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
     )
-    rows = torch.randint(128, (46, 16), generator=torch.Generator().manual_seed(1))
-    args = TrainingArguments(
-        folder, max_steps=steps, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_grad_norm=1.0,
-        learning_rate=1e-2, adam_beta2=0.99, adam_epsilon=1e-6, weight_decay=0.1, warmup_steps=2,
-        logging_steps=1, save_steps=4, report_to=[], disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
-    )  # fmt: skip
+    rows = torch.randint(128, (42, 16), generator=torch.Generator().manual_seed(1))
+    settings: dict[str, Any] = {
+        "max_steps": steps, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_grad_norm": 1.0,
+        "learning_rate": 1e-2, "adam_beta2": 0.99, "adam_epsilon": 1e-6, "weight_decay": 0.1, "warmup_steps": 2,
+        "logging_steps": 1, "save_steps": 4, "report_to": [], "use_cpu": not torch.cuda.is_available(),
+    }  # fmt: skip
+    args = TrainingArguments(folder, **{**settings, **changes})
     trainer = (PerLayerTrainer if per_layer else Trainer)(
         model,
         args,
