@@ -7,7 +7,7 @@ import math
 import shutil
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import lowrank_optim
 from lowrank_optim import GaLoreAdafactor, GaLoreAdamW, LDAdamW, Muon, SSTAdamW, low_rank_groups, spectral_groups
+from lowrank_optim.integrations.transformers import PerLayer, trainer_optimizer
 from lowrank_optim.nn import SST, convert
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,8 +36,12 @@ def weights(model: nn.Module) -> list[Tensor]:
     return [param.detach().clone() for param in model.parameters()]
 
 
+def same_tensors(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 def same(one: nn.Module, other: nn.Module) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
+    return same_tensors(weights(one), weights(other))
 
 
 @pytest.fixture(autouse=True)
@@ -62,65 +67,100 @@ def test_node_classification() -> None:
     assert module.accuracy(graph, spectral=False, steps=30) > 0.5
 
 
-@pytest.fixture
-def trainer(tmp_path: Path) -> Any:
-    transformers = pytest.importorskip("transformers", reason="the bridge needs lowrank-optim[train]")
-
-    def make(cls: type, model: nn.Module, **options: Any) -> Any:
-        from lowrank_optim.integrations.transformers import trainer_optimizer
-
-        args = transformers.TrainingArguments(
-            str(tmp_path), learning_rate=3e-3, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-7, weight_decay=0.1,
-            report_to=[], use_cpu=True,
-        )  # fmt: skip
-        made = transformers.Trainer(
-            model, args, optimizer_cls_and_kwargs=trainer_optimizer(cls, args, **options), train_dataset=[]
-        )
-        made.create_optimizer()
-        return made
-
-    return make
-
-
-def test_training_arguments_arrive(trainer: Any) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    made = trainer(GaLoreAdamW, LlamaForCausalLM(LlamaConfig(**TINY)), rank=4)
-    optimizer = made.optimizer
-    for group in optimizer.param_groups:
-        assert (group["lr"], group["betas"], group["eps"]) == (3e-3, (0.8, 0.95), 1e-7)
-    decayed = [name for group in optimizer.param_groups if group["weight_decay"] for name in group["param_names"]]
-    assert sorted(decayed) == sorted(made.get_decay_parameter_names(made.model))
-    method = {row.name: row.method for row in optimizer.explain()}
-    assert method["model.layers.0.mlp.up_proj.weight"] != "full-rank"
-    assert {method[f"{name}.weight"] for name in ("model.embed_tokens", "lm_head", "model.norm")} == {"full-rank"}
+ARGUMENTS: dict[str, Any] = {
+    "learning_rate": 3e-3, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-7, "weight_decay": 0.1,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("cls", "options", "expected"),
     [
-        (GaLoreAdamW, {"rank": 4, "lr": 0.5, "eps": 1e-6}, {"lr": 0.5, "eps": 1e-6, "betas": (0.8, 0.95)}),
+        (GaLoreAdamW, {"rank": 4}, {"rank": 4, "lr": 3e-3, "eps": 1e-7, "betas": (0.8, 0.95), "weight_decay": 0.1}),
+        (GaLoreAdamW, {"lr": 0.5, "eps": 1e-6}, {"rank": 128, "lr": 0.5, "eps": 1e-6, "betas": (0.8, 0.95)}),
         (GaLoreAdafactor, {"rank": 4}, {"lr": 3e-3, "eps": (1e-30, 1e-3), "weight_decay": 0.1}),
         (LDAdamW, {"rank": 4, "groups": partial(low_rank_groups, targets="mlp")}, {"betas": (0.8, 0.95)}),
         (Muon, {}, {"lr": 3e-3, "weight_decay": 0.1}),
         (SSTAdamW, {"groups": spectral_groups}, {"lr": 3e-3, "eps": 1e-7, "weight_decay": 0.0}),
     ],
 )
-def test_methods_take_what_they_have(trainer: Any, cls: type, options: dict[str, Any], expected: Any) -> None:
+def test_arguments_of_the_trainer_arrive(cls: type, options: dict[str, Any], expected: dict[str, Any]) -> None:
     model = nn.Sequential(nn.Embedding(9, 12), nn.ModuleDict({"mlp": nn.Linear(12, 16)}), nn.LayerNorm(16))
     if cls is SSTAdamW:
         convert(model, SST(rank=4))
-    optimizer = trainer(cls, model, **options).optimizer
+    factory, kwargs = trainer_optimizer(cls, SimpleNamespace(**ARGUMENTS), **options)
+    # As the Trainer does it.
+    optimizer = factory()(model, **kwargs)
     assert type(optimizer) is cls
     assert {key: optimizer.param_groups[0][key] for key in expected} == expected
     # Of the embedding, and of the norm with the bias.
     assert [group["weight_decay"] for group in optimizer.param_groups[-2:]] == [0.1, 0.0]
-    assert optimizer.param_groups[-1]["param_names"] == ["1.mlp.bias", "2.weight", "2.bias"]
+    assert [group["param_names"] for group in optimizer.param_groups[-2:]] == [
+        ["0.weight"],
+        ["1.mlp.bias", "2.weight", "2.bias"],
+    ]
 
 
-def test_an_unknown_option_is_named(trainer: Any) -> None:
-    with pytest.raises(TypeError, match="rnak"):
-        trainer(GaLoreAdamW, nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), rnak=4)
+class FakeTrainer:
+    """The methods of a Trainer that PerLayer goes through."""
+
+    optimizer: Any = None
+    model: Any
+
+    def __init__(self, model: nn.Module, **arguments: Any) -> None:
+        self.model, self.logged = model, []
+        self.args = SimpleNamespace(fp16=False, gradient_accumulation_steps=2, max_grad_norm=0.0, **arguments)
+
+    def create_optimizer(self) -> Any:
+        if self.optimizer is None:
+            self.optimizer = GaLoreAdamW(low_rank_groups(self.model, targets="0", rank=2), lr=0.1)
+        return self.optimizer
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        loss = self.model(batch).square().sum()
+        loss.backward()
+        return loss.detach()
+
+    def log(self, logs: dict[str, float]) -> None:
+        self.logged.append(logs)
+
+
+def test_per_layer_updates_and_logs() -> None:
+    class Both(PerLayer, FakeTrainer):
+        pass
+
+    trainer = Both(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
+    trainer.create_optimizer()
+    # A second call to train() finds the optimizer and makes no second handle.
+    trainer.create_optimizer()
+    before = weights(trainer.model)
+    for count in (2, 1):
+        trainer.current_gradient_accumulation_steps = count
+        for number in range(count):
+            assert number == 0 or same_tensors(before, weights(trainer.model))
+            trainer.training_step(torch.randn(3, 4))
+        before, earlier = weights(trainer.model), before
+        assert not same_tensors(before, earlier)
+        assert all(param.grad is None for param in trainer.model.parameters())
+        trainer.log({"loss": 1.0, "grad_norm": 0.0})
+    trainer.log({"eval_loss": 1.0})
+    assert all(row["grad_norm"] > 0 for row in trainer.logged[:2]) and trainer.logged[2] == {"eval_loss": 1.0}
+
+
+@pytest.mark.slow
+def test_groups_decay_what_the_trainer_decays(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="the bridge needs lowrank-optim[train]")
+    models = [
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)),
+        transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**TINY)),
+    ]
+    for model in models:
+        args = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, **ARGUMENTS)
+        made = trainer_optimizer(GaLoreAdamW, args, rank=4)
+        trainer = transformers.Trainer(model, args, optimizer_cls_and_kwargs=made, train_dataset=[])
+        optimizer = trainer.create_optimizer()
+        decayed = [name for group in optimizer.param_groups if group["weight_decay"] for name in group["param_names"]]
+        assert sorted(decayed) == sorted(trainer.get_decay_parameter_names(model))
+        assert any(row.method != "full-rank" for row in optimizer.explain())
 
 
 @pytest.mark.slow

@@ -110,7 +110,7 @@ def requirements_of(*names: str) -> dict[str, metadata.Distribution]:
             # Of another platform or of an extra.
             continue
         needs = [need for need in found[name].requires or () if "extra ==" not in need]
-        waiting += [re.match(r"[\w.-]+", need)[0] for need in needs]  # type: ignore[index]
+        waiting += [re.match(r"[\w.-]+", need)[0] for need in needs]
     return found
 
 

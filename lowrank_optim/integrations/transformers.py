@@ -100,7 +100,7 @@ class PerLayer:
 
     Raises:
         TypeError: an optimizer of another package.
-        ValueError: ``fp16``, whose loss scaling a backward pass that updates cannot take back.
+        ValueError: ``fp16``, whose loss scaling needs all gradients at once.
 
     Not supported: DistributedDataParallel and DeepSpeed; see :func:`lowrank_optim.step_in_backward`.
     """
@@ -113,9 +113,7 @@ class PerLayer:
     def create_optimizer(self, *args: Any) -> Optimizer:
         """The Trainer's optimizer, attached to the backward pass."""
         if self.args.fp16:
-            raise ValueError(
-                "Invalid fp16: True with updates in the backward pass, which undo no scaling; use bf16=True"
-            )
+            raise ValueError("Invalid fp16: True, expected bf16=True: loss scaling needs all gradients at once")
         is_new = self.handle is None or self.optimizer is None
         optimizer: Any = super().create_optimizer(*args)  # type: ignore[misc]
         if is_new:
