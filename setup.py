@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -17,11 +18,16 @@ TRAIN = [
 
 PLOTS = "matplotlib>=3.9"
 
+ROOT = Path(__file__).parent
+# The one place of the version; importing it would need torch.
+SOURCE = (ROOT / "lowrank_optim" / "__init__.py").read_text(encoding="utf-8")
+VERSION = re.findall(r'^__version__ = "(.+)"$', SOURCE, re.MULTILINE)[0]
+
 setup(
     name="lowrank-optim",
-    version="0.1.0",
+    version=VERSION,
     description="Memory-efficient LLM pretraining: exact low-rank optimizers with torch.optim APIs",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
@@ -46,12 +52,15 @@ setup(
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
+            "setuptools>=77",
             # The CPU builds of torch bring none.
             "triton>=3.2; platform_system == 'Linux'",
             "types-PyYAML",
             "types-tqdm",
         ],
         "plots": [PLOTS],
+        # Beside `train`, for the examples of Lightning and PEFT; lowrank_optim.integrations needs transformers alone.
+        "integrations": ["lightning>=2.5", "peft>=0.14"],
         "peers": ["galore-torch==1.0", "apollo-torch==1.0.3", "fira==1.0.2"],
     },
     entry_points={
@@ -61,7 +70,11 @@ setup(
         ]
     },
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],

@@ -52,4 +52,4 @@ __all__ = [
     "spectral_groups",
     "step_in_backward",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -9,9 +9,9 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from lowrank_optim import __version__
 from lowrank_optim.cli import quiet  # noqa: F401
 from lowrank_optim.pretrain.config import UserError
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 when done, 2 for what the user can correct, 128 + signal when told to stop."""
     line = list(sys.argv[1:] if argv is None else argv)
     if line[:1] == ["--version"]:
-        print(f"{PROG} {installed_version()}")
+        print(f"{PROG} {__version__}")
         return 0
     command = line.pop(0) if line and line[0] in COMMANDS else "train"
     with warnings.catch_warnings():
@@ -46,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return int(end.code or 0)
         except UserError as error:
             print(f"{PROG}: error: {error}", file=sys.stderr)
+        except ModuleNotFoundError as error:
+            if str(error.name).startswith("lowrank_"):
+                raise
+            print(f"{PROG}: error: {error.name} is not installed: pip install 'lowrank-optim[train]'", file=sys.stderr)
         except BrokenPipeError:
             # Who reads has seen enough; nothing may be written at the end either.
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
@@ -56,14 +60,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{PROG}: interrupted; saved checkpoints are intact", file=sys.stderr)
             return 128 + signal.SIGINT
     return 2
-
-
-def installed_version() -> str:
-    """The version of the installed package."""
-    try:
-        return version("lowrank-optim")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 def say_warning(message: Warning | str, category: type[Warning], filename: str, *_: Any) -> None:

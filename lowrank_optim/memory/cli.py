@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from lowrank_optim import __version__
 from lowrank_optim.cli import quiet  # noqa: F401
-from lowrank_optim.cli.main import installed_version
 from lowrank_optim.memory import format, published
 from lowrank_optim.memory.compare import all_methods, compare, table, write_csv, write_html, write_png
 from lowrank_optim.memory.devices import STRATEGIES
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="lowrank-memory", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"lowrank-memory {installed_version()}")
+    parser.add_argument("--version", action="version", version=f"lowrank-memory {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, text: str, options: Sequence[str] = ()) -> Parser:

@@ -61,7 +61,8 @@ def step_in_backward(
 
     Args:
         optimizer: any of this package. Parameters that are unfrozen or added later are updated too.
-        accumulate: micro-batches an update. Divide their losses: gradients are added.
+        accumulate: micro-batches an update. Divide their losses: gradients are added. ``handle.accumulate = n`` between
+            two updates holds from the next one on, for instance where an epoch ends early.
         max_norm: clip gradients to this norm, or None. The norm of all gradients is not known before the last of them,
             when the first is gone, therefore:
         clip_by: "previous" scales every gradient by max_norm / max(norm of all at the update before, its own norm)

@@ -148,7 +148,7 @@ def _resolve(name: str) -> type[torch.optim.Optimizer]:
             return found
     absent = importlib.util.find_spec("bitsandbytes") is None
     if absent and (name.endswith(("8bit", "32bit")) or name.startswith("Paged")):
-        raise RuntimeError(f"{name} needs bitsandbytes, which is not installed: pip install bitsandbytes")
+        raise RuntimeError(f"{name} needs bitsandbytes, which is not installed: pip install 'lowrank-optim[train]'")
     own = ", ".join(_own_classes())
     raise ValueError(
         f"Invalid optimizer: {name!r}, expected {own} or a class of torch.optim or bitsandbytes.optim"

@@ -206,7 +206,7 @@ def summary(progress: Progress, loss: float, folder: Path, *, seconds: float) ->
     untrained = math.nan if progress.untrained_loss is None else perplexity_of(progress.untrained_loss)
     return "\n".join(
         [
-            f"validation perplexity {perplexity_of(loss):.2f}, untrained {untrained:.2f}",
+            f"validation perplexity {perplexity_of(loss):.2f}, before training {untrained:.2f}",
             f"{progress.step:,} updates, {progress.tokens:,} tokens, {duration(seconds)}",
             f"run folder {folder}",
         ]

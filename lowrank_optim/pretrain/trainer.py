@@ -377,7 +377,7 @@ class Trainer:
             raise UserError(f"Invalid dataset: {self.run.dataset} has no validation text")
         self._log({"eval_loss": result.loss, "perplexity": result.perplexity})
         step = self.progress.step
-        name = "untrained" if step == 0 else f"step {step}"
+        name = "before training" if step == 0 else f"step {step}"
         found = f"validation perplexity {result.perplexity:.2f} (loss {result.loss:.4f}, {result.tokens:,} tokens)"
         self.say(f"{name}: {found}")
         return result.loss

@@ -384,6 +384,19 @@ def test_miscounting_raises() -> None:
     train(model, handle, [ids])
 
 
+def test_an_update_of_fewer_micro_batches() -> None:
+    """The last one of an epoch, for instance."""
+    models = [Net().double(), Net().double()]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, counts in zip(models, ((2, 1, 2), (2, 2, 2))):
+        handle = step_in_backward(GaLoreAdamW(parameters(model), rank=4, update_proj_gap=1), accumulate=2)
+        for count, ids in zip(counts, batches(3)):
+            handle.accumulate = count
+            train(model, handle, [ids])
+    for p, q in zip(*map(parameters, models), strict=True):
+        torch.testing.assert_close(p, q)
+
+
 def test_removed_handle() -> None:
     model = Net()
     optimizer = GaLoreAdamW(parameters(model), rank=4)
