@@ -57,7 +57,7 @@ FIXED = (
     ),
     *("weight_decay", "grad_clip", "batch_size", "accumulate", "seed"),
     *("parameterization", "parameterization_args", "restarts", "restart_args", "per_layer", "weights"),
-    *("accumulate_dtype", "ranks"),
+    *("accumulate_dtype", "ranks", "graph_step"),
 )
 
 # What reading a damaged state.json raises.

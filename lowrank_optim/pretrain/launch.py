@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowrank_optim.ops import is_gpu
 from lowrank_optim.pretrain.cache import TEMPORARY
 from lowrank_optim.pretrain.config import Options, UserError, user_errors
 
@@ -75,6 +76,8 @@ def start_accelerator(options: Options, folder: Path) -> Accelerator:
             f"Invalid per_layer: True in {accelerator.num_processes} processes, where an update would come before the "
             "mean of their gradients; leave --per-layer out or start one process"
         )
+    if options.graph_step and not is_gpu(accelerator.device):
+        raise UserError(f"Invalid graph_step: True on {accelerator.device}, expected a CUDA device")
     if tracker:
         scalars = {k: v for k, v in vars(options).items() if isinstance(v, (int, float, str))}
         try:

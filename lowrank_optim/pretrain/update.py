@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowrank_optim.nn.restarts import Restart
+from lowrank_optim.optim.engine import LowRankOptimizer
+from lowrank_optim.optim.replay import ReplayedStep
 from lowrank_optim.pretrain import steps
 from lowrank_optim.pretrain.batches import Batch
-from lowrank_optim.pretrain.build import start_in_backward
+from lowrank_optim.pretrain.build import replays, start_in_backward
 from lowrank_optim.pretrain.config import Resolved
 from lowrank_optim.pretrain.schedule import build_schedule
 from lowrank_optim.pretrain.sizes import GradientBytes
@@ -83,6 +85,10 @@ class Updater:
             for p in trained:
                 p.register_post_accumulate_grad_hook(self.gradient_bytes.arrives)
         self.in_backward = start_in_backward(run, optimizer)
+        self.step: Callable[[], object] = optimizer.step
+        if replays(run, model):
+            assert isinstance(optimizer, LowRankOptimizer)
+            self.step = ReplayedStep(optimizer)
         if self.gradient_bytes:
             for p in trained:
                 p.register_post_accumulate_grad_hook(self.gradient_bytes.leaves)
@@ -132,9 +138,9 @@ class Updater:
             made = math.isfinite(loss_value) and math.isfinite(norm)
             if made:
                 # Updates that the backward pass has made are not made again.
-                self.optimizer.step()
+                self.step()
                 stepped()
-            self.optimizer.zero_grad()
+            self._free_gradients()
             self.schedule.step()
         return Update(loss_value, norm, lr, made)
 
@@ -155,7 +161,11 @@ class Updater:
     def _abandon(self) -> None:
         if self.in_backward is not None:
             self.in_backward.abandon()
-        self.optimizer.zero_grad()
+        self._free_gradients()
+
+    def _free_gradients(self) -> None:
+        # A graph reads them where they were.
+        self.optimizer.zero_grad(set_to_none=not self.run.graph_step)
 
     def _backward(self, batch: Batch, tokens: int) -> Tensor:
         with self.phase("forward"):
