@@ -84,6 +84,8 @@ class ReplayedStep:
 
     def _until_refresh(self) -> int:
         """Steps that come before the next refresh of any parameter; reads all counters from the device at once."""
+        # A state that was loaded brings its options.
+        self._check()
         rows = []
         for group in self.optimizer.param_groups:
             for p in group["params"]:
@@ -101,8 +103,6 @@ class ReplayedStep:
 
     def _capture(self) -> None:
         """Record the step without making it."""
-        # A state that was loaded brings its options.
-        self._check()
         groups = self.optimizer.param_groups
         rates = [group["lr"] for group in groups]
         device = groups[0]["params"][0].device

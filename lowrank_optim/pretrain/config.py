@@ -147,8 +147,8 @@ class Options:
     graph_step: bool = option(
         False,
         "optimizer",
-        "on CUDA: record the optimizer's step in a graph and replay it between refreshes, so that the host launches it in "
-        "one call; gradients then stay allocated (lowrank_optim optimizers only; not tried on a GPU so far)",
+        "on CUDA: record the optimizer's step in a graph and replay it between refreshes, so that the host launches it "
+        "in one call; gradients then stay allocated (lowrank_optim optimizers only; not tried on a GPU so far)",
     )
     restarts: str | None = option(
         None,
