@@ -25,6 +25,7 @@ from lowrank_optim.ops.lowrank_update_int8 import lowrank_update_int8_
 from lowrank_optim.ops.move_columns import move_columns_
 from lowrank_optim.ops.quantized_weight import INT4, INT8, Format
 from lowrank_optim.ops.sddmm import sddmm
+from lowrank_optim.ops.sketch import sketch
 from lowrank_optim.ops.sltrain import sltrain_weight
 from lowrank_optim.ops.support import draw_positions, empty_support, pack_
 from lowrank_optim.pretrain.llama import PRESETS
@@ -154,7 +155,7 @@ def _limited_scale(size: Size, device: torch.device) -> Case:
         "direction": direction,
     }
     options = {"gamma": 1.01, "inner": 0.25, "alpha": 0.25, "dtype": torch.bfloat16}
-    return Case(limited_scale, tensors, options, (4 + 4 + 2) * low.numel(), mutated=("update_norm",))
+    return Case(limited_scale, tensors, options, (4 + 4 + 2) * low.numel())
 
 
 def _dequantize_int4(size: Size, device: torch.device) -> Case:
@@ -232,6 +233,12 @@ def _gaussian(size: Size, device: torch.device) -> Case:
     return Case(gaussian, {}, options, 4 * size.columns * size.rank)
 
 
+def _sketch(size: Size, device: torch.device) -> Case:
+    grad = _random(size.rows, size.columns, device=device)
+    options = {"rank": size.rank, "key": 3, "scale": size.rank**-0.5}
+    return Case(sketch, {"grad": grad}, options, grad.nbytes + 2 * size.columns * size.rank + 4 * size.rows)
+
+
 def _dct_select(size: Size, device: torch.device) -> Case:
     # Norms so far apart that no order of a sum changes theirs.
     norms = torch.randperm(size.columns, device=device) + 1
@@ -298,7 +305,7 @@ def _sddmm(size: Size, device: torch.device) -> Case:
 # Those that most methods launch in every step, and the others.
 MOST_USED = (
     _adam_direction, _adam8bit_direction, _lowrank_update, _rescaled_update, _rescaled_columns, _two_sided_update,
-    _lowrank_update_int8, _gaussian, _adam_update, _limited_scale,
+    _lowrank_update_int8, _gaussian, _sketch, _adam_update, _limited_scale,
 )  # fmt: skip
 MAKERS = (
     *MOST_USED, _lowrank_update_int4, _dequantize_int4, _dct_select, _move_columns, _gram, _square, _sltrain_weight,

@@ -37,6 +37,20 @@ def cosine_and_sine(turns):
     return tl.where((quarter + 1) % 4 >= 2, -cosine, cosine), tl.where(quarter % 4 >= 2, -sine, sine)
 
 
+@triton.jit
+def draw(out_ptr, program, matrix, number, key, size, scale, half, BLOCK: tl.constexpr):
+    """A block of pairs of ``matrix``, which in the counter has another ``number``."""
+    one = program * BLOCK + tl.arange(0, BLOCK)
+    other = one + half
+    start = number * 2 * half
+    word = tl.full((BLOCK,), 0, tl.int32) + key
+    radius = scale * tl.sqrt(-2.0 * tl.log(uniform(one + start, word)))
+    cosine, sine = cosine_and_sine(uniform(other + start, word))
+    out_ptr += matrix.to(tl.int64) * size
+    tl.store(out_ptr + one, radius * cosine, mask=one < half)
+    tl.store(out_ptr + other, radius * sine, mask=other < size)
+
+
 @triton.jit(do_not_specialize=["key", "first"])
 def gaussian_kernel(
     out_ptr,  # (matrices, size) any floating dtype
@@ -49,19 +63,9 @@ def gaussian_kernel(
     BLOCK: tl.constexpr,
 ):
     if KEY_ON_DEVICE:
-        word = tl.load(key)
-    else:
-        word = key
+        key = tl.load(key)
     matrix = tl.program_id(1)
-    one = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    other = one + half
-    start = (first + matrix) * 2 * half
-    word = tl.full((BLOCK,), 0, tl.int32) + word
-    radius = scale * tl.sqrt(-2.0 * tl.log(uniform(one + start, word)))
-    cosine, sine = cosine_and_sine(uniform(other + start, word))
-    out_ptr += matrix.to(tl.int64) * size
-    tl.store(out_ptr + one, radius * cosine, mask=one < half)
-    tl.store(out_ptr + other, radius * sine, mask=other < size)
+    draw(out_ptr, tl.program_id(0), matrix, first + matrix, key, size, scale, half, BLOCK)
 
 
 def gaussian(
@@ -75,9 +79,7 @@ def gaussian(
     """
     size, matrices = rows * columns, math.prod(batch)
     half = (size + 1) // 2
-    if (first + matrices) * 2 * half >= 2**31 - BLOCK:
-        shape = (*batch, rows, columns)
-        raise ValueError(f"Invalid shape: {shape} from matrix {first} on, expected fewer than 2^31 - {BLOCK} elements")
+    check_counter((*batch, rows, columns), (first + matrices) * 2 * half)
     check_scalar("key", key, device, (torch.int32,))
     out = torch.empty(*batch, rows, columns, dtype=dtype, device=device)
     if out.numel():
@@ -85,6 +87,12 @@ def gaussian(
             out, key, first, size, scale, half, KEY_ON_DEVICE=isinstance(key, Tensor), BLOCK=BLOCK
         )
     return out
+
+
+def check_counter(shape: Sequence[int], end: int) -> None:
+    """Raise ValueError where the counter of the random bits, which has 32, would end past what a block may cross."""
+    if end >= 2**31 - BLOCK:
+        raise ValueError(f"Invalid shape: {tuple(shape)}, expected fewer than 2^31 - {BLOCK} elements in all")
 
 
 def aot_cases():

@@ -23,31 +23,18 @@ BLOCK = 1024
 # Of a matrix: each reads three numbers a row, so that more would read more than they write.
 PROGRAMS = 264
 
-_TICKETS: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def tickets(device: torch.device, matrices: int) -> Tensor:
-    """Zeros int32 (at least ``matrices``,), which a kernel leaves as zeros; kernels of one stream share them."""
-    # A fake tensor's device has no driver.
-    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    stream = torch.cuda.current_stream(device).cuda_stream if initialized else 0
-    found = _TICKETS.get((device, stream))
-    if found is None or found.numel() < matrices:
-        found = _TICKETS[device, stream] = torch.zeros(matrices, dtype=torch.int32, device=device)
-    return found
-
 
 @triton.jit
 def limited_scale_kernel(
     norms_ptr,  # (2, matrices, rows) fp32
     grad_norms_ptr,  # (matrices, rows) fp32
-    update_norm_ptr,  # (matrices,) fp32, modified in place
+    update_norm_ptr,  # (matrices,) fp32
     image_ptr,  # (matrices, rows) fp32, or None
     low_ptr,  # (matrices, rows, rank) fp32, or None
     direction_ptr,  # (matrices, rows, rank) fp32, or None
     scale_ptr,  # (matrices, rows) fp32, written
     left_ptr,  # (matrices, rows, rank), written; or None
-    tickets_ptr,  # (matrices,) int32, zeros before and after
+    kept_ptr,  # (matrices,) fp32, written where there is a limit; never update_norm itself, which all programs read
     rows,
     rank,
     inner,
@@ -101,6 +88,8 @@ def limited_scale_kernel(
         previous = tl.load(update_norm_ptr + matrix)
         growth = tl.maximum(found / ((previous + GUARD) * gamma), 1.0)
         growth = tl.where(previous > size * DEAD, growth, 1.0)
+        if program == 0:
+            tl.store(kept_ptr + matrix, tl.where(finite, found / growth, previous))
     factor = tl.where(finite, strength / growth, 0.0)
 
     for tile in range(program, tl.cdiv(rows, ROWS), programs):
@@ -125,14 +114,6 @@ def limited_scale_kernel(
                 rescaled = tl.where(scale[:, None] != 0, scale[:, None] * low_tile, 0.0)
                 left = alpha * tl.load(direction_ptr + at, mask=mask, other=0.0) - inner * rescaled
                 tl.store(left_ptr + at, round_to_nearest(left, left_ptr.dtype.element_ty), mask=mask)
-    if LIMITS:
-        # All programs must have read the previous norm: the last one to come here writes the new one.
-        tl.debug_barrier()
-        ticket = tl.atomic_add(tickets_ptr + matrix, 1)
-        if ticket == programs - 1:
-            tl.store(tickets_ptr + matrix, 0)
-            if finite:
-                tl.store(update_norm_ptr + matrix, found / growth)
 
 
 def limited_scale(
@@ -140,7 +121,7 @@ def limited_scale(
     seen: float | Tensor = 1.0, strength: float = 1.0, whole: bool = False, image: Tensor | None = None,
     low: Tensor | None = None, direction: Tensor | None = None, alpha: float = 1.0, dtype: torch.dtype | None = None,
     sums: Sums | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """See ``lowrank_optim.ops.limited_scale``; all in fp32 but ``left``, all contiguous; what other processes have a
     part of stays with torch.
 
@@ -168,16 +149,17 @@ def limited_scale(
     left = None if direction is None else torch.empty_like(direction, dtype=dtype)
     matrices = math.prod(batch)
     if not rows * matrices:
-        return scale, left
+        return scale, update_norm, left
+    kept = update_norm if gamma is None else torch.empty_like(update_norm)
     options = launch_options(rank)
     tiles = cdiv(rows, options["ROWS"])
     seen = on_device(device, seen)
     limited_scale_kernel[(1 if left is None else min(tiles, PROGRAMS), matrices)](
-        norms, grad_norms, update_norm, image, low, direction, scale, left, tickets(device, matrices), rows, rank,
-        inner, seen, strength, 1.0 if gamma is None else gamma, alpha, SEEN_ON_DEVICE=isinstance(seen, Tensor),
+        norms, grad_norms, update_norm, image, low, direction, scale, left, kept, rows, rank, inner,
+        seen, strength, 1.0 if gamma is None else gamma, alpha, SEEN_ON_DEVICE=isinstance(seen, Tensor),
         LIMITS=gamma is not None, WHOLE=whole, **options,
     )  # fmt: skip
-    return scale, left
+    return scale, kept, left
 
 
 def launch_options(rank: int) -> dict[str, Any]:
@@ -194,7 +176,7 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
         launch = {"num_warps": options.pop("num_warps")}
         constants: dict[str, object] = {"SEEN_ON_DEVICE": False, "LIMITS": True, "WHOLE": False, **options}
         constants |= dict.fromkeys(("image_ptr", *(() if rank else ("low_ptr", "direction_ptr", "left_ptr"))))
-        types = {"left_ptr": "*bf16", "tickets_ptr": "*i32", "rows": "i32", "rank": "i32"}
+        types = {"left_ptr": "*bf16", "rows": "i32", "rank": "i32"}
         signature = {
             name: "constexpr" if name in constants else types.get(name, "*fp32" if name.endswith("_ptr") else "fp32")
             for name in limited_scale_kernel.arg_names

@@ -85,7 +85,7 @@ def adamw_sizes(options: Options) -> list[Sizes]:
     dense: dict[str, Any] = {"parameterization": None, "parameterization_args": [], "weights": None}
     if options.optimizer == "AdamW":
         dense = {}
-    plain = replace(options, optimizer="AdamW", optimizer_args=[], per_layer=False, **dense)
+    plain = replace(options, optimizer="AdamW", optimizer_args=[], per_layer=False, graph_step=False, **dense)
     rows = [] if options.optimizer == "AdamW" else [plain]
     if options.dtype == "bf16":
         rows.append(replace(plain, optimizer="GaLoreAdamW", optimizer_args=["rank=none", "state_dtype=float32"]))

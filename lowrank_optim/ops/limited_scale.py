@@ -20,12 +20,12 @@ def limited_scale(
     seen: float | Tensor = 1.0, strength: float = 1.0, whole: bool = False, image: Tensor | None = None,
     low: Tensor | None = None, direction: Tensor | None = None, alpha: float = 1.0, dtype: torch.dtype | None = None,
     sums: Sums | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Scales f of the rows of an update f (G - inner R Pᴴ), and what is to be projected back beside f G::
 
         phi_i = ||N_i|| / (||R_i|| + 1e-8)             # ``whole``: ||N|| / (||R|| + 1e-8)
         x = seen ||phi (G - inner R Pᴴ)||              # row by row ||g||² - 2 inner ||r||² + inner² ||r Pᴴ||²
-        l = 1 / (max(x / (s + 1e-8), gamma) / gamma);  s = l x
+        l = 1 / (max(x / (s + 1e-8), gamma) / gamma);  new s = l x
         f = strength l phi
         left = alpha N - inner f R
 
@@ -37,7 +37,7 @@ def limited_scale(
     Args:
         norms: (2, ..., rows), of the rows of R and of N.
         grad_norms: (..., rows, 1), of the rows of G.
-        update_norm: s, (...,), 0 where there was none yet (modified in place).
+        update_norm: s, (...,), 0 where there was none yet.
         gamma: None for no limit.
         seen: a number or a 0-d tensor.
         image: ||r Pᴴ||² (..., rows, 1); None for ||r||², which it is for an orthonormal P.
@@ -46,7 +46,7 @@ def limited_scale(
         sums: where all of these are some rows of the whole.
 
     Returns:
-        f (..., rows, 1), and left, None without ``low``.
+        f (..., rows, 1), the new s (...,), and left, None without ``low``.
     """
     of_low, of_direction = norms.unsqueeze(-1)
     size = norm_of(of_direction, sums)
@@ -58,16 +58,16 @@ def limited_scale(
     found = (total if sums is None else sums.sum_(total)).sqrt_() * seen
     # A comparison is one operation on the device, isfinite() four.
     finite = (found < math.inf).all()
-    factor = torch.full_like(found, strength)
+    factor, kept = torch.full_like(found, strength), update_norm
     if gamma is not None:
         previous = update_norm.view(found.shape)
         growth = (found / ((previous + GUARD) * gamma)).clamp_min(1)
         growth = torch.where(previous > DEAD * size, growth, 1)
-        previous.copy_(torch.where(finite, found / growth, previous))
+        kept = torch.where(finite, found / growth, previous).view(update_norm.shape)
         factor.div_(growth)
     scale = torch.where(finite, phi * factor, 0)
     if low is None or direction is None:
-        return scale, None
+        return scale, kept, None
     left = direction.mul_(alpha)
     # A look costs nothing on the CPU.
     if low.device.type == "cpu" and not torch.compiler.is_compiling() and bool(finite):
@@ -75,7 +75,7 @@ def limited_scale(
     else:
         # Zero times NaN is NaN.
         left.sub_(torch.where(scale != 0, low * scale, 0), alpha=inner)
-    return scale, left if dtype is None else left.to(dtype)
+    return scale, kept, left if dtype is None else left.to(dtype)
 
 
 def norm_of(rows: Tensor, sums: Sums | None) -> Tensor:

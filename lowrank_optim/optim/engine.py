@@ -198,10 +198,14 @@ class LowRankOptimizer(PlannedOptimizer):
             is_scheduled = scheduled(state, group, plan.place)
             if not self.refresh(plan, grad, group, is_scheduled=is_scheduled):
                 return
-        basis = None
+        basis = of_grad = None
         if plan.layout is None and subspace.makes_basis(group):
             basis = subspace.basis(grad, state, group)
-        self._step_low(plan, param, self.project(plan, grad, group, basis), grad, group, ok, basis)
+        if plan.layout is None and plan.parts.lift.needs_norms and basis is None:
+            low, of_grad = subspace.project_and_measure(grad, state, group)
+        else:
+            low = self.project(plan, grad, group, basis)
+        self._step_low(plan, param, low, grad, group, ok, basis, of_grad)
 
     def project(self, plan: Plan, grad: Tensor, group: Group, basis: Tensor | None = None) -> Tensor:
         """The low-rank gradient, of which a process has all rows or, where the rule is content with them, its own.
@@ -220,11 +224,12 @@ class LowRankOptimizer(PlannedOptimizer):
 
     def _step_low(
         self, plan: Plan, param: Tensor, low: Tensor, grad: Tensor | None, group: Group,
-        ok: bool | Tensor | None = None, basis: Tensor | None = None,
+        ok: bool | Tensor | None = None, basis: Tensor | None = None, of_grad: Tensor | None = None,
     ) -> None:  # fmt: skip
         (subspace, rule, lift), state, layout = plan.parts, plan.state, plan.layout
         assert subspace is not None
-        of_grad = row_norms(grad) if lift.needs_norms and grad is not None else None
+        if of_grad is None and lift.needs_norms and grad is not None:
+            of_grad = row_norms(grad)
         if of_grad is not None and layout is not None and layout.split == "columns":
             of_grad = layout.shards.sum_(of_grad.square_()).sqrt_()
         if ok is None and of_grad is not None and not finite.host_looks(low.device):

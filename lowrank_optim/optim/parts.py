@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops.orthonormal import Sums
+from lowrank_optim.ops.row_norms import row_norms
 
 State: TypeAlias = dict[str, Any]
 Group: TypeAlias = dict[str, Any]
@@ -248,6 +249,10 @@ class Subspace(Part):
     def project(self, grad: Tensor, state: State, group: Group) -> Tensor:
         """The low-rank gradient, in fp32 or wider."""
         raise NotImplementedError
+
+    def project_and_measure(self, grad: Tensor, state: State, group: Group) -> tuple[Tensor, Tensor]:
+        """The low-rank gradient, and the norms of the rows of the gradient, (..., rows, 1)."""
+        return self.project(grad, state, group), row_norms(grad)
 
     def basis(self, like: Tensor, state: State, group: Group) -> Tensor:
         """The (..., d, rank) basis in the dtype of ``like``."""

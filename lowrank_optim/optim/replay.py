@@ -30,14 +30,12 @@ class ReplayedStep:
         optimizer: with ``capturable=True`` in every group, its parameters on one CUDA device.
 
     Raises:
-        ValueError: a group without ``capturable``.
+        ValueError: a group without ``capturable``, here or in a step.
     """
 
     def __init__(self, optimizer: LowRankOptimizer) -> None:
-        for group in optimizer.param_groups:
-            if not group["capturable"]:
-                raise ValueError(f"Invalid capturable: {group['capturable']}, expected True in every group to replay")
         self.optimizer = optimizer
+        self._check()
         # Steps until one refreshes.
         self._left = 0
         self._seen: tuple[Any, ...] | None = None
@@ -50,6 +48,11 @@ class ReplayedStep:
     def forget(self) -> None:
         """Drop the graph, and the memory that is reserved for it; call it after state was replaced by hand."""
         self._left, self._seen, self._captured, self._graph = 0, None, None, None
+
+    def _check(self) -> None:
+        for group in self.optimizer.param_groups:
+            if not group["capturable"]:
+                raise ValueError(f"Invalid capturable: {group['capturable']}, expected True in every group to replay")
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -81,6 +84,8 @@ class ReplayedStep:
 
     def _until_refresh(self) -> int:
         """Steps that come before the next refresh of any parameter; reads all counters from the device at once."""
+        # A state that was loaded brings its options.
+        self._check()
         rows = []
         for group in self.optimizer.param_groups:
             for p in group["params"]:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lowrank_optim.nn import quantize_weights
 from lowrank_optim.nn.restarts import Restart
+from lowrank_optim.ops import is_gpu
 from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.optim.in_backward import StepInBackward, step_in_backward
 from lowrank_optim.pretrain.config import QUANTIZED, Options, Resolved
@@ -83,6 +84,9 @@ def settle(
         raise ValueError(f"Invalid weights: 'bf16' with dtype={run.dtype!r}, expected 'int8', 'int4' or --dtype bf16")
     if run.fsdp and processes > 1:
         check_sharding(run)
+    for name, unfit in (("per_layer", run.per_layer), ("restarts", run.restarts != "none"), ("fsdp", run.fsdp)):
+        if run.graph_step and unfit:
+            raise ValueError(f"Invalid graph_step: True with {name}={getattr(run, name)!r}, expected one of the two")
     if run.weights in QUANTIZED and run.parameterization:
         raise ValueError(
             f"Invalid weights: {run.weights!r}, expected 'bf16' with the parameterization {run.parameterization}"
@@ -121,6 +125,8 @@ def build_network(run: Resolved, config: PreTrainedConfig, device: torch.device 
 def optimizer_for(run: Resolved, model: nn.Module) -> Optimizer:
     """The optimizer of a run over the parameters of its model; ``run.lr`` becomes the rate that it has."""
     args = parse_optimizer_args(run.optimizer_args)
+    if replays(run, model):
+        args["capturable"] = True
     if run.ranks and not run.parameterization:
         args["rank"] = read_ranks(run.ranks)
     optimizer = build_optimizer(run.optimizer, model, lr=run.lr, weight_decay=run.weight_decay, args=args)
@@ -128,8 +134,15 @@ def optimizer_for(run: Resolved, model: nn.Module) -> Optimizer:
         raise ValueError(
             f"Invalid weights: {run.weights!r} with {run.optimizer}, expected an optimizer of lowrank_optim"
         )
+    if run.graph_step and not isinstance(optimizer, LowRankOptimizer):
+        raise ValueError(f"Invalid graph_step: True with {run.optimizer}, expected an optimizer of lowrank_optim")
     run.lr = float(optimizer.param_groups[0]["lr"])
     return optimizer
+
+
+def replays(run: Resolved, model: nn.Module) -> bool:
+    """``--graph-step``, where there are CUDA graphs: what is simulated steps as usual."""
+    return run.graph_step and is_gpu(next(model.parameters()).device)
 
 
 def read_ranks(path: str | None) -> dict[str, int] | None:

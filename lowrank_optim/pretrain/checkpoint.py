@@ -64,7 +64,7 @@ FIXED = (
     ),
     *("weight_decay", "grad_clip", "batch_size", "accumulate", "seed"),
     *("parameterization", "parameterization_args", "restarts", "restart_args", "per_layer", "weights"),
-    *("accumulate_dtype", "ranks"),
+    *("accumulate_dtype", "ranks", "graph_step"),
 )
 
 # What follows the number of processes: their product with it stays.

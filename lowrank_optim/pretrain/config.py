@@ -144,6 +144,12 @@ class Options:
         "update each parameter during the backward pass and free its gradient at once; --accumulate then sums "
         "low-rank gradients where the method allows it (lowrank_optim optimizers only)",
     )
+    graph_step: bool = option(
+        False,
+        "optimizer",
+        "on CUDA: record the optimizer's step in a graph and replay it between refreshes, so that the host launches it "
+        "in one call; gradients then stay allocated (lowrank_optim optimizers only; not tried on a GPU so far)",
+    )
     restarts: str | None = option(
         None,
         "optimizer",

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowrank_optim.ops import is_gpu
 from lowrank_optim.pretrain.cache import TEMPORARY
 from lowrank_optim.pretrain.config import Options, UserError, user_errors
 
@@ -84,6 +85,8 @@ def start_accelerator(options: Options, folder: Path) -> Accelerator:
             f"Invalid number of processes: {started} were started and Accelerate sees {accelerator.num_processes}; "
             f"start them with torchrun --nproc_per_node {started}"
         )
+    if options.graph_step and not is_gpu(accelerator.device):
+        raise UserError(f"Invalid graph_step: True on {accelerator.device}, expected a CUDA device")
     if tracker:
         scalars = {k: v for k, v in vars(options).items() if isinstance(v, (int, float, str))}
         try:

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_optim.nn.restarts import Restart
+from lowrank_optim.optim.engine import LowRankOptimizer
+from lowrank_optim.optim.replay import ReplayedStep
 from lowrank_optim.optim.views import is_sharded
 from lowrank_optim.pretrain import steps
 from lowrank_optim.pretrain.batches import Batch
-from lowrank_optim.pretrain.build import start_in_backward
+from lowrank_optim.pretrain.build import replays, start_in_backward
 from lowrank_optim.pretrain.config import Resolved
 from lowrank_optim.pretrain.schedule import build_schedule
 from lowrank_optim.pretrain.sizes import GradientBytes
@@ -89,6 +91,10 @@ class Updater:
         # Sharded gradients are means over the processes when a hook sees them.
         copies = processes.num_processes > 1 and not any(is_sharded(p) for p in trained)
         self.in_backward = start_in_backward(run, optimizer, dist.group.WORLD if copies else None)
+        self.step: Callable[[], object] = optimizer.step
+        if replays(run, model):
+            assert isinstance(optimizer, LowRankOptimizer)
+            self.step = ReplayedStep(optimizer)
         if self.gradient_bytes:
             for p in trained:
                 p.register_post_accumulate_grad_hook(self.gradient_bytes.leaves)
@@ -138,9 +144,9 @@ class Updater:
             made = math.isfinite(loss_value) and math.isfinite(norm)
             if made:
                 # Updates that the backward pass has made are not made again.
-                self.optimizer.step()
+                self.step()
                 stepped()
-            self.optimizer.zero_grad()
+            self._free_gradients()
             self.schedule.step()
         return Update(loss_value, norm, lr, made)
 
@@ -161,7 +167,11 @@ class Updater:
     def _abandon(self) -> None:
         if self.in_backward is not None:
             self.in_backward.abandon()
-        self.optimizer.zero_grad()
+        self._free_gradients()
+
+    def _free_gradients(self) -> None:
+        # A graph reads them where they were.
+        self.optimizer.zero_grad(set_to_none=not self.run.graph_step)
 
     def _backward(self, batch: Batch, tokens: int) -> Tensor:
         with self.phase("forward"):

@@ -48,7 +48,7 @@ def test_as_the_eager_function(
         # The second step meets the norm that the first one left.
         for _ in range(2):
             sides = {"low": low.clone(), "direction": direction.clone()} if projects else {}
-            scale, left = operation(norms, grad_norms, update_norm, **options, **sides)
+            scale, update_norm, left = operation(norms, grad_norms, update_norm, **options, **sides)
         results.append((scale, update_norm, left))
     (scale, update_norm, left), (our_scale, our_norm, our_left) = results
     torch.testing.assert_close(our_scale, scale, rtol=1e-5, atol=1e-7)

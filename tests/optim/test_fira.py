@@ -48,15 +48,15 @@ def test_residual_norm_without_the_residual(dtype: torch.dtype, inner: float) ->
     low = grad @ basis
     norms = torch.stack([row_norms(low).view(-1), row_norms(torch.randn(40, 8, dtype=dtype)).view(-1)])
     found = torch.zeros((), dtype=norms.dtype)
-    phi, _ = limited_scale(norms, row_norms(grad), found, gamma=1.01, inner=inner)
+    phi, found, _ = limited_scale(norms, row_norms(grad), found, gamma=1.01, inner=inner)
     torch.testing.assert_close(phi.view(-1), norms[1] / (norms[0] + 1e-8))
     explicit = torch.linalg.vector_norm(phi * (grad - inner * low @ basis.mH))
     torch.testing.assert_close(found, explicit, rtol=2e-6, atol=0)
 
 
 def test_residual_norm_is_a_number_where_rounding_makes_more_inside_than_there_is() -> None:
-    found = torch.ones(())
-    limited_scale(torch.ones(2, 3), torch.full((3, 1), 1.0 - 1e-7), found, gamma=1.01, inner=1.0)
+    of_grad = torch.full((3, 1), 1.0 - 1e-7)
+    _, found, _ = limited_scale(torch.ones(2, 3), of_grad, torch.ones(()), gamma=1.01, inner=1.0)
     assert float(found) == 0
 
 

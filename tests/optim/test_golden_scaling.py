@@ -41,7 +41,7 @@ def test_published_trajectory_is_met(
         # Published sketches are N(0, 1/rank), (rank, n) on the right side and (m, rank) on the left one.
         return (sketch if sketch.shape == (d, rank) else sketch.T).clone() * (rank**0.5 * scale)
 
-    monkeypatch.setattr("lowrank_optim.optim.subspaces.random.gaussian", published_sketch)
+    monkeypatch.setattr("lowrank_optim.ops.sketch.gaussian", published_sketch)
     start, expected = golden_inputs[f"param/{shape}"], golden[f"param/{shape}"]
     golden_steps = list(range(0, golden_config["steps"], gap))
     p = nn.Parameter(torch.tensor(start))

@@ -45,10 +45,17 @@ class GrowthLimiter(Lift):
         return torch.where(finite, growth.reciprocal_(), 0)
 
     def limited(self, step: Step, state: State, group: Group, **options: Any) -> tuple[Tensor, Tensor | None]:
-        """:func:`lowrank_optim.ops.limited_scale.limited_scale` of this step."""
+        """Scales of rows and what is projected back: :func:`lowrank_optim.ops.limited_scale.limited_scale`."""
         assert step.norms is not None
         of_low, of_grad = step.norms
         operation = pick(limited_scale, group["backend"], of_low.device)
         if of_low.dtype != torch.float32 or torch.compiler.is_compiling():
             operation = limited_scale
-        return operation(of_low, of_grad, state["update_norm"], gamma=group["limiter_gamma"], sums=step.sums, **options)
+        gamma = group["limiter_gamma"]
+        scale, norm, left = operation(of_low, of_grad, state["update_norm"], gamma=gamma, sums=step.sums, **options)
+        if group["capturable"] or torch.compiler.is_compiling():
+            # A graph reads it where it was.
+            state["update_norm"].copy_(norm)
+        else:
+            state["update_norm"] = norm
+        return scale, left

@@ -8,7 +8,9 @@ from torch import Tensor
 from lowrank_optim.ops import pick
 from lowrank_optim.ops.gaussian import gaussian
 from lowrank_optim.ops.orthonormal import orthonormalize
+from lowrank_optim.ops.project import project
 from lowrank_optim.ops.rounding import mix_key
+from lowrank_optim.ops.sketch import sketch
 from lowrank_optim.optim.options import one_of
 from lowrank_optim.optim.parts import Group, Number, Option, Refresh, Scalar, Slot, Slots, State, View, Which
 from lowrank_optim.optim.state_storage import SALTS
@@ -82,6 +84,13 @@ class Gaussian(Drawn):
         rank = state["rank"]
         shape = (*like.shape[:-2], like.shape[-1], rank)
         return noise(shape, like, self.key(state), group, scale=rank**-0.5).to(like.dtype)
+
+    def project_and_measure(self, grad: Tensor, state: State, group: Group) -> tuple[Tensor, Tensor]:
+        """One kernel draws and measures, but nothing of more than 32 bits."""
+        operation = sketch if grad.dtype.itemsize > 4 else pick(sketch, group["backend"], grad.device)
+        rank = state["rank"]
+        basis, norms = operation(grad, rank, key=self.key(state), scale=rank**-0.5)
+        return project(grad, basis), norms
 
     def refresh(self, grad: Tensor, state: State, group: Group, which: Which) -> Refresh:
         """The next matrix."""

@@ -1,0 +1,104 @@
+"""Triton twin of ``lowrank_optim.ops.sketch``: one kernel, some of whose programs draw while the others take norms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowrank_kernels._support import cdiv, check_operand, check_scalar
+from lowrank_kernels.gaussian import BLOCK, check_counter, draw
+from lowrank_optim.ops.chunks import as_batch
+from lowrank_optim.ops.sketch import sketch as eager
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@triton.jit(do_not_specialize=["key"])
+def sketch_kernel(
+    grad_ptr,  # (matrices, rows, columns) any floating dtype
+    basis_ptr,  # (matrices, size), written
+    norms_ptr,  # (matrices, rows) fp32, written
+    key,  # an int32, or a pointer to one
+    size,
+    scale,  # what all random numbers are multiplied with
+    half,  # the pairs of Box and Muller
+    rows,
+    columns,
+    stride_e,
+    stride_row,
+    stride_column,
+    KEY_ON_DEVICE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    program, matrix = tl.program_id(0), tl.program_id(1)
+    drawing = tl.cdiv(half, BLOCK)
+    if program < drawing:
+        if KEY_ON_DEVICE:
+            word = tl.load(key)
+        else:
+            word = key
+        draw(basis_ptr, program, matrix, matrix, word, size, scale, half, BLOCK)
+    else:
+        row = (program - drawing) * ROWS + tl.arange(0, ROWS)
+        start = grad_ptr + matrix.to(tl.int64) * stride_e + row.to(tl.int64)[:, None] * stride_row
+        squares = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        for first in range(0, columns, COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
+            mask = (row < rows)[:, None] & (column < columns)[None, :]
+            grad = tl.load(start + column.to(tl.int64)[None, :] * stride_column, mask=mask, other=0.0).to(tl.float32)
+            squares += grad * grad
+        tl.store(norms_ptr + matrix * rows + row, tl.sqrt_rn(tl.sum(squares, axis=1)), mask=row < rows)
+
+
+def sketch(grad: Tensor, rank: int, *, key: int | Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """See ``lowrank_optim.ops.sketch``; of gradients of at most 32 bits.
+
+    Raises:
+        ValueError: a gradient of another dtype, or more random numbers than their counter can tell apart.
+    """
+    *batch, rows, columns = shape = grad.shape
+    device = grad.device
+    check_operand("grad", grad, shape, device, DTYPES, contiguous=False)
+    check_scalar("key", key, device, (torch.int32,))
+    if not grad.numel():
+        return eager(grad, rank, key=key, scale=scale)
+    basis = torch.empty(*batch, columns, rank, dtype=grad.dtype, device=device)
+    norms = torch.empty(*batch, rows, 1, dtype=torch.float32, device=device)
+    matrices = as_batch("grad", grad)
+    size = columns * rank
+    half = (size + 1) // 2
+    check_counter(basis.shape, len(matrices) * 2 * half)
+    options = launch_options(grad.stride(-1))
+    programs = cdiv(half, BLOCK) + cdiv(rows, options["ROWS"])
+    sketch_kernel[(programs, len(matrices))](
+        grad, basis, norms, key, size, scale, half, rows, columns, *matrices.stride(),
+        KEY_ON_DEVICE=isinstance(key, Tensor), BLOCK=BLOCK, **options,
+    )  # fmt: skip
+    return basis, norms
+
+
+def launch_options(stride_column: int) -> dict[str, Any]:
+    """Tiles of 2048 values, long in the direction in which memory runs."""
+    rows = 4 if stride_column == 1 else 32
+    return {"ROWS": rows, "COLUMNS": 2048 // rows, "num_warps": 4}
+
+
+def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
+    """Of a tall and of a wide gradient: label, kernel, signature, constants, options."""
+    cases: list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]] = []
+    for label, along in (("sketch, rows", "stride_column"), ("sketch, columns", "stride_row")):
+        options = launch_options(1 if along == "stride_column" else 2)
+        launch = {"num_warps": options.pop("num_warps")}
+        constants: dict[str, object] = {"KEY_ON_DEVICE": False, "BLOCK": BLOCK, along: 1, **options}
+        types = {"grad_ptr": "*bf16", "basis_ptr": "*bf16", "norms_ptr": "*fp32", "scale": "fp32"}
+        signature = {
+            name: "constexpr" if name in constants else types.get(name, "i32") for name in sketch_kernel.arg_names
+        }
+        cases.append((label, sketch_kernel, signature, constants, launch))
+    return cases
