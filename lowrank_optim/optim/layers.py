@@ -47,8 +47,8 @@ class LayerOptimizer(LowRankOptimizer):
         super().check_group(group)
         if group["rank"] is not None and any(is_sharded(p) for p in group["params"]):
             raise ValueError(
-                f"Invalid params: the {self.layer}s of {type(self).__name__} are split over processes, and its steps "
-                "need them whole; train them with DistributedDataParallel, or leave them out of fully_shard "
+                f"Invalid params: the layers of {type(self).__name__} are split over processes, and its steps need "
+                "them whole; train them with DistributedDataParallel, or leave them out of fully_shard "
                 "(ignored_params)"
             )
         if group["rank"] is not None and not self.is_layer(group["params"], group["rank"]):
