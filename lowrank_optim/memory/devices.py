@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowrank_optim.memory.estimate import init_state_, table_bytes
 from lowrank_optim.memory.simulate import layers_of, with_layers
@@ -61,7 +61,7 @@ class Footprint:
 
     Attributes:
         weights, gradients, optimizer: what it keeps.
-        gathered: whole parameters and gradients that FSDP2 holds beside them at the end of a backward pass.
+        gathered: whole parameters and gradients that FSDP2 holds beside them.
         model: moved for weights and gradients, under FSDP2 in every micro-batch, else in an update.
         low_rank: the same with :class:`lowrank_optim.distributed.LowRankAllReduce`, between refreshes.
         update: moved by the optimizer in every update.
@@ -114,15 +114,17 @@ def footprint(options: Options, devices: Devices) -> Footprint:
     return footprint_of(network, optimizer, config.num_hidden_layers, devices)
 
 
-def footprint_of(network: nn.Module, optimizer: torch.optim.Optimizer, layers: int, devices: Devices) -> Footprint:
+def footprint_of(network: Any, optimizer: torch.optim.Optimizer, layers: int, devices: Devices) -> Footprint:
     """:func:`footprint` of a model of ``layers`` layers, from one of a single layer on the meta device."""
     path = layers_of(network, 1)
-    count = {p: layers if name.startswith(f"{path}.") else 1 for name, p in network.named_parameters()}
+    inside = {p for name, p in network.named_parameters() if name.startswith(f"{path}.")}
+    count = {p: layers if p in inside else 1 for p in network.parameters()}
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     for p in count:
         p.grad = torch.empty_like(p, memory_format=torch.contiguous_format)
     init_state_(optimizer)
-    weights = gradients = gathered = 0
+    weights = gradients = 0
+    whole: dict[Tensor, int] = {}
     state = sum(table_bytes(optimizer).values())
     model, low_rank, update, refresh = Moved(), Moved(), Moved(), Moved()
     for p, times in count.items():
@@ -134,19 +136,31 @@ def footprint_of(network: nn.Module, optimizer: torch.optim.Optimizer, layers: i
         update, refresh = update.plus(once, times), refresh.plus(renewed, times)
         if devices.splits:
             # What is in no layer stays whole from the forward to the backward pass.
-            passes = 2 if times > 1 else 1
+            passes = 2 if p in inside else 1
             model = model.plus(Moved(0, passes * padded, padded), times)
-            gathered += GATHERED[times > 1] * padded
+            whole[p] = padded
         elif devices.number > 1:
             model = model.plus(Moved(p.nbytes), times)
             low_rank = low_rank.plus(Moved(low_rank_bytes(optimizer, p, groups[p])), times)
     gap = max((group.get("update_proj_gap", 1) for group in optimizer.param_groups), default=1)
+    layer = sum(size for p, size in whole.items() if p in inside)
+    head = whole.get(network.get_output_embeddings().weight, 0)
+    gathered = held_whole(sum(whole.values()) - layer, head, layer, devices.number)
     return Footprint(weights, gradients, state, gathered, model, low_rank, update, refresh, gap)
 
 
-# At the end of the backward pass FSDP2 holds what is in no layer as weights, gradients and the buffer of their sum; of
-# the layers, the buffer of the last one's.
-GATHERED = {False: 3, True: 1}
+def held_whole(outside: int, head: int, layer: int, number: int) -> int:
+    """Bytes that FSDP2 holds beside all parts of weights and gradients when it holds most.
+
+    Near the end of the backward pass, in the second layer: what is in no layer, with the gradient of the head; weights
+    and gradients of the layer, the gathered weights of the next one, and the gradients of the one before on their way.
+    Or after the last layer: what is in no layer, all of its gradients, and those of the layer on their way.
+
+    Args:
+        outside, head, layer: bytes of what is in no layer, of the head, and of one layer.
+    """
+    parts = outside // number
+    return max(outside + head + 4 * layer - 2 * layer // number - parts, 2 * outside + layer - parts)
 
 
 def part_of(param: Tensor, number: int) -> tuple[int, int]:
