@@ -39,16 +39,11 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 
 class Contestant(NamedTuple):
-    """``build`` takes parameters, a rank and, of a class of this package, further arguments.
-
-    arguments: what tells it from others of its class.
-    own: whether the class is of this package.
-    """
+    """``build`` takes parameters and a rank; ``arguments`` are what tells it from others of its class."""
 
     name: str
-    build: Callable[..., Optimizer]
+    build: Callable[[Sequence[nn.Parameter], int], Optimizer]
     arguments: Mapping[str, Any]
-    own: bool = False
 
 
 def contestants() -> Iterator[Contestant]:
@@ -57,7 +52,7 @@ def contestants() -> Iterator[Contestant]:
         variants = [ARGUMENTS.get(optimizer, {}), *(args for name, args in VARIANTS if name == optimizer)]
         for i, arguments in enumerate(variants):
             label = optimizer if i == 0 else f"{optimizer}({', '.join(f'{k}={v}' for k, v in arguments.items())})"
-            yield Contestant(label, _own(optimizer, arguments), arguments, own=True)
+            yield Contestant(label, built(optimizer, arguments), arguments)
     for way in ("foreach", "fused"):
         yield Contestant(f"torch AdamW {way}", _torch_adamw(way), {way: True})
     yield Contestant("torch Muon", _torch_muon, {})
@@ -70,13 +65,15 @@ def own_names() -> list[str]:
     return low_rank_names()
 
 
-def _own(name: str, arguments: Mapping[str, Any]) -> Callable[..., Optimizer]:
-    def build(params: Sequence[nn.Parameter], rank: int, **more: Any) -> Optimizer:
+def built(name: str, arguments: Mapping[str, Any]) -> Callable[[Sequence[nn.Parameter], int], Optimizer]:
+    """How an optimizer of this package is built."""
+
+    def build(params: Sequence[nn.Parameter], rank: int) -> Optimizer:
         cls = getattr(lowrank_optim, name)
         common = {"rank": rank, "update_proj_gap": NEVER}
         accepted = inspect.signature(cls).parameters
         taken = {key: value for key, value in common.items() if key in accepted}
-        optimizer: Optimizer = cls(params, lr=LR, **{**taken, **arguments, **more})
+        optimizer: Optimizer = cls(params, lr=LR, **{**taken, **arguments})
         return optimizer
 
     return build

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from benchmarks.common import held_bytes
-from benchmarks.contestants import Contestant
+from benchmarks.contestants import built
 from lowrank_optim.memory.estimate import init_state_
 from lowrank_optim.pretrain.llama import PRESETS
 
@@ -23,11 +24,14 @@ def layer_shapes(model: str) -> list[torch.Size]:
     return [torch.Size(pair) for pair in sides]
 
 
-def planned(one: Contestant, shapes: Sequence[torch.Size], rank: int, dtype: torch.dtype) -> dict[str, float]:
+def planned(
+    name: str, arguments: Mapping[str, Any], shapes: Sequence[torch.Size], rank: int, dtype: torch.dtype
+) -> dict[str, float]:
     """Bytes a parameter for each of :data:`STORED`, by the optimizer's own initialisation.
 
     Args:
-        one: an optimizer of this package.
+        name: of an optimizer of this package.
+        arguments: beside the rank.
         shapes: of the weights.
         rank: where the optimizer lets one choose.
         dtype: of the weights.
@@ -35,7 +39,7 @@ def planned(one: Contestant, shapes: Sequence[torch.Size], rank: int, dtype: tor
     found = {}
     for state_dtype in STORED:
         params = [nn.Parameter(torch.empty(shape, device="meta", dtype=dtype)) for shape in shapes]
-        optimizer = one.build(params, rank, state_dtype=state_dtype)
+        optimizer = built(name, {**arguments, "state_dtype": state_dtype})(params, rank)
         init_state_(optimizer)
         found[state_dtype] = held_bytes(optimizer.state) / sum(p.numel() for p in params)
     return found

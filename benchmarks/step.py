@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from benchmarks import common, state_bytes
-from benchmarks.contestants import LR, Contestant, contestants, every_svd_once
+from benchmarks.contestants import LR, Contestant, contestants, every_svd_once, own_names
 from benchmarks.targets import targets
 from lowrank_optim import GaLoreAdamW
 from lowrank_optim.optim.parts import Which
@@ -141,14 +141,13 @@ def measure_steps(work: Problem, everyone: Sequence[Contestant], budget: float) 
     turns: dict[str, Callable[[], None]] = {FLOOR: two_gemms(work)}
     temporaries, state, planned = {}, {}, {}
     shapes, dtype = [p.shape for p in work.params], work.params[0].dtype
-    numel = sum(p.numel() for p in work.params)
+    stored, numel = str(dtype).removeprefix("torch."), sum(p.numel() for p in work.params)
     for one in running:
         name = one.contestant.name
         temporaries[name] = full_size_temporaries(work, one.optimizer)
         state[name] = common.held_bytes(one.optimizer.state, exclude=[*work.params, *work.grads])
-        as_it_is = {str(dtype).removeprefix("torch."): state[name] / numel}
-        own = one.contestant.own
-        planned[name] = state_bytes.planned(one.contestant, shapes, work.rank, dtype) if own else as_it_is
+        if (own := name.partition("(")[0]) in own_names():
+            planned[name] = state_bytes.planned(own, one.contestant.arguments, shapes, work.rank, dtype)
         turns[name] = one.step
     work.give_gradients()
     seconds = common.interleave(turns, work.device, budget=budget, least=LEAST)
@@ -160,7 +159,8 @@ def measure_steps(work: Problem, everyone: Sequence[Contestant], budget: float) 
             "to_floor": common.ratio(seconds[one.contestant.name], floor),
             "to_galore_torch": common.ratio(seconds[one.contestant.name], galore) if galore else None,
             "state_bytes": state[one.contestant.name],
-            "state_bytes_a_parameter": planned[one.contestant.name],
+            # Of another package, as it is.
+            "state_bytes_a_parameter": planned.get(one.contestant.name, {stored: state[one.contestant.name] / numel}),
             "full_size_temporaries": temporaries[one.contestant.name],
         }
         for one in running

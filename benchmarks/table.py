@@ -26,7 +26,7 @@ from benchmarks import (
     state_bytes,
 )
 from benchmarks.common import read_result
-from benchmarks.contestants import ARGUMENTS, contestants, own_names
+from benchmarks.contestants import ARGUMENTS, own_names
 from benchmarks.gpu import table as gpu_table
 from lowrank_optim.memory.estimate import estimate
 from lowrank_optim.memory.job import Job
@@ -86,9 +86,8 @@ def _state(name: str) -> str:
 
 def _stored(name: str, figures: Mapping[str, Any]) -> str:
     """Bytes of state a parameter of the matrices that are timed, as they are planned now."""
-    one = next(one for one in contestants() if one.own and one.name == name)
-    shapes = state_bytes.layer_shapes(TIMED)
-    return state_bytes.cell(state_bytes.planned(one, shapes, figures["rank"], DTYPES[figures["dtype"]]))
+    shapes, dtype = state_bytes.layer_shapes(TIMED), DTYPES[figures["dtype"]]
+    return state_bytes.cell(state_bytes.planned(name, ARGUMENTS.get(name, {}), shapes, figures["rank"], dtype))
 
 
 def _held(row: Mapping[str, Any] | None, figures: Mapping[str, Any]) -> str:
