@@ -112,7 +112,8 @@ def gather(folder: Path, progress: Progress, update: Updater, skeleton: PreTrain
     Raises:
         UserError: a process cannot write its part; all of them raise it.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
     from lowrank_optim.optim.sharding import whole
 
@@ -131,7 +132,7 @@ def gather(folder: Path, progress: Progress, update: Updater, skeleton: PreTrain
         model.tie_weights()
     states, shards = _split(update.state_dict())
     try:
-        dcp.save(shards, storage_writer=dcp.HuggingFaceStorageWriter(str(into), save_distributed=True))
+        save_shards(shards, storage_writer=HuggingFaceStorageWriter(str(into), save_distributed=True))
     # One that knows the errors of all processes.
     except Exception as error:
         raise UserError(f"Cannot save checkpoint-{progress.step}: {_line(error)}") from error
@@ -157,11 +158,12 @@ def _join(states: dict[str, Any], path: Path, optimizer: Optimizer) -> dict[str,
     if not (path / SHARDS).is_dir():
         return states
     import torch.distributed as dist
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
     from lowrank_optim.optim.sharding import room_for
 
-    params = {}
+    params: dict[str, torch.Tensor] = {}
     for group in optimizer.param_groups:
         params.update(zip(group["param_names"], group["params"], strict=True))
     wanted, places = {}, {}
@@ -171,8 +173,8 @@ def _join(states: dict[str, Any], path: Path, optimizer: Optimizer) -> dict[str,
                 if isinstance(value, torch.Tensor) and value.is_meta:
                     wanted[f"{name}/{key}"] = room_for(value, params[name])
                     places[f"{name}/{key}"] = number, key
-    reader = dcp.HuggingFaceStorageReader(str(path / SHARDS))
-    dcp.load(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
+    reader = HuggingFaceStorageReader(str(path / SHARDS))
+    load_shards(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
     for name, (number, key) in places.items():
         states["optimizer"]["state"][number][key] = wanted[name]
     return states

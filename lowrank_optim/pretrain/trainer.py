@@ -370,7 +370,8 @@ class Trainer:
         )
         if self.sharded:
             # What an evaluation leaves gathered is not what the next update or load changes.
-            self.network.reshard()
+            network: Any = self.network
+            network.reshard()
         if result.stopped:
             raise self.stop.cause()
         if not result.tokens:

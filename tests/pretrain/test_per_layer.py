@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import pytest
 import torch
 import yaml
@@ -112,15 +111,6 @@ def test_what_does_not_go_together(
 ) -> None:
     assert run(line, tmp_path, *change) == 2
     assert message in capfd.readouterr().err
-
-
-def test_two_processes_are_refused(
-    line: list[str], tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(accelerate.Accelerator, "num_processes", 2)
-    assert run(line, tmp_path / "run") == 2
-    assert "Invalid per_layer: True in 2 processes" in capfd.readouterr().err
-    assert not (tmp_path / "run").exists()
 
 
 def test_bfloat16_models_are_built_as_rounded_float32_models() -> None:
