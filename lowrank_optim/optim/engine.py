@@ -82,7 +82,7 @@ class LowRankOptimizer(PlannedOptimizer):
                 key = None if torch.compiler.is_compiling() else self._key(group)
                 for p in group["params"]:
                     if p.grad is not None:
-                        self.update_param(p, p.grad, group, key, agreed.get(p))
+                        self.update_param(p, p.grad, group, key, agreed.get(p) if agreed else None)
             self._looks = False
 
     def _look(self) -> None:
