@@ -155,8 +155,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratio(values: Sequence[float], base: Sequence[float]) -> float:
-    """The median of the ratios within the rounds: what slows both at once cancels."""
-    return statistics.median(a / b for a, b in zip(values, base, strict=True))
+    """The median of the ratios within the rounds: what slows both at once cancels. ``base`` may have more rounds."""
+    return statistics.median(a / b for a, b in zip(values, base))
 
 
 def held_bytes(state: Any, exclude: Iterable[Tensor] = ()) -> int:

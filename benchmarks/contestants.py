@@ -39,11 +39,15 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 
 class Contestant(NamedTuple):
-    """``build`` takes parameters and a rank; ``arguments`` are what tells it from others of its class."""
+    """``build`` takes parameters and a rank; ``arguments`` are what tells it from others of its class.
+
+    once: its first step on the matrices of one layer stands for all: a step on all takes minutes.
+    """
 
     name: str
     build: Callable[[Sequence[nn.Parameter], int], Optimizer]
     arguments: Mapping[str, Any]
+    once: bool = False
 
 
 def contestants() -> Iterator[Contestant]:
@@ -55,7 +59,8 @@ def contestants() -> Iterator[Contestant]:
             yield Contestant(label, built(optimizer, arguments), arguments)
     for way in ("foreach", "fused"):
         yield Contestant(f"torch AdamW {way}", _torch_adamw(way), {way: True})
-    yield Contestant("torch Muon", _torch_muon, {})
+    # It multiplies in bf16, which most CPUs do not.
+    yield Contestant("torch Muon", _torch_muon, {}, once=True)
     for label, (module, cls, group, arguments) in PEERS.items():
         yield Contestant(label, _peer(module, cls, group, arguments), {**group, **arguments})
 

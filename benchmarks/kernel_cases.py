@@ -154,7 +154,7 @@ def _limited_scale(size: Size, device: torch.device) -> Case:
         "low": low,
         "direction": direction,
     }
-    options = {"gamma": 1.01, "inner": 0.25, "alpha": 0.25, "dtype": torch.bfloat16}
+    options = {"gamma": 1.01, "inner": 0.25, "back": 1.0, "dtype": torch.bfloat16}
     return Case(limited_scale, tensors, options, (4 + 4 + 2) * low.numel())
 
 

@@ -1,12 +1,13 @@
 """Launches and bytes of an optimizer's step on a GPU, and what it costs the host, without a GPU.
 
-    python -m benchmarks.launches [--host]
+    python -m benchmarks.launches
 
-writes ``results/launches.json``, from which ``benchmarks.table`` draws the table of docs/kernels.md. Launches:
+writes ``results/launches.json``, from which ``benchmarks.table`` draws the tables of docs/kernels.md. Launches:
 the step runs on fake CUDA tensors; calls of ATen that are neither views nor allocations are counted, and Triton's
-kernels are stubs that count. Bytes: of all tensors that a launch reads, or writes. Calls: of functions on the host, a
-matrix and step between refreshes. ``--host``: also its microseconds on tiny tensors, kernels stubbed, as on a GPU where
-the host looks at nothing; nothing of them is CUDA's own launch.
+kernels are stubs that count. Bytes: of all tensors that a launch reads, or writes. The host: calls of functions and
+microseconds of CPU time, a matrix and step between refreshes, on tiny tensors with kernels and graphs stubbed, as on a
+GPU where the host looks at nothing; nothing of them is CUDA's own launch. Beside them, as what no step can do without,
+the two products of GaLore.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ from lowrank_optim import nn as layers
 from lowrank_optim import ops
 from lowrank_optim.ops import blockwise
 from lowrank_optim.optim import finite
+from lowrank_optim.optim.replay import ReplayedStep
 from lowrank_optim.optim.subspaces import fixed_basis
 
 # Of what is neither a view nor an allocation, nor asks for a dtype or a profiler.
@@ -56,6 +58,8 @@ IN_PLACE = (
     *("codes_ptr", "matrix_ptr"),
 )
 NEVER = 10**9
+# Those of LLaMA-60M.
+MATRICES = 56
 
 
 Report = Callable[[str, int, int], None]
@@ -214,32 +218,41 @@ def as_on_a_gpu() -> Iterator[None]:
             torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
+class _Graph:
+    def replay(self) -> None:
+        pass
+
+
 @contextmanager
-def prepared(method: str, matrices: int, **options: Any) -> Iterator[Callable[[], object]]:
-    """A step between refreshes on tiny matrices, as on a GPU."""
-    with as_on_a_gpu():
+def prepared(method: str, matrices: int, *, replayed: bool = False) -> Iterator[Callable[[], object]]:
+    """A step between refreshes on tiny matrices, as on a GPU; ``replayed``: by a graph that is there already."""
+    graphs = [mock.patch.object(torch.cuda, "CUDAGraph", _Graph), mock.patch.object(torch.cuda, "graph", nullcontext)]
+    with as_on_a_gpu(), graphs[0], graphs[1]:
         params = [nn.Parameter(torch.zeros(16, 16)) for _ in range(matrices)]
         for p in params:
             p.grad = torch.zeros_like(p)
-        optimizer = getattr(lowrank_optim, method)(params, lr=1e-3, rank=4, update_proj_gap=NEVER, **options)
+        options = {"lr": 1e-3, "rank": 4, "update_proj_gap": NEVER, "capturable": replayed}
+        optimizer = getattr(lowrank_optim, method)(params, **options)
         for p in params:
             state = optimizer.plan_of(p, optimizer.param_groups[0]).state
-            state["step"], state["waiting"] = 1, 0
-        yield optimizer.step
+            state["step"], state["waiting"] = torch.tensor(1.0) if replayed else 1, 0
+        step = ReplayedStep(optimizer) if replayed else optimizer.step
+        for _ in range(3):
+            step()
+        yield step
 
 
-def host_seconds(method: str, *, steps: int = 20, matrices: int = 56, **options: Any) -> float:
+def host_seconds(method: str, *, steps: int = 20, matrices: int = MATRICES, replayed: bool = False) -> float:
     """CPU time of a step a matrix, the median of some steps."""
-    with prepared(method, matrices, **options) as step:
+    with prepared(method, matrices, replayed=replayed) as step:
         return _median(step, steps) / matrices
 
 
-def host_calls(method: str, **options: Any) -> float:
+def host_calls(method: str, *, replayed: bool = False) -> float:
     """Calls of functions, Python's and torch's, that a matrix more adds to a step: host time that no load changes."""
 
     def calls(matrices: int) -> int:
-        with prepared(method, matrices, **options) as step:
-            step()
+        with prepared(method, matrices, replayed=replayed) as step:
             found = 0
 
             def count(frame: Any, event: str, argument: Any) -> None:
@@ -256,8 +269,8 @@ def host_calls(method: str, **options: Any) -> float:
     return (calls(9) - calls(1)) / 8
 
 
-def floor_seconds(*, steps: int = 20, matrices: int = 56) -> float:
-    """CPU time of the two products alone, which is what a GaLore step cannot do without."""
+def floor_seconds(*, steps: int = 20, matrices: int = MATRICES) -> float:
+    """CPU time of the two products of GaLore alone."""
     weight, basis = torch.zeros(16, 16), torch.zeros(16, 4)
 
     def run() -> None:
@@ -268,8 +281,7 @@ def floor_seconds(*, steps: int = 20, matrices: int = 56) -> float:
 
 
 def _median(call: Callable[[], object], steps: int) -> float:
-    for _ in range(3):
-        call()
+    call()
     seconds = []
     for _ in range(steps):
         start = time.process_time()
@@ -292,16 +304,24 @@ def table(figures: Mapping[str, Any]) -> str:
         moved, moments = (row[key] / row["values"] for key in ("moved", "moments"))
         names = ", ".join(row["launches"])
         lines.append(f"| {row['name']} | {len(row['launches'])} | {moved:.1f} | {moments:.2g} | {names} |")
-    calls = ", ".join(f"{method} {count:.0f}" for method, count in figures["calls"].items())
-    return "\n".join(
-        (
-            *lines,
-            "",
-            f"Between refreshes; weights in bf16, {MATRIX[0]} x {MATRIX[1]} if nothing else is said, rank 256.",
-            f"Calls of functions on the host, a matrix: {calls}.",
-            f"Made by `{figures['command']}` and `python -m benchmarks.table`.",
-        )
-    )
+    lines += [
+        "",
+        f"Between refreshes; weights in bf16, {MATRIX[0]} x {MATRIX[1]} if nothing else is said, rank 256.",
+        "",
+        "| the host, a matrix | calls | µs | times two products of torch | replayed: calls | µs |",
+        "|---|---:|---:|---:|---:|---:|",
+        f"| two products of torch alone | 3 | {figures['floor_us']:.1f} | 1 | – | – |",
+    ]
+    for method, row in figures["host"].items():
+        times = row["us"] / figures["floor_us"]
+        replayed = f"{row['replayed_calls']:.0f} | {row['replayed_us']:.1f}"
+        lines.append(f"| {method} | {row['calls']:.0f} | {row['us']:.0f} | {times:.0f} | {replayed} |")
+    lines += [
+        "",
+        f"Of {figures['matrices']} matrices, on {figures['machine']['processor']}; kernels and graphs are stubs.",
+        f"Made by `{figures['command']}` and `python -m benchmarks.table`.",
+    ]
+    return "\n".join(lines)
 
 
 def current() -> str:
@@ -317,23 +337,23 @@ def current() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.launches", description=__doc__.partition("\n")[0])
-    parser.add_argument("--host", action="store_true", help="also measure the time of the host")
-    options = parser.parse_args(argv)
+    argparse.ArgumentParser(prog="python -m benchmarks.launches", description=__doc__.partition("\n")[0]).parse_args(
+        argv
+    )
     torch.set_num_threads(1)
     rows = []
     for row in ROWS:
         names, moved, moments = launches(row)
         values = row.shape[0] * row.shape[1]
         rows.append({"name": row.name, "launches": names, "moved": moved, "moments": moments, "values": values})
-    calls = {method: host_calls(method) for method in HOST}
-    path = write_result("launches", torch.device("cpu"), {"rows": rows, "calls": calls})
+    host = {}
+    for method in HOST:
+        host[method] = {"calls": host_calls(method), "us": 1e6 * host_seconds(method)}
+        host[method] |= {"replayed_calls": host_calls(method, replayed=True)}
+        host[method] |= {"replayed_us": 1e6 * host_seconds(method, replayed=True)}
+    figures = {"rows": rows, "host": host, "floor_us": 1e6 * floor_seconds(), "matrices": MATRICES}
+    path = write_result("launches", torch.device("cpu"), figures)
     print(current())
-    if options.host:
-        print("\n| host, kernels stubbed | µs a matrix |\n|---|---:|")
-        print(f"| two products of torch alone | {1e6 * floor_seconds():.1f} |")
-        for method in HOST:
-            print(f"| {method} | {1e6 * host_seconds(method):.1f} |")
     print(path)
 
 

@@ -1,6 +1,6 @@
 """One optimizer step and one refresh on the projected matrices of LLaMA, against bare GEMMs and the published code.
 
-    python -m benchmarks.step [--models llama_60m llama_130m] [--threads 2] [--budget 30]
+    python -m benchmarks.step [--models llama_60m] [--threads 2] [--budget 30]
 
 writes ``results/step.json``: for every contestant the step time between refreshes (contestants take turns, so that a
 busy moment hits all), its ratio to the floor of two bare GEMMs (project, back-project into the weight) and to
@@ -39,6 +39,8 @@ REFRESHES = ("svd", "randomized", "power")
 STAGGER_GAP = 200
 # Rounds, however slow the machine is.
 LEAST = 5
+# Matrices of a layer.
+LAYER = 7
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -96,8 +98,12 @@ def two_gemms(work: Problem) -> Callable[[], None]:
 
 
 class Running(NamedTuple):
+    """A contestant after its first step, which took so many seconds and created so many full-size tensors."""
+
     contestant: Contestant
     optimizer: Optimizer
+    seconds: float
+    created: int
 
     def step(self) -> None:
         self.optimizer.step()
@@ -111,29 +117,36 @@ def start(work: Problem, everyone: Sequence[Contestant]) -> tuple[list[Running],
     """
     running, left_out = [], {}
     memo: dict[Any, tuple[Tensor, ...]] = {}
-    given = [grad.clone() for grad in work.grads[:7]]
+    given = [grad.clone() for grad in work.grads[:LAYER]]
     with every_svd_once(memo):
         for contestant in everyone:
             work.give_gradients()
             try:
-                optimizer = contestant.build(work.params, work.rank)
-                optimizer.step()
+                optimizer = contestant.build(work.params[:LAYER] if contestant.once else work.params, work.rank)
+                with common.NewTensors(_full_size(work)) as created:
+                    seconds = common.timed(optimizer.step, work.device)
             except (ImportError, RuntimeError, TypeError, ValueError) as error:
                 left_out[contestant.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 continue
             if not all(torch.equal(a, b) for a, b in zip(given, work.grads)):
                 raise RuntimeError(f"{contestant.name} wrote into the gradients, which all others read")
-            running.append(Running(contestant, optimizer))
+            running.append(Running(contestant, optimizer, seconds, created.count))
     return running, left_out
 
 
-def full_size_temporaries(work: Problem, optimizer: Optimizer) -> float:
+def full_size_temporaries(work: Problem, one: Running) -> float:
     """New tensors of a weight's size or more, a matrix and step."""
+    if one.contestant.once:
+        return one.created / LAYER
     work.give_gradients()
-    # The smallest weight of the model; every low-rank tensor is smaller, see problem().
-    with common.NewTensors(min(p.numel() for p in work.params)) as created:
-        optimizer.step()
+    with common.NewTensors(_full_size(work)) as created:
+        one.step()
     return created.count / len(work.params)
+
+
+def _full_size(work: Problem) -> int:
+    """The smallest weight of the model; every low-rank tensor is smaller, see :func:`problem`."""
+    return min(p.numel() for p in work.params)
 
 
 def measure_steps(work: Problem, everyone: Sequence[Contestant], budget: float) -> dict[str, Any]:
@@ -144,13 +157,18 @@ def measure_steps(work: Problem, everyone: Sequence[Contestant], budget: float) 
     stored, numel = str(dtype).removeprefix("torch."), sum(p.numel() for p in work.params)
     for one in running:
         name = one.contestant.name
-        temporaries[name] = full_size_temporaries(work, one.optimizer)
+        temporaries[name] = full_size_temporaries(work, one)
         state[name] = common.held_bytes(one.optimizer.state, exclude=[*work.params, *work.grads])
         if (own := name.partition("(")[0]) in own_names():
             planned[name] = state_bytes.planned(own, one.contestant.arguments, shapes, work.rank, dtype)
-        turns[name] = one.step
+        if not one.contestant.once:
+            turns[name] = one.step
     work.give_gradients()
     seconds = common.interleave(turns, work.device, budget=budget, least=LEAST)
+    for one in running:
+        if one.contestant.once:
+            state[one.contestant.name] *= work.layers
+            seconds[one.contestant.name] = [one.seconds * work.layers]
     floor, galore = seconds.pop(FLOOR), seconds.get(GALORE_TORCH)
     methods = {
         one.contestant.name: {
@@ -170,7 +188,7 @@ def measure_steps(work: Problem, everyone: Sequence[Contestant], budget: float) 
 
 def measure_refreshes(work: Problem, budget: float) -> dict[str, Any]:
     """Seconds to renew all bases by each method, from one layer, and their ratio to the exact SVD's."""
-    params, grads = work.params[:7], work.grads[:7]
+    params, grads = work.params[:LAYER], work.grads[:LAYER]
     turns = {}
     for kind in REFRESHES:
         optimizer = GaLoreAdamW(params, lr=LR, rank=work.rank, refresh=kind)
@@ -246,7 +264,7 @@ def measure_stagger(work: Problem, budget: float) -> dict[str, Any]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.partition("\n")[0])
-    parser.add_argument("--models", nargs="+", choices=list(PRESETS), default=["llama_60m", "llama_130m"])
+    parser.add_argument("--models", nargs="+", choices=list(PRESETS), default=["llama_60m"])
     parser.add_argument("--only", nargs="+", default=[], help="contestants whose names contain one of these")
     parser.add_argument("--rank", type=int, help="default: the published rank of the size")
     parser.add_argument(

@@ -39,7 +39,7 @@ def targets(figures: Mapping[str, Any]) -> Iterator[Target]:
             base = 1.0 if theirs is None else to_floor[theirs]
             yield Target(f"{ours} / {theirs or 'two GEMMs'}", to_floor[ours] / base, limit, two_gemms=1 / base)
 
-    yield from step("GaLoreAdamW", None, 1.35)
+    yield from step("GaLoreAdamW", None, 1.12)
     yield from step("GaLoreAdamW", "galore-torch GaLoreAdamW", 0.85)
     yield from step("FiraAdamW", "GaLoreAdamW", 1.2)
     yield from step("FiraAdamW", "fira FiraAdamW", 0.45)
@@ -48,8 +48,8 @@ def targets(figures: Mapping[str, Any]) -> Iterator[Target]:
     # A subspace iteration projects and back-projects once as well.
     svd, power = (figures["refresh"][kind] for kind in ("svd", "power"))
     bound = svd["seconds"]["median"] / figures["floor_seconds"]["median"]
-    yield Target("SVD / power refresh", power["svd_to_this"], 20.0, least=True, two_gemms=bound)
-    yield Target("staggered, slowest / median step", figures["stagger"]["slowest_to_median"], 1.5)
+    yield Target("SVD / power refresh", power["svd_to_this"], 12.0, least=True, two_gemms=bound)
+    yield Target("staggered, slowest / median step", figures["stagger"]["slowest_to_median"], 1.2)
     for families, limit in ((("GaLore",), 0.0), (("Fira", "APOLLO", "DCT"), 1.0)):
         counts = [row["full_size_temporaries"] for name, row in methods.items() if name.startswith(families)]
         if counts:

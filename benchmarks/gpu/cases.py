@@ -190,7 +190,7 @@ CHANGED: list[tuple[str, str, Change]] = [
     *((name, "fp32", in_fp32) for name in (*DIRECTIONS, *UPDATES)),
     *((name, "stochastic", stochastic) for name in UPDATES),
     *((name, "compensated", compensated) for name in UPDATES),
-    *((name, "transposed", transposed) for name in (*UPDATES, "dct_select")),
+    *((name, "transposed", transposed) for name in (*UPDATES, "dct_select", "sketch")),
     *((name, "no product", lambda case: without_product(stochastic(case))) for name in UPDATES[1:]),
     ("rescaled_update", "one scale, no product", lambda case: one_scale(stochastic(case))),
     ("rescaled_update", "stochastic, transposed", lambda case: transposed(stochastic(case))),
@@ -212,7 +212,7 @@ CHANGED: list[tuple[str, str, Change]] = [
     ("adam8bit_direction", "random moments", with_moments),
     ("adam8bit_direction", "norms", with_norms),
 ]
-BATCHED = (*UPDATES, "dct_select", "move_columns", "gram", "adam_direction")
+BATCHED = (*UPDATES, "dct_select", "move_columns", "gram", "adam_direction", "sketch")
 
 
 def _key(case: Case) -> Tensor:

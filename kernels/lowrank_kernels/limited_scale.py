@@ -41,7 +41,7 @@ def limited_scale_kernel(
     seen,  # a number, or a pointer to one
     strength,
     gamma,
-    alpha,
+    back,
     SEEN_ON_DEVICE: tl.constexpr,
     LIMITS: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -112,14 +112,14 @@ def limited_scale_kernel(
                 mask = inside[:, None] & (column < rank)[None, :]
                 low_tile = tl.load(low_ptr + at, mask=mask, other=0.0)
                 rescaled = tl.where(scale[:, None] != 0, scale[:, None] * low_tile, 0.0)
-                left = alpha * tl.load(direction_ptr + at, mask=mask, other=0.0) - inner * rescaled
+                left = tl.load(direction_ptr + at, mask=mask, other=0.0) - back * rescaled
                 tl.store(left_ptr + at, round_to_nearest(left, left_ptr.dtype.element_ty), mask=mask)
 
 
 def limited_scale(
     norms: Tensor, grad_norms: Tensor, update_norm: Tensor, *, gamma: float | None, inner: float = 0.0,
     seen: float | Tensor = 1.0, strength: float = 1.0, whole: bool = False, image: Tensor | None = None,
-    low: Tensor | None = None, direction: Tensor | None = None, alpha: float = 1.0, dtype: torch.dtype | None = None,
+    low: Tensor | None = None, direction: Tensor | None = None, back: float = 0.0, dtype: torch.dtype | None = None,
     sums: Sums | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """See ``lowrank_optim.ops.limited_scale``; all in fp32 but ``left``, all contiguous; what other processes have a
@@ -131,7 +131,7 @@ def limited_scale(
     if sums is not None:
         return eager(
             norms, grad_norms, update_norm, gamma=gamma, inner=inner, seen=seen, strength=strength, whole=whole,
-            image=image, low=low, direction=direction, alpha=alpha, dtype=dtype, sums=sums,
+            image=image, low=low, direction=direction, back=back, dtype=dtype, sums=sums,
         )  # fmt: skip
     fp32, device = (torch.float32,), norms.device
     _, *batch, rows = norms.shape
@@ -156,7 +156,7 @@ def limited_scale(
     seen = on_device(device, seen)
     limited_scale_kernel[(1 if left is None else min(tiles, PROGRAMS), matrices)](
         norms, grad_norms, update_norm, image, low, direction, scale, left, kept, rows, rank, inner,
-        seen, strength, 1.0 if gamma is None else gamma, alpha, SEEN_ON_DEVICE=isinstance(seen, Tensor),
+        seen, strength, 1.0 if gamma is None else gamma, back, SEEN_ON_DEVICE=isinstance(seen, Tensor),
         LIMITS=gamma is not None, WHOLE=whole, **options,
     )  # fmt: skip
     return scale, kept, left

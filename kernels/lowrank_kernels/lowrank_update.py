@@ -16,6 +16,8 @@ from lowrank_optim.ops.chunks import as_batch
 from lowrank_optim.ops.rounding import Positions, wrap
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Values of 16 bits in 16 bytes, the longest load.
+UNIT = 8
 
 
 @triton.jit
@@ -71,10 +73,10 @@ def lowrank_update_kernel(
     step,  # from one matrix to the next in it
     skip,  # elements of other parts between two rows, or None
     m,
-    n,
+    n,  # in UNITs
     rank,
     weight_stride_e,
-    weight_stride_m,
+    weight_stride_m,  # in UNITs
     weight_stride_n,
     left_stride_e,
     left_stride_m,
@@ -83,7 +85,7 @@ def lowrank_update_kernel(
     right_stride_n,
     right_stride_k,
     grad_stride_e,
-    grad_stride_m,
+    grad_stride_m,  # in UNITs
     grad_stride_n,
     ONE_ROW_SCALE: tl.constexpr,  # one number a matrix
     ROUNDING: tl.constexpr,  # "nearest", "stochastic" or "compensated"
@@ -92,11 +94,16 @@ def lowrank_update_kernel(
     DECAY_ON_DEVICE: tl.constexpr,
     GRAD_ALPHA_ON_DEVICE: tl.constexpr,
     WIDE: tl.constexpr,  # 2^31 elements or more in a matrix
+    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    # What is divisible by 8 and not by 16 would count as odd, and be loaded value by value.
+    n *= UNIT
+    weight_stride_m *= UNIT
+    grad_stride_m *= UNIT
     matrix = tl.program_id(1).to(tl.int64)
     weight_ptr += matrix * weight_stride_e
     if grad_ptr is not None:
@@ -200,14 +207,16 @@ def lowrank_update_(
     alpha, decay, grad_alpha = (on_device(device, x) for x in (alpha, decay, grad_alpha))
     options = launch_options(weight.dtype, rank)
     tiles = cdiv(m, options["BLOCK_M"]) * cdiv(n, options["BLOCK_N"])
+    weight_strides, grad_strides = weight.stride(), strides(grad)
+    unit = 1 if (n | weight_strides[1] | grad_strides[1]) % UNIT else UNIT
     lowrank_update_kernel[(tiles, weight.shape[0])](
         weight, left, right, grad, row_scale, column_scale, correction, 0 if key is None else key, alpha, decay,
-        grad_alpha, *counter(start, m, n), m, n, rank, *weight.stride(), *strides(left), *strides(right),
-        *strides(grad), ONE_ROW_SCALE=one,
+        grad_alpha, *counter(start, m, n), m, n // unit, rank, *in_units(weight_strides, unit), *strides(left),
+        *strides(right), *in_units(grad_strides, unit), ONE_ROW_SCALE=one,
         ROUNDING="compensated" if correction is not None else "stochastic" if rounds else "nearest",
         KEY_ON_DEVICE=isinstance(key, Tensor), ALPHA_ON_DEVICE=isinstance(alpha, Tensor),
         DECAY_ON_DEVICE=isinstance(decay, Tensor), GRAD_ALPHA_ON_DEVICE=isinstance(grad_alpha, Tensor),
-        WIDE=m * n >= 2**31, **options,
+        WIDE=m * n >= 2**31, UNIT=unit, **options,
     )  # fmt: skip
 
 
@@ -229,6 +238,11 @@ def counter(start: int | Positions, m: int, n: int) -> tuple[int, int, int | Non
     if start.run % (m * n) == 0:
         return wrap(start.start), m * n + start.skip, None
     return wrap(start.start), m * (n + start.skip), start.skip
+
+
+def in_units(strides: tuple[int, ...], unit: int) -> tuple[int, ...]:
+    """Strides of a batch of matrices with that of its rows in units."""
+    return strides[0], strides[1] // unit, strides[2]
 
 
 def strides(tensor: Tensor | None) -> tuple[int, ...]:
@@ -257,7 +271,7 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
         launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
         flags = ("ONE_ROW_SCALE", "KEY_ON_DEVICE", "ALPHA_ON_DEVICE", "DECAY_ON_DEVICE", "GRAD_ALPHA_ON_DEVICE", "WIDE")
         strides = ("weight_stride_n", "left_stride_k", "right_stride_k", "grad_stride_n")
-        constants: dict[str, object] = {**options, "ROUNDING": rounding}
+        constants: dict[str, object] = {**options, "ROUNDING": rounding, "UNIT": 1}
         constants |= {**dict.fromkeys(flags, False), **dict.fromkeys(strides, 1), **absent(product, scales)}
         constants["skip"] = None
         if rounding != "compensated":

@@ -18,7 +18,7 @@ DEAD = 1e-3
 def limited_scale(
     norms: Tensor, grad_norms: Tensor, update_norm: Tensor, *, gamma: float | None, inner: float = 0.0,
     seen: float | Tensor = 1.0, strength: float = 1.0, whole: bool = False, image: Tensor | None = None,
-    low: Tensor | None = None, direction: Tensor | None = None, alpha: float = 1.0, dtype: torch.dtype | None = None,
+    low: Tensor | None = None, direction: Tensor | None = None, back: float = 0.0, dtype: torch.dtype | None = None,
     sums: Sums | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Scales f of the rows of an update f (G - inner R Pᴴ), and what is to be projected back beside f G::
@@ -27,7 +27,7 @@ def limited_scale(
         x = seen ||phi (G - inner R Pᴴ)||              # row by row ||g||² - 2 inner ||r||² + inner² ||r Pᴴ||²
         l = 1 / (max(x / (s + 1e-8), gamma) / gamma);  new s = l x
         f = strength l phi
-        left = alpha N - inner f R
+        left = N - back f R
 
     The residual is never formed. The norm of an update may grow by ``gamma`` a step and fall freely (Fira, arXiv
     2410.01623, section 3.3). A previous norm s that is nearly nothing limits nothing: growth by 1 % from the 1e-8 that
@@ -51,10 +51,13 @@ def limited_scale(
     of_low, of_direction = norms.unsqueeze(-1)
     size = norm_of(of_direction, sums)
     phi = (size / (norm_of(of_low, sums) + GUARD)).expand_as(of_low) if whole else of_direction / (of_low + GUARD)
-    square = of_low.square()
+    outside = grad_norms.square()
+    if image is None:
+        outside.addcmul_(of_low, of_low, value=inner * (inner - 2))
+    else:
+        outside.addcmul_(of_low, of_low, value=-2 * inner).add_(image, alpha=inner**2)
     # The difference of nearly equal numbers where hardly anything lies outside: never below zero.
-    outside = (grad_norms.square() - 2 * inner * square + inner**2 * (square if image is None else image)).clamp_min_(0)
-    total = (phi.square() * outside).sum((-2, -1), keepdim=True)
+    total = outside.clamp_min_(0).mul_(phi.square()).sum((-2, -1), keepdim=True)
     found = (total if sums is None else sums.sum_(total)).sqrt_() * seen
     # A comparison is one operation on the device, isfinite() four.
     finite = (found < math.inf).all()
@@ -68,13 +71,12 @@ def limited_scale(
     scale = torch.where(finite, phi * factor, 0)
     if low is None or direction is None:
         return scale, kept, None
-    left = direction.mul_(alpha)
     # A look costs nothing on the CPU.
     if low.device.type == "cpu" and not torch.compiler.is_compiling() and bool(finite):
-        left.addcmul_(low, scale, value=-inner)
+        left = direction.addcmul_(low, scale, value=-back)
     else:
         # Zero times NaN is NaN.
-        left.sub_(torch.where(scale != 0, low * scale, 0), alpha=inner)
+        left = direction.sub_(torch.where(scale != 0, low * scale, 0), alpha=back)
     return scale, kept, left if dtype is None else left.to(dtype)
 
 

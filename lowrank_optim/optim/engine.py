@@ -85,7 +85,7 @@ class LowRankOptimizer(PlannedOptimizer):
                 key = self._key(group) if eager else None
                 for p in group["params"]:
                     if p.grad is not None:
-                        self.update_param(p, p.grad, group, key, agreed.get(p))
+                        self.update_param(p, p.grad, group, key, agreed.get(p) if agreed else None)
             if eager:
                 self._looks = False
 

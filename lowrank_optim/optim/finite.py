@@ -8,6 +8,8 @@ finite count as zeros. A refresh looks on every device.
 
 from __future__ import annotations
 
+import cmath
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def verdict(tensor: Tensor) -> bool | Tensor:
     NaN and infinity both survive summation.
     """
     total = tensor.sum(dtype=torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else None)
-    return bool(total.isfinite()) if host_looks(tensor.device) else total
+    return cmath.isfinite(total.item()) if host_looks(tensor.device) else total
 
 
 def is_finite(ok: Tensor) -> Tensor:

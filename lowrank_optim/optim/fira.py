@@ -29,17 +29,19 @@ class Residual(GrowthLimiter):
     }
 
     def update(self, step: Step, state: State, group: Group) -> Update:
-        """One product with the basis: up(a N) + f (G - b up(R)) = up(a N - b f R) + f G."""
+        """One product with the basis: a up(N) + f (G - b up(R)) = a up(N - b / a f R) + f G."""
         alpha, paper = group["alpha"], group["residual"] == "paper"
-        options: dict[str, Any] = {"inner": alpha}
+        options: dict[str, Any] = {"inner": alpha, "back": 1.0}
         if paper:
             # The limiter looks at the update after bias correction.
             seen = ADAM.correction(state["step"], group)
             options = {"inner": 1.0, "strength": alpha, "seen": seen, "image": image_norms(step, state, group)}
+            # With alpha = 0 there is no f either.
+            options["back"] = 1 / alpha if alpha else 0.0
         row_scale, left = self.limited(
-            step, state, group, low=step.low, direction=step.direction, alpha=alpha, dtype=step.grad.dtype, **options
+            step, state, group, low=step.low, direction=step.direction, dtype=step.grad.dtype, **options
         )
-        return Update(left, row_scale=row_scale)
+        return Update(left, scale=alpha, row_scale=row_scale)
 
 
 def image_norms(step: Step, state: State, group: Group) -> Tensor | None:

@@ -285,12 +285,14 @@ class PlannedOptimizer(Optimizer):
         allocate_(state, self.slots_of(param, group), param.device)
         return state
 
-    def _plan(self, param: Tensor, group: Group, key: tuple[Any, ...] | None = None) -> Plan:
+    def _plan(self, param: Tensor, group: Group, key: tuple[Any, ...] | None) -> Plan:
         """The plan of a parameter, renewed with its state where anything that it depends on has changed."""
         plan = self._plans.get(param)
-        if torch.compiler.is_compiling() and plan is not None:
-            return plan
-        key = self._key(group) if key is None else key
+        if key is None:
+            # While a compiler looks.
+            if plan is not None:
+                return plan
+            key = self._key(group)
         state = self.state[param]
         if plan is not None and plan.key == key and plan.state is state:
             if plan.shape == param.shape and plan.dtype is param.dtype and "step" in state:

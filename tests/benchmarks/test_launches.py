@@ -45,6 +45,12 @@ def test_what_a_matrix_asks_of_the_host(method: str) -> None:
     assert 3 < launches.host_calls(method) <= CALLS[method]
 
 
+@pytest.mark.parametrize("method", launches.HOST)
+def test_a_replayed_step_asks_for_the_addresses_alone(method: str) -> None:
+    """Of the weight and its gradient."""
+    assert launches.host_calls(method, replayed=True) <= 4
+
+
 def test_the_host_is_timed_and_everything_is_put_back() -> None:
     assert 0 < launches.floor_seconds(steps=1, matrices=2) < 1
     assert 0 < launches.host_seconds("GaLoreAdamW", steps=1, matrices=2) < 1

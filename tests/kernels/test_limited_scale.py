@@ -12,7 +12,7 @@ from lowrank_optim.ops import pick
 from lowrank_optim.ops.limited_scale import limited_scale as eager
 
 # Options beside a limit, and whether there is something to project back.
-FIRA: dict[str, Any] = {"gamma": 1.01, "inner": 0.25, "alpha": 0.25}
+FIRA: dict[str, Any] = {"gamma": 1.01, "inner": 0.25, "back": 1.0}
 CASES: list[tuple[dict[str, Any], bool]] = [
     (FIRA, True),
     ({**FIRA, "dtype": torch.bfloat16}, True),

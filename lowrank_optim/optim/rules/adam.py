@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +32,8 @@ from lowrank_optim.optim.state_storage import (
 from lowrank_optim.optim.validation import check_range
 
 MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
+# Where moments are stored in 8 bits.
+CODES = "exp_avg.codes"
 
 
 def check_betas(name: str, betas: Any) -> None:
@@ -72,10 +75,11 @@ class Adam(Rule):
         dtype: torch.dtype | None = None,
     ) -> Tensor:  # fmt: skip
         """M / (sqrt(V) + eps) in ``dtype``, by default fp32 or wider; of zeros where the gradient is not ``ok``."""
-        if self._has_kernels(low, state, group):
-            return self._by_kernel(low, state, group, norms, ok, dtype)
+        kernel = self._kernel(adam8bit_direction if CODES in state else adam_direction, low, state, group)
+        if kernel is not None:
+            return self._by_kernel(kernel, low, state, group, norms, ok, dtype)
         low = zero_unless(ok, low)
-        whole = "exp_avg.codes" not in state and not is_int4(state, "exp_avg")
+        whole = CODES not in state and not is_int4(state, "exp_avg")
         if norms is not None or whole or low.numel() <= SLICE:
             return self._direction(low, state, group, norms)
         direction = torch.empty(low.shape, dtype=torch.promote_types(low.dtype, torch.float32), device=low.device)
@@ -86,7 +90,7 @@ class Adam(Rule):
     def add_direction_(self, target: Tensor, grad: Tensor, state: State, group: Group, *, alpha: Scalar) -> None:
         """target += alpha * direction(grad), without a temporary where torch has one kernel for all of it."""
         eps = self._eps(state, group)
-        if not self._has_kernels(grad, state, group) and self._may_fuse(group, eps):
+        if self._kernel(adam_direction, grad, state, group) is None and self._may_fuse(group, eps):
             moments = [load_moment(state, key, grad.dtype) for key in MOMENT_KEYS]
             if fused_adam_fits(target, grad, *moments):
                 beta1, beta2 = group[self.betas]
@@ -97,13 +101,14 @@ class Adam(Rule):
 
     def update_(self, weight: Tensor, grad: Tensor, state: State, group: Group, *, size: Scalar, decay: Scalar) -> bool:
         """One kernel for contiguous weights of at most 32 bits."""
-        if not (self._has_kernels(weight, state, group) and weight.is_contiguous()) or weight.dtype == torch.float64:
+        kernel = self._kernel(adam_update_, weight, state, group)
+        if kernel is None or not weight.is_contiguous() or weight.dtype == torch.float64:
             return False
         beta1, beta2 = group[self.betas]
         rounding = group["weight_rounding"] if weight.dtype == torch.bfloat16 else "nearest"
         names = [f"{key}.{part}" for part in ("codes", "scale") for key in MOMENT_KEYS]
         stored = [state[name] for name in (names if names[0] in state else MOMENT_KEYS)]
-        pick(adam_update_, group["backend"], weight.device)(
+        kernel(
             weight, grad, *stored, beta1=beta1, beta2=beta2, eps=self._eps(state, group), alpha=size, decay=decay,
             keys=self._keys(state), key=None if rounding == "nearest" else rounding_key(state, "weight"),
             correction=state["weight_correction"] if rounding == "compensated" else None,
@@ -126,17 +131,16 @@ class Adam(Rule):
         return direction
 
     def _by_kernel(
-        self, low: Tensor, state: State, group: Group, norms: Tensor | None, ok: bool | Tensor,
-        dtype: torch.dtype | None,
+        self, kernel: Callable[..., Tensor], low: Tensor, state: State, group: Group, norms: Tensor | None,
+        ok: bool | Tensor, dtype: torch.dtype | None,
     ) -> Tensor:  # fmt: skip
         """Kernels read moments as they are stored, and the verdict."""
         beta1, beta2 = group[self.betas]
         eps, told = self._eps(state, group), ok if isinstance(ok, Tensor) else None
-        if "exp_avg.codes" in state:
+        if CODES in state:
             stored = [state[f"{key}.{part}"] for key in MOMENT_KEYS for part in ("codes", "scale")]
-            by_blocks = pick(adam8bit_direction, group["backend"], low.device)
-            return by_blocks(low, *stored, beta1=beta1, beta2=beta2, eps=eps, norms=norms, ok=told, dtype=dtype)
-        return pick(adam_direction, group["backend"], low.device)(
+            return kernel(low, *stored, beta1=beta1, beta2=beta2, eps=eps, norms=norms, ok=told, dtype=dtype)
+        return kernel(
             low, state["exp_avg"], state["exp_avg_sq"], beta1=beta1, beta2=beta2, eps=eps, keys=self._keys(state),
             start=position(state, low), norms=norms, ok=told, dtype=dtype,
         )  # fmt: skip
@@ -150,14 +154,16 @@ class Adam(Rule):
         for key, moment in zip(MOMENT_KEYS, moments):
             store_moment_(state, key, moment)
 
-    def _has_kernels(self, low: Tensor, state: State, group: Group) -> bool:
-        wide = low.dtype == torch.float64 or low.is_complex()
+    def _kernel(
+        self, operation: Callable[..., Any], like: Tensor, state: State, group: Group
+    ) -> Callable[..., Any] | None:
+        """That of an operation, where there is one for such moments."""
+        wide = like.dtype == torch.float64 or like.is_complex()
         if group["state_dtype"] == "int4" or (group["backend"] is None and wide):
-            return False
-        if pick(adam_direction, group["backend"], low.device) is adam_direction:
-            return False
+            return None
+        kernel = pick(operation, group["backend"], like.device)
         # They count elements through, whatever of other processes stands between two of them.
-        return not isinstance(position(state, low), Positions)
+        return None if kernel is operation or isinstance(position(state, like), Positions) else kernel
 
     def _may_fuse(self, group: Group, eps: Scalar) -> bool:
         return group["backend"] is None and not isinstance(eps, Tensor)

@@ -28,8 +28,9 @@ ELL_NORMS = (1, 2)
 # MKL, torch 2.13, square): 0.20 and 0.18 at 256, 0.28 and 0.34 at 320, 0.42 and 1.33 at 512; on one, 0.22 and 0.34 at
 # 256.
 FFT_FROM = {"cpu": 320}
-# Not measured: where 28 bytes an element at full bandwidth equal a bf16 product on tensor cores, by data sheets.
-FFT_FROM_ELSEWHERE = 2048
+# Not measured: where the 51 bytes an element that the FFT moves (counted at 4096) at full bandwidth take as long as a
+# bf16 product on tensor cores, by the data sheet of an H100.
+FFT_FROM_ELSEWHERE = 6000
 
 
 # A dict, because torch.compile reads one; it would trace through functools.cache and build a basis in every step.
