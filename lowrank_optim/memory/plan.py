@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import math
 import re
 import shlex
@@ -23,12 +24,7 @@ from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.pretrain.build import build_network, settle
 from lowrank_optim.pretrain.command_line import write_flags
 from lowrank_optim.pretrain.llama import build_config
-from lowrank_optim.pretrain.optimizers import (
-    accepted_arguments,
-    build_optimizer,
-    low_rank_names,
-    optimizer_names,
-)
+from lowrank_optim.pretrain.optimizers import accepted_arguments, build_optimizer, low_rank_names
 from lowrank_optim.pretrain.report import flops_per_token
 from lowrank_optim.pretrain.sizes import storage_bytes
 
@@ -61,6 +57,15 @@ COST_MODEL = f"""Cost of an update of N tokens, in FLOPs; W matrices, H head, r 
   traffic             weights in each pass (int8: 5 bytes a value, else 2), gradients twice a micro-batch,
                       weights and states twice an update
 Plans within {TIE:.0%} count as equally fast; among them the highest rank wins, then the widest states and weights."""
+
+
+class Sizes(NamedTuple):
+    """Of a configuration, whose own attributes take a hundred times as long to read."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    vocab_size: int
 
 
 @dataclass(frozen=True)
@@ -186,7 +191,9 @@ def command_line(job: Job) -> str:
 
 
 def _known() -> list[str]:
-    return [name for name in ("AdamW", "AdamW8bit") if name in optimizer_names()] + low_rank_names()
+    # Not imported: its import takes half as long as a plan.
+    eight_bit = ["AdamW8bit"] if importlib.util.find_spec("bitsandbytes") else []
+    return ["AdamW", *eight_bit, *low_rank_names()]
 
 
 def _order(cost: float, rank: float, state: str | None, weights: str) -> tuple[Any, ...]:
@@ -198,6 +205,7 @@ def _plans(
     model: str, tokens: int, seq_len: int, optimizers: Sequence[str], progress: Callable[[str], None]
 ) -> Iterator[Plan]:
     config = build_config(model)
+    sizes = Sizes(config.hidden_size, _inner(config), config.num_hidden_layers, config.vocab_size)
     sequences = tokens // seq_len
     micro_batches = [2**i for i in range(sequences.bit_length()) if sequences % 2**i == 0]
     weight_bytes = {}
@@ -208,7 +216,10 @@ def _plans(
         weight_bytes[weights] = _weight_bytes(network, config.num_hidden_layers)
     for number, name in enumerate(optimizers, 1):
         progress(f"{name} ({number} of {len(optimizers)})")
-        own, accepted = name in low_rank_names(), accepted_arguments(name)
+        own = name in low_rank_names()
+        # What bitsandbytes keeps is what ours keeps without a rank.
+        of_ours = {"AdamW8bit": "GaLoreAdamW8bit"}.get(name, name)
+        accepted = accepted_arguments(name) if name == of_ours else []
         ranked = "rank" in accepted and name != "APOLLOMini"
         ranks = [config.hidden_size // part for part in (4, 8, 16)] if ranked else [None]
         states = STATES if "state_dtype" in accepted and not name.endswith("8bit") else (None,)
@@ -218,7 +229,7 @@ def _plans(
             if name == "DCTAdamW":
                 # Its default, a selection at every update, needs the whole gradient.
                 args["update_proj_gap"] = GAP
-            profile = _profile(config, network, name, args)
+            profile = _profile(sizes, network, of_ours, args if of_ours == name else {"rank": None})
             for weights in WEIGHTS if own else ("bf16",):
                 this = replace(profile, weights=weight_bytes[weights])
                 for size, per_layer, checkpointing in product(
@@ -232,9 +243,9 @@ def _plans(
                         seq_len=seq_len, accumulate=sequences // size, accumulate_dtype="bf16", per_layer=per_layer,
                         checkpointing=checkpointing,
                     )  # fmt: skip
-                    cost = _cost(config, job, rank or 1, this)
+                    cost = _cost(sizes, job, rank or 1, this, own=own)
                     order = _order(cost, (rank or 1) if own else math.inf, state, weights)
-                    yield Plan(job, cost, _bytes(config, job, this), order)
+                    yield Plan(job, cost, _bytes(sizes, job, this), order)
 
 
 def _weight_bytes(network: Any, layers: int) -> int:
@@ -247,12 +258,12 @@ def _weight_bytes(network: Any, layers: int) -> int:
     )
 
 
-def _profile(config: Any, network: Any, name: str, args: Mapping[str, Any]) -> Profile:
+def _profile(sizes: Sizes, network: Any, name: str, args: Mapping[str, Any]) -> Profile:
     """From a model of one layer: everything else is there once, and a layer as often as there are layers."""
     optimizer = build_optimizer(name, network, args=args)
     layer = layers_of(network, 1)
     count = {
-        p: config.num_hidden_layers if path.startswith(f"{layer}.") else 1 for path, p in network.named_parameters()
+        p: sizes.num_hidden_layers if path.startswith(f"{layer}.") else 1 for path, p in network.named_parameters()
     }
     for p in count:
         p.grad = torch.empty_like(p, memory_format=torch.contiguous_format)
@@ -274,10 +285,10 @@ def _profile(config: Any, network: Any, name: str, args: Mapping[str, Any]) -> P
     )
 
 
-def _bytes(config: Any, job: Job, profile: Profile) -> int:
+def _bytes(sizes: Sizes, job: Job, profile: Profile) -> int:
     """Closed form of the peak; the activations' coefficients are those of transformers' LLaMA in bf16."""
-    tokens, hidden, inner = job.batch_size * job.seq_len, config.hidden_size, _inner(config)
-    layers = config.num_hidden_layers
+    tokens = job.batch_size * job.seq_len
+    hidden, inner, layers, vocabulary = sizes
     if job.checkpointing:
         activations = tokens * (2 * hidden * layers + 37 * hidden + 12 * inner)
     else:
@@ -290,7 +301,7 @@ def _bytes(config: Any, job: Job, profile: Profile) -> int:
         gradients = profile.sums + profile.refresh + profile.whole
     # The loss takes fp32 logits, their gradient, and both in bf16, beside the gradient of the head; an update takes
     # about as much for itself as the largest gradient.
-    loss = 10 * min(tokens, CHUNK) * config.vocab_size
+    loss = 10 * min(tokens, CHUNK) * vocabulary
     return int(profile.weights + profile.optimizer + activations + profile.largest_gradient + max(gradients, loss))
 
 
@@ -300,16 +311,16 @@ def _inner(config: Any) -> int:
     return fields.get("intermediate_size") or fields.get("ffn_dim") or fields.get("n_inner") or 4 * config.hidden_size
 
 
-def _cost(config: Any, job: Job, rank: int, profile: Profile) -> float:
+def _cost(sizes: Sizes, job: Job, rank: int, profile: Profile, *, own: bool) -> float:
     tokens = job.batch_size * job.accumulate * job.seq_len
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    head = config.vocab_size * hidden
-    matrices = layers * (4 * hidden**2 + 3 * hidden * _inner(config))
+    hidden, inner, layers, vocabulary = sizes
+    head = vocabulary * hidden
+    matrices = layers * (4 * hidden**2 + 3 * hidden * inner)
     attention = 6.0 * layers * hidden * job.seq_len
-    flops = tokens * (flops_per_token(config, matrices + 2 * head, job.seq_len) + 2.0 * head)
+    flops = tokens * (flops_per_token(sizes, matrices + 2 * head, job.seq_len) + 2.0 * head)
     if job.checkpointing:
         flops += tokens * (2.0 * matrices + attention / 3)
-    if job.optimizer in low_rank_names():
+    if own:
         downs = job.accumulate if job.per_layer and profile.sums else 1
         refresh = 5 * math.log2(hidden) if job.optimizer in ("DCTAdamW", "Trion") else 6.0 * rank
         low_rank = 2.0 * rank * (downs + 1) + refresh / (1 if job.optimizer in EVERY_UPDATE else GAP)
