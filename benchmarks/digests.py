@@ -88,13 +88,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.digests", description=__doc__.partition("\n")[0])
     parser.add_argument("--gigabytes", type=float, default=8.9)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", help="where the checkpoint is written, and removed [the system's temporary folder]")
+    parser.add_argument("--folder", help="where the checkpoint is, or is written and stays [a temporary one]")
     options = parser.parse_args(argv)
     loaded = Loaded(options.gigabytes * 1e9)
     figures: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(dir=options.folder) as place:
-        folder = Path(place)
-        write(folder, loaded)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(options.folder or place)
+        if not (folder / checkpoint.STATE).exists():
+            write(folder, loaded)
         size = sum(path.stat().st_size for path in folder.iterdir())
         for cached in (False, True):
             seconds: dict[bool, list[float]] = {False: [], True: []}

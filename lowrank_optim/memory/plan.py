@@ -13,17 +13,19 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank_optim.memory.estimate import init_state_, low_rank_sums, table_bytes
 from lowrank_optim.memory.job import MEMORY_OPTIONS, Job
+from lowrank_optim.memory.outline import Outline
 from lowrank_optim.memory.simulate import layers_of, simulate, with_layers
 from lowrank_optim.memory.tracker import Peak
+from lowrank_optim.nn import quantize_weights
 from lowrank_optim.ops.linear_cross_entropy import CHUNK
 from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.pretrain.build import build_network, settle
 from lowrank_optim.pretrain.command_line import write_flags
-from lowrank_optim.pretrain.llama import build_config
+from lowrank_optim.pretrain.llama import PRESETS, build_config
 from lowrank_optim.pretrain.optimizers import accepted_arguments, build_optimizer, low_rank_names
 from lowrank_optim.pretrain.report import flops_per_token
 from lowrank_optim.pretrain.sizes import storage_bytes
@@ -204,16 +206,13 @@ def _order(cost: float, rank: float, state: str | None, weights: str) -> tuple[A
 def _plans(
     model: str, tokens: int, seq_len: int, optimizers: Sequence[str], progress: Callable[[str], None]
 ) -> Iterator[Plan]:
-    config = build_config(model)
-    sizes = Sizes(config.hidden_size, _inner(config), config.num_hidden_layers, config.vocab_size)
+    sizes, networks = _networks(model, seq_len)
     sequences = tokens // seq_len
     micro_batches = [2**i for i in range(sequences.bit_length()) if sequences % 2**i == 0]
-    weight_bytes = {}
-    # The network in bf16 last: the profiles are taken of it.
-    for weights in reversed(WEIGHTS):
-        run, small = settle(Job(model=model, optimizer="GaLoreAdamW", weights=weights, seq_len=seq_len), config=config)
-        network = build_network(run, with_layers(small, 1), "meta")
-        weight_bytes[weights] = _weight_bytes(network, config.num_hidden_layers)
+    weight_bytes = {
+        weights: _weight_bytes(network, sizes.num_hidden_layers) for weights, network in networks.items()
+    }
+    network = networks["bf16"]
     for number, name in enumerate(optimizers, 1):
         progress(f"{name} ({number} of {len(optimizers)})")
         own = name in low_rank_names()
@@ -221,7 +220,7 @@ def _plans(
         of_ours = {"AdamW8bit": "GaLoreAdamW8bit"}.get(name, name)
         accepted = accepted_arguments(name) if name == of_ours else []
         ranked = "rank" in accepted and name != "APOLLOMini"
-        ranks = [config.hidden_size // part for part in (4, 8, 16)] if ranked else [None]
+        ranks = [sizes.hidden_size // part for part in (4, 8, 16)] if ranked else [None]
         states = STATES if "state_dtype" in accepted and not name.endswith("8bit") else (None,)
         for rank, state in product(ranks, states):
             args: dict[str, Any] = {"rank": rank, "state_dtype": state}
@@ -246,6 +245,23 @@ def _plans(
                     cost = _cost(sizes, job, rank or 1, this, own=own)
                     order = _order(cost, (rank or 1) if own else math.inf, state, weights)
                     yield Plan(job, cost, _bytes(sizes, job, this), order)
+
+
+def _networks(model: str, seq_len: int) -> tuple[Sizes, dict[str, nn.Module]]:
+    """The sizes of a model, and a single layer of it with weights of each kind on the meta device."""
+    networks: dict[str, nn.Module]
+    if shape := PRESETS.get(model):
+        if seq_len > shape.positions:
+            raise ValueError(f"Invalid --seq-len: {seq_len}, expected at most {shape.positions} for {model}")
+        networks = {weights: Outline(shape, torch.bfloat16) for weights in WEIGHTS}
+        quantize_weights(networks["int8"])
+        return Sizes(shape.hidden, shape.intermediate, shape.layers, shape.vocab), networks
+    config = build_config(model)
+    networks = {}
+    for weights in WEIGHTS:
+        run, small = settle(Job(model=model, optimizer="GaLoreAdamW", weights=weights, seq_len=seq_len), config=config)
+        networks[weights] = build_network(run, with_layers(small, 1), "meta")
+    return Sizes(config.hidden_size, _inner(config), config.num_hidden_layers, config.vocab_size), networks
 
 
 def _weight_bytes(network: Any, layers: int) -> int:
