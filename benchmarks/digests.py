@@ -21,9 +21,11 @@ import torch
 from safetensors.torch import save_model
 from torch import nn
 
-from benchmarks.common import spread, write_result
+from benchmarks.common import read_result, spread, write_result
 from lowrank_optim.pretrain import checkpoint, manifest
 
+PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
+BEGIN = "<!-- table:digests -->"
 SHARE_OF_WEIGHTS = 0.75
 TENSOR = 1 << 27
 
@@ -84,6 +86,28 @@ def digest_rate(folder: Path, size: int) -> float:
     return size / (time.perf_counter() - began)
 
 
+def current() -> str:
+    """The table of docs/reliability.md from ``results/digests.json``.
+
+    Raises:
+        ValueError: nothing was measured.
+    """
+    result = read_result("digests")
+    if result is None:
+        raise ValueError("Invalid results: no digests.json, run python -m benchmarks.digests")
+    lines = ["| a checkpoint | seconds without | with digests | more, of a load at 1 GB/s |", "|---|---:|---:|---:|"]
+    for name in ("from disk", "from memory"):
+        row = result[name]
+        without, with_ = (row["seconds"][key]["median"] for key in ("without", "with"))
+        lines.append(f"| {name} | {without:.1f} | {with_:.1f} | {row['share_of_a_load_at_1_GB_per_second']:.1%} |")
+    rate, machine = result["digest_gigabytes_per_second"]["median"], result["machine"]
+    caption = (
+        f"{result['bytes'] / 1e9:.1f} GB, medians of {row['seconds']['with']['n']}, {machine['cores']} cores of "
+        f"{machine['processor']}; digests alone make {rate:.1f} GB/s. Made by `{result['command']}`."
+    )
+    return "\n".join([*lines, "", caption])
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.digests", description=__doc__.partition("\n")[0])
     parser.add_argument("--gigabytes", type=float, default=8.9)
@@ -102,8 +126,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             # One with the digests first, which does not count: it leaves the files in memory.
             load(folder, loaded, digests=True, cached=cached)
             for _ in range(options.rounds):
-                for digests in seconds:
-                    seconds[digests].append(load(folder, loaded, digests=digests, cached=cached))
+                for digests, taken in seconds.items():
+                    taken.append(load(folder, loaded, digests=digests, cached=cached))
             without, with_ = (statistics.median(seconds[digests]) for digests in seconds)
             figures["from memory" if cached else "from disk"] = {
                 "seconds": {name: spread(seconds[key]) for name, key in (("without", False), ("with", True))},

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lowrank_optim
-from benchmarks import aot_table, launches, memory_7b, parameterizations_table
+from benchmarks import aot_table, chaos_table, digests, launches, memory_7b, parameterizations_table
 from benchmarks.common import read_result
 from benchmarks.contestants import ARGUMENTS, own_names
 from benchmarks.gpu import table as gpu_table
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for table in (memory_7b, parameterizations_table):
             new = replaced(new, table.current(), table.BEGIN)
         pages = {README: new}
-        for table in (launches, aot_table, gpu_table):
+        for table in (launches, aot_table, gpu_table, chaos_table, digests):
             page = pages.get(table.PAGE) or table.PAGE.read_text(encoding="utf-8")
             pages[table.PAGE] = replaced(page, table.current(), table.BEGIN)
     except ValueError as error:

@@ -209,9 +209,7 @@ def _plans(
     sizes, networks = _networks(model, seq_len)
     sequences = tokens // seq_len
     micro_batches = [2**i for i in range(sequences.bit_length()) if sequences % 2**i == 0]
-    weight_bytes = {
-        weights: _weight_bytes(network, sizes.num_hidden_layers) for weights, network in networks.items()
-    }
+    weight_bytes = {weights: _weight_bytes(network, sizes.num_hidden_layers) for weights, network in networks.items()}
     network = networks["bf16"]
     for number, name in enumerate(optimizers, 1):
         progress(f"{name} ({number} of {len(optimizers)})")
