@@ -34,9 +34,10 @@ def table(result: dict[str, Any]) -> str:
             for row in result["rows"]
         ),
     ]
-    versions = result["versions"]
+    versions, done, parts = result["versions"], result["done"], result["parts"]
+    so_far = f"Interrupted after {done} of {parts} parts. " if done < parts else ""
     caption = (
-        f"{len(result['runs'])} combinations of optimizer and mode; torch {versions['torch']}, Python "
-        f"{versions['python']}. Made by `{result['command']}` and `python -m benchmarks.table`."
+        f"{so_far}torch {versions['torch']}, Python {versions['python']}. "
+        f"Made by `{result['command']}` and `python -m benchmarks.table`."
     )
     return "\n".join([*lines, "", caption])
