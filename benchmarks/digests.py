@@ -99,7 +99,7 @@ def current() -> str:
     for name in ("from disk", "from memory"):
         row = result[name]
         without, with_ = (row["seconds"][key]["median"] for key in ("without", "with"))
-        lines.append(f"| {name} | {without:.1f} | {with_:.1f} | {row['share_of_a_load_at_1_GB_per_second']:.1%} |")
+        lines.append(f"| {name} | {without:.2f} | {with_:.2f} | {row['share_of_a_load_at_1_GB_per_second']:.1%} |")
     rate, machine = result["digest_gigabytes_per_second"]["median"], result["machine"]
     caption = (
         f"{result['bytes'] / 1e9:.1f} GB, medians of {row['seconds']['with']['n']}, {machine['cores']} cores of "
