@@ -17,6 +17,8 @@ from typing import Any
 import lowrank_optim
 from benchmarks import (
     aot_table,
+    chaos_table,
+    digests,
     distributed_table,
     elastic,
     launches,
@@ -167,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for table in (memory_7b, parameterizations_table):
             new = replaced(new, table.current(), table.BEGIN)
         pages = {README: new}
-        for table in (launches, aot_table, gpu_table, distributed_table, elastic, scaling):
+        for table in (launches, aot_table, gpu_table, chaos_table, digests, distributed_table, elastic, scaling):
             page = pages.get(table.PAGE) or table.PAGE.read_text(encoding="utf-8")
             pages[table.PAGE] = replaced(page, table.current(), table.BEGIN)
     except ValueError as error:

@@ -10,5 +10,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-os.environ.setdefault("DATASETS_VERBOSITY", "error")
+# What it logs as an error it raises as well.
+os.environ.setdefault("DATASETS_VERBOSITY", "critical")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -156,7 +156,9 @@ def _compare(options: argparse.Namespace) -> Any:
     if options.only:
         methods = [(name, job.parameterization) for name in options.only]
     elif job.parameterization:
-        methods = [(name, layers) for name, layers in methods if layers == job.parameterization]
+        # Of an unknown one the estimate says what there is.
+        methods = [method for method in methods if method[1] == job.parameterization]
+        methods = methods or [("AdamW", job.parameterization)]
     rows = compare(options.models, methods, parse_optimizer_args(job.optimizer_args), job, simulated=options.simulate)
     what = "Simulated peak" if options.simulate else "Weights, gradients and optimizer state"
     for flag, write in (("png", write_png), ("html", write_html), ("csv", write_csv)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import math
 import re
 import shlex
@@ -12,23 +13,21 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from lowrank_optim.memory.devices import ALONE, STRATEGIES, Devices, Footprint, footprint_of
 from lowrank_optim.memory.estimate import low_rank_sums
 from lowrank_optim.memory.job import MEMORY_OPTIONS, Job
+from lowrank_optim.memory.outline import Outline
 from lowrank_optim.memory.simulate import layers_of, simulate, with_layers
 from lowrank_optim.memory.tracker import Peak
+from lowrank_optim.nn import quantize_weights
 from lowrank_optim.ops.linear_cross_entropy import CHUNK
 from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.pretrain.build import build_network, settle
 from lowrank_optim.pretrain.command_line import write_flags
-from lowrank_optim.pretrain.llama import build_config
-from lowrank_optim.pretrain.optimizers import (
-    accepted_arguments,
-    build_optimizer,
-    low_rank_names,
-    optimizer_names,
-)
+from lowrank_optim.pretrain.llama import PRESETS, build_config
+from lowrank_optim.pretrain.optimizers import accepted_arguments, build_optimizer, low_rank_names
 from lowrank_optim.pretrain.report import flops_per_token
 from lowrank_optim.pretrain.sizes import storage_bytes
 
@@ -65,6 +64,15 @@ one sent to another device {LINK}:
                       weights and states twice an update
   devices             all of this for one of them, and what it sends, none of it behind computation
 Plans within {TIE:.0%} count as equally fast; among them the highest rank wins, then the widest states and weights."""
+
+
+class Sizes(NamedTuple):
+    """Of a configuration, whose own attributes take a hundred times as long to read."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    vocab_size: int
 
 
 @dataclass(frozen=True)
@@ -219,8 +227,9 @@ def command_line(job: Job, devices: Devices = ALONE) -> str:
 
 
 def _known(devices: Devices) -> list[str]:
-    others = ("AdamW",) if devices.splits else ("AdamW", "AdamW8bit")
-    return [name for name in others if name in optimizer_names()] + low_rank_names()
+    # Not imported: its import takes half as long as a plan.
+    eight_bit = ["AdamW8bit"] if not devices.splits and importlib.util.find_spec("bitsandbytes") else []
+    return ["AdamW", *eight_bit, *low_rank_names()]
 
 
 def _order(cost: float, rank: float, state: str | None, weights: str) -> tuple[Any, ...]:
@@ -232,20 +241,19 @@ def _plans(
     model: str, tokens: int, seq_len: int, optimizers: Sequence[str], progress: Callable[[str], None],
     devices: Devices = ALONE,
 ) -> Iterator[Plan]:  # fmt: skip
-    config = build_config(model)
+    sizes, networks = _networks(model, seq_len)
     sequences = tokens // seq_len
     micro_batches = [2**i for i in range(sequences.bit_length()) if sequences % 2**i == 0]
-    weight_bytes = {}
-    # The network in bf16 last: the profiles are taken of it.
-    for weights in reversed(WEIGHTS):
-        run, small = settle(Job(model=model, optimizer="GaLoreAdamW", weights=weights, seq_len=seq_len), config=config)
-        network = build_network(run, with_layers(small, 1), "meta")
-        weight_bytes[weights] = _weight_bytes(network, config.num_hidden_layers)
+    weight_bytes = {weights: _weight_bytes(network, sizes.num_hidden_layers) for weights, network in networks.items()}
+    network = networks["bf16"]
     for number, name in enumerate(optimizers, 1):
         progress(f"{name} ({number} of {len(optimizers)})")
-        own, accepted = name in low_rank_names(), accepted_arguments(name)
+        own = name in low_rank_names()
+        # What bitsandbytes keeps is what ours keeps without a rank.
+        of_ours = {"AdamW8bit": "GaLoreAdamW8bit"}.get(name, name)
+        accepted = accepted_arguments(name) if name == of_ours else []
         ranked = "rank" in accepted and name != "APOLLOMini"
-        ranks = [config.hidden_size // part for part in (4, 8, 16)] if ranked else [None]
+        ranks = [sizes.hidden_size // part for part in (4, 8, 16)] if ranked else [None]
         states = STATES if "state_dtype" in accepted and not name.endswith("8bit") else (None,)
         for rank, state in product(ranks, states):
             args: dict[str, Any] = {"rank": rank, "state_dtype": state}
@@ -253,7 +261,7 @@ def _plans(
             if name == "DCTAdamW":
                 # Its default, a selection at every update, needs the whole gradient.
                 args["update_proj_gap"] = GAP
-            profile = _profile(config, network, name, args, devices)
+            profile = _profile(sizes, network, of_ours, args if of_ours == name else {"rank": None}, devices)
             whole = own and not devices.splits
             for weights in WEIGHTS if whole else ("bf16",):
                 this = profile if devices.splits else replace(profile, weights=weight_bytes[weights])
@@ -268,10 +276,27 @@ def _plans(
                         seq_len=seq_len, accumulate=sequences // size, accumulate_dtype="bf16", per_layer=per_layer,
                         checkpointing=checkpointing,
                     )  # fmt: skip
-                    cost = _cost(config, job, rank or 1, this, devices)
+                    cost = _cost(sizes, job, rank or 1, this, devices, own=own)
                     order = _order(cost, (rank or 1) if own else math.inf, state, weights)
                     sent = this.device.sent(devices, job.accumulate)
-                    yield Plan(job, cost, _bytes(config, job, this), order, devices=devices, sent_bytes=sent)
+                    yield Plan(job, cost, _bytes(sizes, job, this), order, devices=devices, sent_bytes=sent)
+
+
+def _networks(model: str, seq_len: int) -> tuple[Sizes, dict[str, nn.Module]]:
+    """The sizes of a model, and a single layer of it with weights of each kind on the meta device."""
+    networks: dict[str, nn.Module]
+    if shape := PRESETS.get(model):
+        if seq_len > shape.positions:
+            raise ValueError(f"Invalid --seq-len: {seq_len}, expected at most {shape.positions} for {model}")
+        networks = {weights: Outline(shape, torch.bfloat16) for weights in WEIGHTS}
+        quantize_weights(networks["int8"])
+        return Sizes(shape.hidden, shape.intermediate, shape.layers, shape.vocab), networks
+    config = build_config(model)
+    networks = {}
+    for weights in WEIGHTS:
+        run, small = settle(Job(model=model, optimizer="GaLoreAdamW", weights=weights, seq_len=seq_len), config=config)
+        networks[weights] = build_network(run, with_layers(small, 1), "meta")
+    return Sizes(config.hidden_size, _inner(config), config.num_hidden_layers, config.vocab_size), networks
 
 
 def _weight_bytes(network: Any, layers: int) -> int:
@@ -284,13 +309,13 @@ def _weight_bytes(network: Any, layers: int) -> int:
     )
 
 
-def _profile(config: Any, network: Any, name: str, args: Mapping[str, Any], devices: Devices) -> Profile:
+def _profile(sizes: Sizes, network: Any, name: str, args: Mapping[str, Any], devices: Devices) -> Profile:
     """From a model of one layer: everything else is there once, and a layer as often as there are layers."""
     optimizer = build_optimizer(name, network, args=args)
-    found = footprint_of(network, optimizer, config.num_hidden_layers, devices)
+    found = footprint_of(network, optimizer, sizes.num_hidden_layers, devices)
     layer = layers_of(network, 1)
     count = {
-        p: config.num_hidden_layers if path.startswith(f"{layer}.") else 1 for path, p in network.named_parameters()
+        p: sizes.num_hidden_layers if path.startswith(f"{layer}.") else 1 for path, p in network.named_parameters()
     }
     gradients = {p: p.grad.nbytes for p in count if p.grad is not None}
     summed = dict(low_rank_sums(optimizer, torch.bfloat16)) if isinstance(optimizer, LowRankOptimizer) else {}
@@ -306,10 +331,10 @@ def _profile(config: Any, network: Any, name: str, args: Mapping[str, Any], devi
     )
 
 
-def _bytes(config: Any, job: Job, profile: Profile) -> int:
+def _bytes(sizes: Sizes, job: Job, profile: Profile) -> int:
     """Closed form of the peak; the activations' coefficients are those of transformers' LLaMA in bf16."""
-    tokens, hidden, inner = job.batch_size * job.seq_len, config.hidden_size, _inner(config)
-    layers = config.num_hidden_layers
+    tokens = job.batch_size * job.seq_len
+    hidden, inner, layers, vocabulary = sizes
     if job.checkpointing:
         activations = tokens * (2 * hidden * layers + 37 * hidden + 12 * inner)
     else:
@@ -322,7 +347,7 @@ def _bytes(config: Any, job: Job, profile: Profile) -> int:
         gradients = profile.sums + profile.refresh + profile.whole
     # The loss takes fp32 logits, their gradient, and both in bf16, beside the gradient of the head; an update takes
     # about as much for itself as the largest gradient.
-    loss = 10 * min(tokens, CHUNK) * config.vocab_size
+    loss = 10 * min(tokens, CHUNK) * vocabulary
     kept = profile.weights + profile.optimizer + profile.device.gathered + activations
     return int(kept + profile.largest_gradient + max(gradients, loss))
 
@@ -333,16 +358,16 @@ def _inner(config: Any) -> int:
     return fields.get("intermediate_size") or fields.get("ffn_dim") or fields.get("n_inner") or 4 * config.hidden_size
 
 
-def _cost(config: Any, job: Job, rank: int, profile: Profile, devices: Devices) -> float:
+def _cost(sizes: Sizes, job: Job, rank: int, profile: Profile, devices: Devices, *, own: bool) -> float:
     tokens = job.batch_size * job.accumulate * job.seq_len
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    head = config.vocab_size * hidden
-    matrices = layers * (4 * hidden**2 + 3 * hidden * _inner(config))
+    hidden, inner, layers, vocabulary = sizes
+    head = vocabulary * hidden
+    matrices = layers * (4 * hidden**2 + 3 * hidden * inner)
     attention = 6.0 * layers * hidden * job.seq_len
-    flops = tokens * (flops_per_token(config, matrices + 2 * head, job.seq_len) + 2.0 * head)
+    flops = tokens * (flops_per_token(sizes, matrices + 2 * head, job.seq_len) + 2.0 * head)
     if job.checkpointing:
         flops += tokens * (2.0 * matrices + attention / 3)
-    if job.optimizer in low_rank_names():
+    if own:
         downs = job.accumulate if job.per_layer and profile.sums else 1
         refresh = 5 * math.log2(hidden) if job.optimizer in ("DCTAdamW", "Trion") else 6.0 * rank
         low_rank = 2.0 * rank * (downs + 1) + refresh / (1 if job.optimizer in EVERY_UPDATE else GAP)

@@ -122,7 +122,7 @@ def own(folder: Path) -> Iterator[None]:
         raise UserError(f"Invalid output_dir: another run is writing {folder}") from error
     except OSError as error:
         if error.errno not in WITHOUT_LOCKS:
-            raise UserError(f"Cannot write {folder}: {error}") from error
+            raise UserError(f"Invalid output_dir: cannot write {folder} ({error.strerror or error})") from error
         print(f"warning: nothing keeps a second run out of {folder} ({error})", file=sys.stderr)
     try:
         if lock.is_locked:

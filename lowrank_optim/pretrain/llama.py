@@ -163,7 +163,7 @@ def build_model(
     finally:
         torch.set_default_dtype(before)
     # Exported configurations name the dtype of the weights beside them.
-    model.config.dtype = dtype
+    setattr(model.config, _dtype_word(config), dtype)
     return model
 
 
@@ -179,7 +179,7 @@ def load_pretrained(name: str, config: PreTrainedConfig, *, dtype: torch.dtype) 
     logging.disable_progress_bar()
     try:
         model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-            name, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
+            name, config=config, output_loading_info=True, trust_remote_code=False, **{_dtype_word(config): dtype}
         )
     # The hub client, the readers of files and the model classes each have exceptions of their own.
     except Exception as error:
@@ -191,6 +191,11 @@ def load_pretrained(name: str, config: PreTrainedConfig, *, dtype: torch.dtype) 
         )
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _dtype_word(config: Any) -> str:
+    """What transformers calls the dtype of weights; it was another word before 4.56."""
+    return "torch_dtype" if "torch_dtype" in vars(config) else "dtype"
 
 
 def plain_head(model: Any) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import parameterizations_table, reference, table
+from benchmarks import chaos_table, digests, parameterizations_table, reference, table
 from benchmarks.contestants import own_names
 
 pytest.importorskip("transformers")
@@ -44,6 +44,12 @@ def test_the_readme_is_up_to_date() -> None:
     assert table.replaced(text, table.current()) == text, "run python -m benchmarks.table"
     layers = parameterizations_table.current()
     assert table.replaced(text, layers, parameterizations_table.BEGIN) == text, "run python -m benchmarks.table"
+
+
+@pytest.mark.parametrize("part", [chaos_table, digests])
+def test_what_a_run_survives_is_up_to_date(part: Any) -> None:
+    text = part.PAGE.read_text(encoding="utf-8")
+    assert table.replaced(text, part.current(), part.BEGIN) == text, "run python -m benchmarks.table"
 
 
 def test_a_row_an_optimizer_from_the_figures() -> None:

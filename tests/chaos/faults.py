@@ -72,10 +72,15 @@ def combinations() -> dict[str, list[str]]:
 
 
 class Bench:
-    """Runs with faults in a folder, and without, to compare with."""
+    """Runs with faults in a folder, and without, to compare with.
 
-    def __init__(self, place: Path) -> None:
+    Attributes:
+        without: the combinations that there are not, and why.
+    """
+
+    def __init__(self, place: Path, without: dict[str, str] | None = None) -> None:
         self.place, self.server = place, Server()
+        self.without = {} if without is None else without
         self.combinations = combinations()
         self.made: dict[str, Path] = {}
         self.events: dict[str, int] = {}
@@ -92,18 +97,26 @@ class Bench:
     def reference(self, combination: str) -> Path:
         """The folder of a run without faults, with all checkpoints."""
         if combination not in self.made:
-            folder = self.place / f"whole-{combination}"
-            run = self.server.run(self.line(combination), folder)
+            run = self.whole(combination)
             assert run.status == 0, run.err
-            self.made[combination], self.events[combination] = folder, run.events
         return self.made[combination]
 
+    def whole(self, combination: str) -> Run:
+        """The run without faults itself."""
+        folder = self.place / f"whole-{combination}"
+        run = self.server.run(self.line(combination), folder)
+        if run.status == 0:
+            self.made[combination], self.events[combination] = folder, run.events
+        return run
+
     def fits(self, combination: str) -> bool:
-        """Whether an optimizer has a mode; says so where it has not."""
-        run = self.server.run([*self.line(combination), "--dry-run"], self.folder())
-        if run.status:
-            print(f"without {combination}: {run.err.strip()}")
-        return run.status == 0
+        """Whether an optimizer has a mode: one that it has not is refused in one line."""
+        if combination not in self.made:
+            run = self.whole(combination)
+            if run.status:
+                assert in_one_line(run), run.err
+                self.without[combination] = run.err.strip()
+        return combination in self.made
 
     def folder(self) -> Path:
         """A new one for a run with faults."""

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -73,19 +74,16 @@ class Server:
 
 def serve() -> None:
     import torch
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     import train_llama
-    from lowrank_optim.pretrain.report import KEPT
-    from lowrank_optim.pretrain.trainer import Trainer
+    from lowrank_optim.cli import train
 
-    # They are loaded on their first use, which is to be here and not in every child.
-    assert LlamaForCausalLM and PreTrainedTokenizerFast and Trainer
-    torch.set_num_threads(1)
-    # A table that a run prints at its end, and that takes a fifth of the time of such a short one.
-    train_llama.adamw_bytes = lambda _: dict.fromkeys(KEPT, 0)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    torch.set_num_threads(1)
+    # A table that a run prints at its end, and that takes a fifth of the time of such a short one.
+    train.adamw_sizes = lambda _: []
+    warm()
     for request in sys.stdin:
         line, folder, fault = json.loads(request)
         # Pipes, because a limit on the size of files is to spare what a run says; it is less than they hold.
@@ -110,6 +108,22 @@ def serve() -> None:
         out, err, events = (os.fdopen(end, "rb").read() for end, _ in pipes)
         answers.write(json.dumps([os.waitstatus_to_exitcode(status), out.decode(), err.decode(), len(events)]) + "\n")
         answers.flush()
+
+
+def warm() -> None:
+    """Do what a process does once, imports and caches, here and not in every child; nothing that starts threads."""
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    import train_llama
+    from lowrank_optim.pretrain.trainer import Trainer
+
+    assert PreTrainedTokenizerFast and Trainer
+    logging.disable_progress_bar()
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(None):
+        LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes)).save_pretrained(place)
+        train_llama.main(["--model", place, "--dry-run"])
 
 
 def watch(folder: str, fault: dict[str, Any], count: int) -> None:

@@ -162,5 +162,6 @@ def test_lines_that_once_failed(line: list[str]) -> None:
     one_line(train_llama.main, ["--model", MODEL, *line, "--dry-run"])
 
 
-def test_a_comparison_of_nothing() -> None:
-    one_line(cli.main, ["compare", "--parameterization", "fp32"])
+def test_a_comparison_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compare", "--parameterization", "fp32"]) == 2
+    assert "Invalid parameterization: 'fp32', expected one of" in capsys.readouterr().err

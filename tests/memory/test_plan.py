@@ -2,12 +2,17 @@ import json
 import shlex
 
 import pytest
+import torch
 
 from lowrank_optim.memory.cli import main
+from lowrank_optim.memory.estimate import estimate
 from lowrank_optim.memory.job import Job
+from lowrank_optim.memory.outline import Outline
 from lowrank_optim.memory.plan import _plans, needed, parse_size
-from lowrank_optim.memory.simulate import simulate
+from lowrank_optim.memory.simulate import simulate, with_layers
+from lowrank_optim.optim.roles import roles
 from lowrank_optim.pretrain.command_line import parse_options
+from lowrank_optim.pretrain.llama import PRESETS, build_config, build_model
 
 LINE = "plan --model llama_9m --tokens 1024 --optimizer AdamW GaLoreAdamW8bit"
 
@@ -27,6 +32,25 @@ def test_the_plan_fits_and_its_command_line_is_that_of_the_trainer(capsys):
     assert words[0] == "lowrank-train"
     options = parse_options(words[1:])
     assert Job(**{**vars(options), "config": None}).as_dict() == {key: plan[key] for key in Job().as_dict()}
+
+
+@pytest.mark.parametrize("name", ["llama_60m", pytest.param("llama_7b", marks=pytest.mark.slow)])
+def test_an_outline_has_the_parameters_of_the_model(name):
+    model = build_model(with_layers(build_config(name), 1), device="meta", dtype=torch.bfloat16)
+
+    def known(given):
+        what = roles(given)
+        return {path: (p.shape, p.dtype, what[path]) for path, p in given.named_parameters()}
+
+    assert known(Outline(PRESETS[name], torch.bfloat16)) == known(model)
+
+
+def test_eight_bit_adamw_keeps_what_ours_does_without_a_rank():
+    pytest.importorskip("bitsandbytes")
+    theirs, ours = Job(model="llama_9m", optimizer="AdamW8bit"), Job(model="llama_9m", optimizer="GaLoreAdamW8bit")
+    ours.optimizer_args = ["rank=none"]
+    # Its tables of codes are one for all of our parameters.
+    assert estimate(theirs).by_category["optimizer"] == pytest.approx(estimate(ours).by_category["optimizer"], rel=0.01)
 
 
 def test_more_memory_is_never_slower(capsys):

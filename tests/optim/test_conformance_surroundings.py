@@ -192,11 +192,11 @@ def test_a_distributed_checkpoint_continues_alike(name: str, kwargs: dict[str, A
     handle = step_in_backward(optimizer, accumulate=2, max_norm=1.0)
     updates(model, handle, range(at))
     saved = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.save(saved, checkpoint_id=tmp_path, no_dist=True)
+    dcp.save(saved, checkpoint_id=tmp_path)
     resumed = quiet(name, list(other.named_parameters()), **kwargs)
     theirs = step_in_backward(resumed, accumulate=2, max_norm=1.0)
     target = {"model": other.state_dict(), "optimizer": get_optimizer_state_dict(other, resumed)}
-    dcp.load(target, checkpoint_id=tmp_path, no_dist=True)
+    dcp.load(target, checkpoint_id=tmp_path)
     other.load_state_dict(target["model"])
     set_optimizer_state_dict(other, resumed, target["optimizer"])
     for group in resumed.param_groups:

@@ -233,7 +233,7 @@ def test_one_run_owns_a_folder(tmp_path: Path) -> None:
         assert sorted(path.name for path in folder.iterdir()) == [".lock", "checkpoint-4"]
     assert [path.name for path in folder.iterdir()] == ["checkpoint-4"]
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="Cannot write"), launch.own(tmp_path / "file" / "run"):
+    with pytest.raises(UserError, match="Invalid output_dir: cannot write"), launch.own(tmp_path / "file" / "run"):
         pass
 
 
