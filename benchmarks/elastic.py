@@ -51,7 +51,7 @@ def table(figures: Mapping[str, Any]) -> str:
             *lines,
             *ends,
             "",
-            f"fp32, gloo on {figures['machine']['cores']} cores; 4 to 20 updates after the change. Made by",
+            f"fp32, gloo on {figures['machine']['cores']} cores; 2 to 10 updates after the change. Made by",
             "`python -m benchmarks.elastic` and `python -m benchmarks.table`.",
         )
     )
