@@ -131,7 +131,8 @@ def gather(folder: Path, progress: Progress, update: Updater, skeleton: PreTrain
         model.tie_weights()
     states, shards = _split(update.state_dict())
     try:
-        dcp.save(shards, storage_writer=dcp.HuggingFaceStorageWriter(str(into), save_distributed=True))
+        writer = dcp.HuggingFaceStorageWriter(str(into), save_distributed=True)  # type: ignore[attr-defined]
+        dcp.save(shards, storage_writer=writer)  # type: ignore[attr-defined]
     # One that knows the errors of all processes.
     except Exception as error:
         raise UserError(f"Cannot save checkpoint-{progress.step}: {_line(error)}") from error
@@ -161,7 +162,7 @@ def _join(states: dict[str, Any], path: Path, optimizer: Optimizer) -> dict[str,
 
     from lowrank_optim.optim.sharding import room_for
 
-    params = {}
+    params: dict[str, torch.Tensor] = {}
     for group in optimizer.param_groups:
         params.update(zip(group["param_names"], group["params"], strict=True))
     wanted, places = {}, {}
@@ -171,8 +172,8 @@ def _join(states: dict[str, Any], path: Path, optimizer: Optimizer) -> dict[str,
                 if isinstance(value, torch.Tensor) and value.is_meta:
                     wanted[f"{name}/{key}"] = room_for(value, params[name])
                     places[f"{name}/{key}"] = number, key
-    reader = dcp.HuggingFaceStorageReader(str(path / SHARDS))
-    dcp.load(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
+    reader = dcp.HuggingFaceStorageReader(str(path / SHARDS))  # type: ignore[attr-defined]
+    dcp.load(wanted, storage_reader=reader, no_dist=not dist.is_initialized())  # type: ignore[attr-defined]
     for name, (number, key) in places.items():
         states["optimizer"]["state"][number][key] = wanted[name]
     return states
