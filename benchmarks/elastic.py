@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from benchmarks.common import read_result, write_result
-from tests.distributed.trainer import CASES, Runs
 
 PAGE = Path(__file__).parents[1] / "docs" / "distributed.md"
 BEGIN = "<!-- table:elastic -->"
@@ -74,6 +73,9 @@ def current() -> str:
 
 
 def main() -> None:
+    # Its imports are those of a run, which a table does without.
+    from tests.distributed.trainer import CASES, Runs
+
     os.environ["ACCELERATE_USE_CPU"] = "true"
     for case in sys.argv[1:] or MEASURED:
         with tempfile.TemporaryDirectory() as folder:
