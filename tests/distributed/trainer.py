@@ -293,7 +293,8 @@ def lose(runs: Runs, name: str, number: int) -> dict[str, Any]:
     return {
         "seconds": round(seconds, 1),
         "status": launcher.returncode,
-        "said": next(line for line in said.splitlines() if line.startswith("lowrank-train: error")),
+        # Behind a bar of progress, perhaps.
+        "said": said[said.index("lowrank-train: error") :].splitlines()[0],
         "continued on one": f"checkpoint-{saved} after {saved} updates" in resumed,
     }
 
