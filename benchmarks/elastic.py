@@ -42,6 +42,7 @@ def table(figures: Mapping[str, Any]) -> str:
     ends = [
         f"| {what} | end after | {found[case]['seconds']:.0f} s |"
         for case, what in (("killed", "`kill -9` of a process"), ("frozen", "`kill -STOP` of a process"))
+        if case in found
     ]
     return "\n".join(
         (
