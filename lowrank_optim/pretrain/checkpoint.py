@@ -64,7 +64,7 @@ FIXED = (
     ),
     *("weight_decay", "grad_clip", "batch_size", "accumulate", "seed"),
     *("parameterization", "parameterization_args", "restarts", "restart_args", "per_layer", "weights"),
-    *("accumulate_dtype", "ranks", "graph_step"),
+    *("accumulate_dtype", "ranks"),
 )
 
 # What follows the number of processes: their product with it stays.
@@ -112,8 +112,7 @@ def gather(folder: Path, progress: Progress, update: Updater, skeleton: PreTrain
     Raises:
         UserError: a process cannot write its part; all of them raise it.
     """
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-    from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+    import torch.distributed.checkpoint as dcp
 
     from lowrank_optim.optim.sharding import whole
 
@@ -132,7 +131,8 @@ def gather(folder: Path, progress: Progress, update: Updater, skeleton: PreTrain
         model.tie_weights()
     states, shards = _split(update.state_dict())
     try:
-        save_shards(shards, storage_writer=HuggingFaceStorageWriter(str(into), save_distributed=True))
+        writer = dcp.HuggingFaceStorageWriter(str(into), save_distributed=True)  # type: ignore[attr-defined]
+        dcp.save(shards, storage_writer=writer)  # type: ignore[attr-defined]
     # One that knows the errors of all processes.
     except Exception as error:
         raise UserError(f"Cannot save checkpoint-{progress.step}: {_line(error)}") from error
@@ -158,8 +158,7 @@ def _join(states: dict[str, Any], path: Path, optimizer: Optimizer) -> dict[str,
     if not (path / SHARDS).is_dir():
         return states
     import torch.distributed as dist
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-    from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+    import torch.distributed.checkpoint as dcp
 
     from lowrank_optim.optim.sharding import room_for
 
@@ -173,8 +172,8 @@ def _join(states: dict[str, Any], path: Path, optimizer: Optimizer) -> dict[str,
                 if isinstance(value, torch.Tensor) and value.is_meta:
                     wanted[f"{name}/{key}"] = room_for(value, params[name])
                     places[f"{name}/{key}"] = number, key
-    reader = HuggingFaceStorageReader(str(path / SHARDS))
-    load_shards(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
+    reader = dcp.HuggingFaceStorageReader(str(path / SHARDS))  # type: ignore[attr-defined]
+    dcp.load(wanted, storage_reader=reader, no_dist=not dist.is_initialized())  # type: ignore[attr-defined]
     for name, (number, key) in places.items():
         states["optimizer"]["state"][number][key] = wanted[name]
     return states

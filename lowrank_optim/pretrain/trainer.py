@@ -66,9 +66,11 @@ class Trainer:
         with self.accelerator.main_process_first():
             self.text = load_data(run, vocab_size=config.vocab_size, rank=self.rank, world=self.world, saved=saved)
         with user_errors(ImportError):
-            self.run, self.config, self.model, self.network, self.optimizer = build_parallel(
+            self.run, self.config, self.model, network, self.optimizer = build_parallel(
                 options, self.device, processes=self.world
             )
+            # What fully_shard adds to a module has no type.
+            self.network: Any = network
             self.update = Updater(
                 self.run, self.model, self.optimizer, network=self.network,
                 restarts=restarts_for(self.run, self.model, self.optimizer), processes=self.accelerator,

@@ -126,8 +126,9 @@ class Watch:
     def _end(self, rank: int, words: str, *, gone: bool, first: bool) -> None:
         if first:
             what = "was killed or failed" if gone else f"has given no sign of life for {self.timeout:g} s"
+            # A bar of progress may stand on the line.
             print(
-                f"lowrank-train: error: process {rank} of {self.world} {what}; --resume auto continues from the last "
+                f"\nlowrank-train: error: process {rank} of {self.world} {what}; --resume auto continues from the last "
                 "checkpoint, on fewer processes too",
                 file=sys.stderr,
                 flush=True,
