@@ -14,15 +14,9 @@ BEGIN = "<!-- table:distributed -->"
 
 
 def current() -> str:
-    """The Markdown between the markers.
-
-    Raises:
-        ValueError: nothing was measured.
-    """
+    """The Markdown between the markers."""
     result = read_result("distributed")
-    if result is None:
-        raise ValueError("Invalid results: no distributed.json, run python -m tests.distributed --write")
-    return table(result)
+    return "Not measured yet: `python -m tests.distributed --write`." if result is None else table(result)
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -41,12 +35,13 @@ def table(result: Mapping[str, Any]) -> str:
     for row in result["checkpoints"]:
         name = row["row"].partition("-")[0]
         saved[name] = max(saved[name], *row["errors"])
-    chain = " → ".join(str(number) for number in result["checkpoints"][0]["processes"])
-    heads = ["optimizer", "rows", *columns, chain]
+    chains = dict.fromkeys(" → ".join(map(str, row["processes"])) for row in result["checkpoints"])
+    heads = ["optimizer", "rows", *columns, *chains]
     lines = [f"| {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|"]
     for name in rows:
         cells = [f"{worst[name, column]:.0e}" if (name, column) in worst else "–" for column in columns]
-        lines.append(f"| `{name}` | {len(rows[name])} | {' | '.join(cells)} | {saved[name]:.0e} |")
+        cells += [f"{saved[name]:.0e}"] if chains else []
+        lines.append(f"| `{name}` | {len(rows[name])} | {' | '.join(cells)} |")
     skipped = [row["skipped"] for row in result["table"] if row["skipped"] is not None]
     return "\n".join(
         [

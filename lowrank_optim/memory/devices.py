@@ -18,7 +18,7 @@ from lowrank_optim.optim.subspaces.fixed_basis import Columns
 from lowrank_optim.optim.subspaces.singular import TopSingular
 from lowrank_optim.optim.subspaces.tracking import Tracking
 from lowrank_optim.pretrain.build import build_network, optimizer_for, settle
-from lowrank_optim.pretrain.config import Options
+from lowrank_optim.pretrain.config import QUANTIZED, Options
 from lowrank_optim.pretrain.sizes import storage_bytes
 
 STRATEGIES = ("ddp", "fsdp")
@@ -106,8 +106,12 @@ def footprint(options: Options, devices: Devices) -> Footprint:
 
     Raises:
         UserError, ValueError, RuntimeError: as :func:`lowrank_optim.pretrain.build.build` raises them.
+        ValueError: quantized weights or a parameterization, which are not counted here.
     """
     run, config = settle(options)
+    if run.weights in QUANTIZED or run.parameterization:
+        found = run.weights if run.weights in QUANTIZED else run.parameterization
+        raise ValueError(f"Invalid weights: {found!r} on several devices, expected dense ones in 'bf16'")
     # What repeats is counted as often as it does.
     network = build_network(run, with_layers(config, 1), "meta")
     optimizer = optimizer_for(run, network)

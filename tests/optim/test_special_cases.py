@@ -273,9 +273,9 @@ def test_what_adam_has_kernels_for(monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.complex64):
         low = torch.zeros(2, 3, dtype=dtype)
         group = {"backend": None, "state_dtype": "float32"}
-        assert rule._has_kernels(low, group) is (dtype in (torch.float32, torch.bfloat16))
-        assert rule._has_kernels(low, {**group, "backend": "triton"})
-        assert not rule._has_kernels(low, {**group, "state_dtype": "int4"})
+        assert rule._has_kernels(low, {}, group) is (dtype in (torch.float32, torch.bfloat16))
+        assert rule._has_kernels(low, {}, {**group, "backend": "triton"})
+        assert not rule._has_kernels(low, {}, {**group, "state_dtype": "int4"})
 
 
 # ---- plans ----
