@@ -222,11 +222,14 @@ class _Graph:
         pass
 
 
+STUBS: tuple[tuple[str, Any], ...] = (("CUDAGraph", _Graph), ("graph", nullcontext))
+
+
 @contextmanager
 def prepared(method: str, matrices: int, *, replayed: bool = False) -> Iterator[Callable[[], object]]:
     """A step between refreshes on tiny matrices, as on a GPU; ``replayed``: by a graph that is there already."""
-    graphs = [mock.patch.object(torch.cuda, "CUDAGraph", _Graph), mock.patch.object(torch.cuda, "graph", nullcontext)]
-    with as_on_a_gpu(), graphs[0], graphs[1]:
+    graph, capture = (mock.patch.object(torch.cuda, name, stub) for name, stub in STUBS)
+    with as_on_a_gpu(), graph, capture:
         params = [nn.Parameter(torch.zeros(16, 16)) for _ in range(matrices)]
         for p in params:
             p.grad = torch.zeros_like(p)
