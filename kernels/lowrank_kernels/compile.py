@@ -139,10 +139,8 @@ def markdown(rows: Sequence[Usage]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m lowrank_kernels.compile", description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_LIMIT, help="default: all that triton knows")
-    parser.add_argument("--only", nargs="+", default=[], help="kernels whose names begin with one of these")
-    parser.add_argument(
-        "--json", type=Path, help="also write the figures to this file, beside those of other tritons and kernels"
-    )
+    parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="kernels whose labels begin with these")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file, beside those of other tritons")
     options = parser.parse_args(argv)
     # A kernel that is decorated for the interpreter cannot be compiled.
     os.environ.pop("TRITON_INTERPRET", None)
@@ -152,17 +150,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"lowrank_kernels.compile: error: needs triton: {error}") from error
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     archs = options.arch or [arch for arch in SHARED_LIMIT if version >= SINCE.get(arch, version)]
-    chosen = [case for case in cases() if not options.only or case.label.startswith(tuple(options.only))]
+    chosen = [case for case in cases() if case.label.startswith(tuple(options.only))]
     rows = [usage(case, arch, aligned=aligned) for case in chosen for aligned in (True, False) for arch in archs]
     print(markdown(rows))
     if options.json:
         found = json.loads(options.json.read_text(encoding="utf-8")) if options.json.exists() else {"kernels": {}}
-        found["command"] = f"python -m lowrank_kernels.compile {' '.join(sys.argv[1:])}"
-        new, labels = {row.kernel for row in rows}, [case.label for case in cases()]
-        before = [Usage(**row) for row in found["kernels"].get(triton.__version__, [])]
-        kept = [row for row in before if row.kernel in labels and row.kernel not in new] if options.only else []
-        ordered = sorted([*kept, *rows], key=lambda row: labels.index(row.kernel))
-        found["kernels"][triton.__version__] = [row._asdict() for row in ordered]
+        before = [
+            row for row in found["kernels"].get(triton.__version__, [])
+            if not row["kernel"].startswith(tuple(options.only))
+        ]  # fmt: skip
+        if options.only == [""]:
+            found["command"] = f"python -m lowrank_kernels.compile {' '.join(sys.argv[1:])}"
+        found["kernels"][triton.__version__] = before + [row._asdict() for row in rows]
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     complaints = [complaint for row in rows if (complaint := row.complaint())]
     if complaints:

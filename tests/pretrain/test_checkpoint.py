@@ -20,7 +20,7 @@ MAY_CHANGE = {
     *("checkpointing", "checkpoint_every", "chunked_loss", "compile", "warmup_steps", "max_steps"),
     *("eval_every", "eval_batches", "legacy_eval", "save_every", "keep", "output_dir", "resume", "log_every"),
     *("report_to", "sample_prompt", "sample_tokens", "config", "dry_run", "max_bad_documents", "allow_changed_data"),
-    *("verify", "max_time", "loss_limit", "fsdp", "process_timeout"),
+    *("verify", "max_time", "loss_limit", "fsdp", "process_timeout", "graph_step"),
 }
 NAMES = [field.name for field in dataclasses.fields(Options)]
 
