@@ -1,0 +1,152 @@
+"""The README's tables: LLaMA-7B's peak with AdamW, 8-bit AdamW and the methods here, and the six first choices.
+
+``python -m benchmarks.front_table`` simulates the two baselines and the three settings that come with the package and
+writes ``results/front_table.json``; our rows come from ``benchmarks.memory_7b`` and, what a card allocated, from
+``benchmarks.gpu``. ``benchmarks.table`` draws the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.common import RESULTS, read_result, write_result
+from lowrank_optim.memory.estimate import estimate
+from lowrank_optim.memory.job import MEMORY_OPTIONS, Job
+from lowrank_optim.memory.simulate import simulate
+from lowrank_optim.pretrain.command_line import read_yaml
+
+BEGIN = "<!-- table:front -->"
+BEGIN_CHOICES = "<!-- table:choices -->"
+BEGIN_SETTINGS = "<!-- table:settings -->"
+MODEL = "llama_7b"
+BASELINES = {"AdamW": "`torch.optim.AdamW`", "AdamW8bit": "`bitsandbytes.optim.AdamW8bit`"}
+SETTINGS = ("llama_7b_24gb", "llama_7b_16gb", "llama_7b_12gb")
+PARTS = ("weights", "gradients", "optimizer")
+# What is wanted, the class, its arguments in the column of memory, and what it costs.
+CHOICES: tuple[tuple[str, str, Mapping[str, Any], str], ...] = (
+    ("to begin with", "GaLoreAdamW", {"rank": 1024}, "a refresh every 200 updates"),
+    ("a third of that state", "GaLoreAdamW8bit", {"rank": 1024}, "moments in 8 bits"),
+    ("int8 weights as well, 7B on 16 GB", "QGaLoreAdamW8bit", {"rank": 1024}, "weights rounded at random"),
+    ("7B on 12 GB", "DCTAdamW", {"rank": 256, "state_dtype": "int8"}, "no learning rate published for 7B"),
+    ("updates of full rank", "FiraAdamW", {"rank": 1024}, "sums whole gradients under accumulation"),
+    ("next to no state", "APOLLOMini", {}, "sums whole gradients under accumulation"),
+)
+
+
+def baseline(optimizer: str) -> Job:
+    """A baseline in the setting of ``benchmarks.memory_7b``, whose gradients all live until the step."""
+    return Job(model=MODEL, optimizer=optimizer, seq_len=2048, checkpointing=True)
+
+
+def setting(name: str) -> Job:
+    """One of the settings that come with the package, with its micro-batches."""
+    return Job(**{key: value for key, value in read_yaml(name).items() if key in MEMORY_OPTIONS})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Simulate every job."""
+    argparse.ArgumentParser(prog="python -m benchmarks.front_table", description=__doc__.partition("\n")[0]).parse_args(
+        argv
+    )
+    torch.set_num_threads(1)
+    jobs = {name: baseline(name) for name in BASELINES} | {name: setting(name) for name in SETTINGS}
+    peaks: dict[str, Any] = {}
+    for name, job in jobs.items():
+        peak = simulate(job)
+        peaks[name] = {"method": job.method, "setting": job.setting, **peak.as_dict()}
+        # Which layer takes how much is of no use here.
+        del peaks[name]["by_layer"]
+        print(f"{name}, {job.method}: {peak.peak_bytes / 1e9:.2f} GB", flush=True)
+    write_result("front_table", torch.device("cpu"), {"peaks": peaks})
+
+
+def current() -> str:
+    """The table of peaks.
+
+    Raises:
+        ValueError: something has not been simulated.
+    """
+    front, ours = read_result("front_table"), read_result("memory_7b")
+    if front is None or ours is None:
+        raise ValueError("Invalid results: expected front_table.json and memory_7b.json")
+    measured = on_a_card()
+    rows = [[text, "bf16", *_sizes(front["peaks"][name]), "–"] for name, text in BASELINES.items()]
+    rows += [
+        [f"`{row['method']}`", row["weights"], *_sizes(row), measured.get((row["method"], row["weights"]), "–")]
+        for row in ours["rows"]
+        if row["model"] == MODEL
+    ]
+    header = ("optimizer", "weights in", "peak, GB", *PARTS, "on a card")
+    caption = (
+        "Simulated peaks of 1 × 2048 tokens with recomputed activations and chunked loss; ours update each matrix in "
+        "the backward pass\nand keep one gradient. On a card: what an H200 limited to 24, 16 or 12 GB allocated. GB = "
+        "10⁹ bytes. Made by\n"
+        f"`{front['command']}`, `{ours['command']}`, `python -m benchmarks.gpu` and `python -m benchmarks.table`."
+    )
+    return f"{_markdown(header, rows, range(2, len(header)))}\n\n{caption}"
+
+
+def choices() -> str:
+    """The six first choices, with the bytes of state by the planner's count."""
+    rows = []
+    for wish, name, args, cost in CHOICES:
+        size = estimate(Job(model=MODEL, optimizer=name, optimizer_args=args)).by_category["optimizer"] / 1e9
+        given = ", ".join(f"{key}={value!r}" for key, value in args.items())
+        rows.append([wish, f"`{name}({given})`", f"{size:.1f}", cost])
+    return _markdown(("you want", "take", "state at 7B, GB", "what it costs"), rows, {2})
+
+
+def settings() -> str:
+    """The settings that come with the package, with the peak of the whole job.
+
+    Raises:
+        ValueError: they have not been simulated.
+    """
+    front = read_result("front_table")
+    if front is None:
+        raise ValueError("Invalid results: no front_table.json, run python -m benchmarks.front_table")
+    rows = []
+    for name in SETTINGS:
+        job, peak = setting(name), front["peaks"][name]
+        rows.append(
+            [
+                f"{name.removeprefix('llama_7b_').removesuffix('gb')} GB",
+                f"`{name}`",
+                f"`{job.optimizer}`",
+                job.weights or job.dtype,
+                f"{job.accumulate} × {job.batch_size} × {job.seq_len}",
+                f"{peak['peak_bytes'] / 1e9:.1f} ({peak['peak_bytes'] / 2**30:.1f} GiB)",
+            ]
+        )
+    header = ("card", "setting", "optimizer", "weights in", "tokens per update", "simulated peak, GB")
+    return f"{_markdown(header, rows, {4, 5})}\n\nMade by `{front['command']}` and `python -m benchmarks.table`."
+
+
+def on_a_card() -> dict[tuple[str, str], str]:
+    """What each 7B job allocated on the GPU of ``results/gpu.jsonl``, by method and weights, in GB."""
+    found = {}
+    for line in (RESULTS / "gpu.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["piece"] == "memory" and "allocated_bytes" in row:
+            found[row["method"], row["weights"]] = f"{row['allocated_bytes'] / 1e9:.2f}"
+    return found
+
+
+def _sizes(row: Mapping[str, Any]) -> list[str]:
+    sizes = [row["peak_bytes"], *(row["by_category"][part] for part in PARTS)]
+    return [f"{size / 1e9:.2f}" for size in sizes]
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]], right: Container[int]) -> str:
+    rule = "".join("---:|" if i in right else "---|" for i in range(len(header)))
+    lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
+    return "\n".join([lines[0], f"|{rule}", *lines[1:]])
+
+
+if __name__ == "__main__":
+    main()
