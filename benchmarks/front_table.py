@@ -1,7 +1,7 @@
 """The README's tables: LLaMA-7B's peak with AdamW, 8-bit AdamW and the methods here, and the six first choices.
 
-``python -m benchmarks.front_table`` simulates the two baselines and the three settings that come with the package and
-writes ``results/front_table.json``; our rows come from ``benchmarks.memory_7b`` and, what a card allocated, from
+``python -m benchmarks.front_table`` simulates the two baselines and the three settings that come with the package, counts
+the states of the six choices, and writes ``results/front_table.json``; our rows of peaks come from ``benchmarks.memory_7b`` and, what a card allocated, from
 ``benchmarks.gpu``. ``benchmarks.table`` draws the tables.
 """
 
@@ -48,6 +48,11 @@ def setting(name: str) -> Job:
     return Job(**{key: value for key, value in read_yaml(name).items() if key in MEMORY_OPTIONS})
 
 
+def choice(name: str, args: Mapping[str, Any]) -> Job:
+    """A first choice at 7B, whose state is counted."""
+    return Job(model=MODEL, optimizer=name, optimizer_args=args)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Simulate every job."""
     argparse.ArgumentParser(prog="python -m benchmarks.front_table", description=__doc__.partition("\n")[0]).parse_args(
@@ -62,19 +67,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Which layer takes how much is of no use here.
         del peaks[name]["by_layer"]
         print(f"{name}, {job.method}: {peak.peak_bytes / 1e9:.2f} GB", flush=True)
-    write_result("front_table", torch.device("cpu"), {"peaks": peaks})
+    states = {name: estimate(choice(name, args)).by_category["optimizer"] for _, name, args, _ in CHOICES}
+    write_result("front_table", torch.device("cpu"), {"peaks": peaks, "states": states})
 
 
 def current() -> str:
-    """The table of peaks.
-
-    Raises:
-        ValueError: something has not been simulated.
-    """
-    front, ours = read_result("front_table"), read_result("memory_7b")
-    if front is None or ours is None:
-        raise ValueError("Invalid results: expected front_table.json and memory_7b.json")
-    measured = on_a_card()
+    """The table of peaks."""
+    front, ours, measured = result(), result("memory_7b"), on_a_card()
     rows = [[text, "bf16", *_sizes(front["peaks"][name]), "–"] for name, text in BASELINES.items()]
     rows += [
         [f"`{row['method']}`", row["weights"], *_sizes(row), measured.get((row["method"], row["weights"]), "–")]
@@ -93,38 +92,38 @@ def current() -> str:
 
 def choices() -> str:
     """The six first choices, with the bytes of state by the planner's count."""
+    states = result()["states"]
     rows = []
     for wish, name, args, cost in CHOICES:
-        size = estimate(Job(model=MODEL, optimizer=name, optimizer_args=args)).by_category["optimizer"] / 1e9
         given = ", ".join(f"{key}={value!r}" for key, value in args.items())
-        rows.append([wish, f"`{name}({given})`", f"{size:.1f}", cost])
+        rows.append([wish, f"`{name}({given})`", f"{states[name] / 1e9:.1f}", cost])
     return _markdown(("you want", "take", "state at 7B, GB", "what it costs"), rows, {2})
 
 
 def settings() -> str:
-    """The settings that come with the package, with the peak of the whole job.
-
-    Raises:
-        ValueError: they have not been simulated.
-    """
-    front = read_result("front_table")
-    if front is None:
-        raise ValueError("Invalid results: no front_table.json, run python -m benchmarks.front_table")
+    """The settings that come with the package, with the peak of the whole job."""
+    front = result()
     rows = []
     for name in SETTINGS:
-        job, peak = setting(name), front["peaks"][name]
-        rows.append(
-            [
-                f"{name.removeprefix('llama_7b_').removesuffix('gb')} GB",
-                f"`{name}`",
-                f"`{job.optimizer}`",
-                job.weights or job.dtype,
-                f"{job.accumulate} × {job.batch_size} × {job.seq_len}",
-                f"{peak['peak_bytes'] / 1e9:.1f} ({peak['peak_bytes'] / 2**30:.1f} GiB)",
-            ]
-        )
+        job, peak = setting(name), front["peaks"][name]["peak_bytes"]
+        card = name.removeprefix("llama_7b_").removesuffix("gb")
+        tokens = f"{job.accumulate} × {job.batch_size} × {job.seq_len}"
+        size = f"{peak / 1e9:.1f} ({peak / 2**30:.1f} GiB)"
+        rows.append([f"{card} GB", f"`{name}`", f"`{job.optimizer}`", job.weights or job.dtype, tokens, size])
     header = ("card", "setting", "optimizer", "weights in", "tokens per update", "simulated peak, GB")
     return f"{_markdown(header, rows, {4, 5})}\n\nMade by `{front['command']}` and `python -m benchmarks.table`."
+
+
+def result(name: str = "front_table") -> dict[str, Any]:
+    """A file of results.
+
+    Raises:
+        ValueError: it has not been made.
+    """
+    found = read_result(name)
+    if found is None:
+        raise ValueError(f"Invalid results: no {name}.json, run python -m benchmarks.{name}")
+    return found
 
 
 def on_a_card() -> dict[tuple[str, str], str]:

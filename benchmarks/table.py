@@ -1,8 +1,8 @@
-"""The tables of README.md and docs/kernels.md from the measured figures: ``python -m benchmarks.table [--check]``.
+"""The tables of README.md and docs/ from the measured figures: ``python -m benchmarks.table [--check]``.
 
-Reads ``results/step.json`` (``benchmarks.step``) and ``results/reference.json`` (``benchmarks.reference``) and replaces
-what stands between the two markers in README.md. State bytes are computed by :mod:`lowrank_optim.memory`. The other
-tables are those of the modules that it imports; the one of compiled kernels stands in docs/kernels.md.
+Replaces what stands between the markers of each table in :data:`TABLES`. The one of all optimizers is made here, from
+``results/step.json`` (``benchmarks.step``) and ``results/reference.json`` (``benchmarks.reference``); its state bytes
+are computed by :mod:`lowrank_optim.memory`. The others are those of the modules that this one imports.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 import inspect
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lowrank_optim
-from benchmarks import aot_table, launches, memory_7b, parameterizations_table
+from benchmarks import aot_table, front_table, launches, memory_7b, parameterizations_table
 from benchmarks.common import read_result
 from benchmarks.contestants import ARGUMENTS, own_names
 from benchmarks.gpu import table as gpu_table
@@ -24,6 +24,7 @@ from lowrank_optim.memory.job import Job
 from lowrank_optim.pretrain.optimizers import accepted_arguments
 
 README = Path(__file__).parents[1] / "README.md"
+DOCS = README.parent / "docs"
 BEGIN, END = "<!-- table:optimizers -->", "<!-- /table -->"
 TIMED, PLANNED, PLANNED_RANK = "llama_60m", "llama_7b", 1024
 NONE = "–"
@@ -126,18 +127,30 @@ def current() -> str:
     return table(step, read_result("reference"))
 
 
+# Where each table stands, its marker, and what makes it.
+TABLES: tuple[tuple[Path, str, Callable[[], str]], ...] = (
+    (README, front_table.BEGIN, front_table.current),
+    (README, front_table.BEGIN_CHOICES, front_table.choices),
+    (README, front_table.BEGIN_SETTINGS, front_table.settings),
+    (DOCS / "memory.md", memory_7b.BEGIN, memory_7b.current),
+    (DOCS / "methods" / "index.md", BEGIN, current),
+    (DOCS / "methods" / "weights.md", parameterizations_table.BEGIN, parameterizations_table.current),
+    (launches.PAGE, launches.BEGIN, launches.current),
+    (aot_table.PAGE, aot_table.BEGIN, aot_table.current),
+    (gpu_table.PAGE, gpu_table.BEGIN, gpu_table.current),
+)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
+    """Draw every table anew."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing, fail where a file is out of date")
     options = parser.parse_args(argv)
+    pages: dict[Path, str] = {}
     try:
-        new = replaced(README.read_text(encoding="utf-8"), current())
-        for table in (memory_7b, parameterizations_table):
-            new = replaced(new, table.current(), table.BEGIN)
-        pages = {README: new}
-        for table in (launches, aot_table, gpu_table):
-            page = pages.get(table.PAGE) or table.PAGE.read_text(encoding="utf-8")
-            pages[table.PAGE] = replaced(page, table.current(), table.BEGIN)
+        for page, marker, make in TABLES:
+            text = pages.get(page) or page.read_text(encoding="utf-8")
+            pages[page] = replaced(text, make(), marker)
     except ValueError as error:
         raise SystemExit(f"benchmarks.table: error: {error}") from error
     for path, text in pages.items():
