@@ -17,6 +17,8 @@ TRAIN = [
 
 PLOTS = "matplotlib>=3.9"
 
+DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]
+
 setup(
     name="lowrank-optim",
     version="0.1.0",
@@ -37,6 +39,7 @@ setup(
         "train": TRAIN,
         "test": [
             *TRAIN,
+            *DOCS,
             "hypothesis>=6.120",
             PLOTS,
             "mypy>=1.14",
@@ -48,6 +51,7 @@ setup(
             "types-PyYAML",
             "types-tqdm",
         ],
+        "docs": DOCS,
         "plots": [PLOTS],
         "peers": ["galore-torch==1.0", "apollo-torch==1.0.3", "fira==1.0.2"],
     },
