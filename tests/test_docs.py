@@ -222,12 +222,10 @@ def test_the_first_commands_of_the_readme() -> None:
     assert second.text == 'python -m pip install -c constraints.txt -e ".[test]" && python -m pytest\n'
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=name_of)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=name_of)
 def test_links_to_files_lead_somewhere(page: Path) -> None:
-    """Those within docs/ are the site's to check."""
     targets = re.findall(r"\]\(([^)#:\s]+)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8"))
-    missing = [target for target in targets if not (page.parent / target).exists()]
-    assert not missing
+    assert not [target for target in targets if not (page.parent / target).exists()]
 
 
 def optimizer_classes() -> list[str]:

@@ -28,7 +28,7 @@ class Roles(griffe.Extension):
 
 
 def _names(pkg: griffe.Module, path: str) -> list[str]:
-    if pkg.path != path.split(".")[0]:
+    if pkg.path != path.partition(".")[0]:
         return []
     module = pkg if path == pkg.path else pkg[path.partition(".")[2]]
     return [str(name) for name in module.exports or []]
