@@ -1,8 +1,8 @@
 """The README's tables: LLaMA-7B's peak with AdamW, 8-bit AdamW and the methods here, and the six first choices.
 
-``python -m benchmarks.front_table`` simulates the two baselines and the three settings that come with the package, counts
-the states of the six choices, and writes ``results/front_table.json``; our rows of peaks come from ``benchmarks.memory_7b`` and, what a card allocated, from
-``benchmarks.gpu``. ``benchmarks.table`` draws the tables.
+``python -m benchmarks.front_table`` simulates the two baselines and the three settings that come with the package,
+counts the states of the six choices, and writes ``results/front_table.json``. Our rows of peaks come from
+``benchmarks.memory_7b``, what a card allocated from ``benchmarks.gpu``; ``benchmarks.table`` draws the tables.
 """
 
 from __future__ import annotations
@@ -55,20 +55,20 @@ def choice(name: str, args: Mapping[str, Any]) -> Job:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Simulate every job."""
-    argparse.ArgumentParser(prog="python -m benchmarks.front_table", description=__doc__.partition("\n")[0]).parse_args(
-        argv
-    )
-    torch.set_num_threads(1)
     jobs = {name: baseline(name) for name in BASELINES} | {name: setting(name) for name in SETTINGS}
-    peaks: dict[str, Any] = {}
-    for name, job in jobs.items():
-        peak = simulate(job)
-        peaks[name] = {"method": job.method, "setting": job.setting, **peak.as_dict()}
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.front_table", description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=jobs, metavar="NAME", help=f"only these of {', '.join(jobs)}")
+    only = parser.parse_args(argv).only or list(jobs)
+    torch.set_num_threads(1)
+    states = {name: estimate(choice(name, args)).by_category["optimizer"] for _, name, args, _ in CHOICES}
+    peaks: dict[str, Any] = dict((read_result("front_table") or {"peaks": {}})["peaks"])
+    for name in only:
+        peak = simulate(jobs[name])
+        peaks[name] = {"method": jobs[name].method, "setting": jobs[name].setting, **peak.as_dict()}
         # Which layer takes how much is of no use here.
         del peaks[name]["by_layer"]
-        print(f"{name}, {job.method}: {peak.peak_bytes / 1e9:.2f} GB", flush=True)
-    states = {name: estimate(choice(name, args)).by_category["optimizer"] for _, name, args, _ in CHOICES}
-    write_result("front_table", torch.device("cpu"), {"peaks": peaks, "states": states})
+        print(f"{name}, {jobs[name].method}: {peak.peak_bytes / 1e9:.2f} GB", flush=True)
+        write_result("front_table", torch.device("cpu"), {"peaks": peaks, "states": states})
 
 
 def current() -> str:
@@ -105,10 +105,10 @@ def settings() -> str:
     front = result()
     rows = []
     for name in SETTINGS:
-        job, peak = setting(name), front["peaks"][name]["peak_bytes"]
+        job, peak = setting(name), front["peaks"].get(name)
         card = name.removeprefix("llama_7b_").removesuffix("gb")
         tokens = f"{job.accumulate} × {job.batch_size} × {job.seq_len}"
-        size = f"{peak / 1e9:.1f} ({peak / 2**30:.1f} GiB)"
+        size = "–" if peak is None else f"{peak['peak_bytes'] / 1e9:.1f} ({peak['peak_bytes'] / 2**30:.1f} GiB)"
         rows.append([f"{card} GB", f"`{name}`", f"`{job.optimizer}`", job.weights or job.dtype, tokens, size])
     header = ("card", "setting", "optimizer", "weights in", "tokens per update", "simulated peak, GB")
     return f"{_markdown(header, rows, {4, 5})}\n\nMade by `{front['command']}` and `python -m benchmarks.table`."

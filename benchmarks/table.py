@@ -131,7 +131,7 @@ def current() -> str:
 TABLES: tuple[tuple[Path, str, Callable[[], str]], ...] = (
     (README, front_table.BEGIN, front_table.current),
     (README, front_table.BEGIN_CHOICES, front_table.choices),
-    (README, front_table.BEGIN_SETTINGS, front_table.settings),
+    (DOCS / "memory.md", front_table.BEGIN_SETTINGS, front_table.settings),
     (DOCS / "memory.md", memory_7b.BEGIN, memory_7b.current),
     (DOCS / "methods" / "index.md", BEGIN, current),
     (DOCS / "methods" / "weights.md", parameterizations_table.BEGIN, parameterizations_table.current),

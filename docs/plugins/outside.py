@@ -1,4 +1,4 @@
-"""Links to files of the repository beside docs/ are links on a code host and words on the site, which does not have them."""
+"""Links to files beside docs/ are links on a code host, and words on the site, which does not have the files."""
 
 from __future__ import annotations
 
