@@ -80,7 +80,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class Plan:
-    """A job, its cost in FLOPs an update, the bytes that it is predicted to take, and where it stands among others."""
+    """A job, its cost in FLOPs per update, the bytes that it is predicted to take, and where it stands among others."""
 
     job: Job
     cost: float
