@@ -91,13 +91,11 @@ def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]
     """What the pages take for granted beside a model, which is a new one in every section."""
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
-    batches = [batch_of(i) for i in range(2)]
     return {
         "torch": torch,
-        "loader": batches,
+        "loader": [batch_of(i) for i in range(2)],
         "updates": [[batch_of(i) for i in range(4)]],
         "scheduler": Constant(),
-        "dataset": [{key: value[0] for key, value in batch.items()} for batch in batches],
     }
 
 
