@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent
 # The one place of the version; importing it would need torch.
 SOURCE = (ROOT / "lowrank_optim" / "__init__.py").read_text(encoding="utf-8")
 VERSION = re.findall(r'^__version__ = "(.+)"$', SOURCE, re.MULTILINE)[0]
+DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]
 
 setup(
     name="lowrank-optim",
@@ -46,6 +47,7 @@ setup(
         "train": TRAIN,
         "test": [
             *TRAIN,
+            *DOCS,
             "hypothesis>=6.120",
             PLOTS,
             "mypy>=1.14",
@@ -58,6 +60,7 @@ setup(
             "types-PyYAML",
             "types-tqdm",
         ],
+        "docs": DOCS,
         "plots": [PLOTS],
         # Beside `train`, for the examples of Lightning and PEFT; lowrank_optim.integrations needs transformers alone.
         "integrations": ["lightning>=2.5", "peft>=0.14"],

@@ -2,7 +2,7 @@
 
 Per-layer updates, checkpointed activations, chunked loss, moments in 8 bits for embeddings and head too. Nothing of the
 model's size is allocated; a job takes a few minutes on one core. Writes ``results/memory_7b.json`` as it goes, where
-``--weights int4`` replaces the rows of these weights alone, and is the README's second table of the 7B jobs.
+``--weights int4`` replaces the rows of these weights alone, and the table of docs/memory.md is drawn from it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The README's tables of parameterized layers from ``results``; ``python -m benchmarks.table`` writes them."""
+"""The tables of docs/methods/weights.md from ``results``; ``python -m benchmarks.table`` writes them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The tables of README.md and docs/kernels.md from the measured figures: ``python -m benchmarks.table [--check]``.
+"""The tables of README.md and docs/ from the measured figures: ``python -m benchmarks.table [--check]``.
 
-Reads ``results/step.json`` (``benchmarks.step``) and ``results/reference.json`` (``benchmarks.reference``) and replaces
-what stands between the two markers in README.md. State bytes are computed by :mod:`lowrank_optim.memory`. The other
-tables are those of the modules that it imports, each in its own page.
+Replaces what stands between the markers of each table in :data:`TABLES`. The one of all optimizers is made here, from
+``results/step.json`` (``benchmarks.step``) and ``results/reference.json`` (``benchmarks.reference``); its state bytes
+are computed by :mod:`lowrank_optim.memory`. The others are those of the modules that this one imports.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from benchmarks import (
     digests,
     distributed_table,
     elastic,
+    front_table,
     launches,
     memory_7b,
     parameterizations_table,
@@ -36,6 +37,7 @@ from lowrank_optim.pretrain.build import DTYPES
 from lowrank_optim.pretrain.optimizers import accepted_arguments
 
 README = Path(__file__).parents[1] / "README.md"
+DOCS = README.parent / "docs"
 BEGIN, END = "<!-- table:optimizers -->", "<!-- /table -->"
 TIMED, PLANNED, PLANNED_RANK = "llama_60m", "llama_7b", 1024
 NONE = "–"
@@ -160,18 +162,35 @@ def current() -> str:
     return table(step, read_result("reference"))
 
 
+# Where each table stands, its marker, and what makes it.
+TABLES: tuple[tuple[Path, str, Callable[[], str]], ...] = (
+    (README, front_table.BEGIN, front_table.current),
+    (README, front_table.BEGIN_CHOICES, front_table.choices),
+    (DOCS / "memory.md", front_table.BEGIN_SETTINGS, front_table.settings),
+    (DOCS / "memory.md", memory_7b.BEGIN, memory_7b.current),
+    (DOCS / "methods" / "index.md", BEGIN, current),
+    (DOCS / "methods" / "weights.md", parameterizations_table.BEGIN, parameterizations_table.current),
+    (launches.PAGE, launches.BEGIN, launches.current),
+    (aot_table.PAGE, aot_table.BEGIN, aot_table.current),
+    (gpu_table.PAGE, gpu_table.BEGIN, gpu_table.current),
+    (chaos_table.PAGE, chaos_table.BEGIN, chaos_table.current),
+    (digests.PAGE, digests.BEGIN, digests.current),
+    (distributed_table.PAGE, distributed_table.BEGIN, distributed_table.current),
+    (elastic.PAGE, elastic.BEGIN, elastic.current),
+    (scaling.PAGE, scaling.BEGIN, scaling.current),
+)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
+    """Draw every table anew."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing, fail where a file is out of date")
     options = parser.parse_args(argv)
+    pages: dict[Path, str] = {}
     try:
-        new = replaced(README.read_text(encoding="utf-8"), current())
-        for table in (memory_7b, parameterizations_table):
-            new = replaced(new, table.current(), table.BEGIN)
-        pages = {README: new}
-        for table in (launches, aot_table, gpu_table, chaos_table, digests, distributed_table, elastic, scaling):
-            page = pages.get(table.PAGE) or table.PAGE.read_text(encoding="utf-8")
-            pages[table.PAGE] = replaced(page, table.current(), table.BEGIN)
+        for page, marker, make in TABLES:
+            text = pages.get(page) or page.read_text(encoding="utf-8")
+            pages[page] = replaced(text, make(), marker)
     except ValueError as error:
         raise SystemExit(f"benchmarks.table: error: {error}") from error
     for path, text in pages.items():

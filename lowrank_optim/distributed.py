@@ -1,4 +1,4 @@
-"""Less traffic between data-parallel processes: gradients are summed in the subspace that the optimizer keeps."""
+"""Less traffic between data-parallel processes: gradients are reduced in the subspace that the optimizer keeps."""
 
 # No deferred annotations: DistributedDataParallel compares those of a hook with its own types.
 

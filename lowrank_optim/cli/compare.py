@@ -26,8 +26,8 @@ def compare(argv: Sequence[str]) -> int:
     """The subcommand; see :func:`lowrank_optim.cli.main.main`."""
     parser = Parser(prog=f"{PROG} compare", description="Runs side by side.", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-    parser.add_argument("--html", default="comparison.html", metavar="FILE", help="the page [comparison.html]")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, and write no page")
+    parser.add_argument("--html", default="comparison.html", metavar="FILE", help="page to write [comparison.html]")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and write no page")
     given = parse_known(parser, argv, ("runs", "html", "json"))
     found = [read_run(Path(path)) for path in given.runs]
     rows = [_row(run) for run in found]

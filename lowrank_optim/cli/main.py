@@ -20,11 +20,11 @@ PROG = "lowrank-train"
 COMMANDS = {
     "train": ("lowrank_optim.cli.train:train", "train a model; the default, which can be left out"),
     "generate": ("lowrank_optim.cli.saved:generate", "continue a text with a trained model"),
-    "evaluate": ("lowrank_optim.cli.saved:evaluate", "the validation loss of a trained model"),
-    "compare": ("lowrank_optim.cli.compare:compare", "runs side by side: a table, and a page with a picture"),
-    "verify": ("lowrank_optim.cli.verify:verify", "whether the checkpoints of a run are what was written"),
-    "tokenize": ("lowrank_optim.pretrain.tokenize_command:main", "a data set as token ids on disk"),
-    "list": ("lowrank_optim.cli.listing:list_", "models, optimizers and parameterizations, with their arguments"),
+    "evaluate": ("lowrank_optim.cli.saved:evaluate", "compute the validation loss of a trained model"),
+    "compare": ("lowrank_optim.cli.compare:compare", "compare runs: a table, and a page with plots"),
+    "verify": ("lowrank_optim.cli.verify:verify", "check the checkpoints of a run against their digests"),
+    "tokenize": ("lowrank_optim.pretrain.tokenize_command:main", "encode a data set as token ids on disk"),
+    "list": ("lowrank_optim.cli.listing:list_", "list models, optimizers and parameterizations with their arguments"),
 }
 
 

@@ -20,7 +20,7 @@ def generate(argv: Sequence[str]) -> int:
     """The subcommand; see :func:`lowrank_optim.cli.main.main`."""
     parser = _parser("generate", "Continue a text with a trained model (temperature 0.8, the 50 likeliest tokens)")
     parser.add_argument("--prompt", default="The ", metavar="TEXT", help="the text to continue [The ]")
-    parser.add_argument("--tokens", type=int, default=64, metavar="N", help="how many tokens at most [64]")
+    parser.add_argument("--tokens", type=int, default=64, metavar="N", help="maximum number of tokens [64]")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed [0]")
     given = parse_known(parser, argv, ("prompt", "tokens", "seed", "path"))
     if given.tokens < 1:

@@ -10,7 +10,7 @@ from lowrank_optim.pretrain.command_line import Parser, parse_known
 
 
 def verify(argv: Sequence[str]) -> int:
-    """The subcommand; 1 where a checkpoint is not whole."""
+    """The subcommand; its status is 1 if a checkpoint is damaged."""
     parser = Parser(prog=f"{PROG} verify", description="Check every file of checkpoints.", allow_abbrev=False)
     parser.add_argument("path", metavar="RUN", help="a run folder or a checkpoint")
     given = parse_known(parser, argv, ("path",))

@@ -77,7 +77,7 @@ def _parser() -> Parser:
     added.add_argument("--updates", type=_positive, default=3, metavar="N", help="updates to run [3]")
     added.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if available")
     added.add_argument(
-        "--checkpoint", metavar="DIR", help="save here, then make one more update and compare it with a resumed run's"
+        "--checkpoint", metavar="DIR", help="save here, make one more update, and compare it with that of a resumed run"
     )
     several = [name for name in MEMORY_OPTIONS if name not in ("model", "optimizer")]
     added = command("compare", _compare, "All methods and model sizes side by side", several)
@@ -98,7 +98,7 @@ def _parser() -> Parser:
         default=list(STRATEGIES),
         help="copies (ddp) or parts (fsdp) [both]",
     )
-    added.add_argument("--simulate", action="store_true", help="check the plan by a simulation; some seconds more")
+    added.add_argument("--simulate", action="store_true", help="check the plan by simulation (takes seconds)")
     added.add_argument("--tokens", type=_positive, default=131072, metavar="N", help="tokens per update [131072]")
     added.add_argument("--seq-len", type=_positive, default=256, metavar="N", help="tokens per sequence [256]")
     added.add_argument("--optimizer", nargs="+", default=[], metavar="NAME", help="only these [all]")

@@ -45,7 +45,7 @@ def allocate_(model: nn.Module, device: str) -> None:
 
 @torch.no_grad()
 def randomize_(model: nn.Module) -> None:
-    """Fresh weights, a matrix at a time: N(0, 0.02²), and one in vectors."""
+    """Fresh weights, one matrix at a time: N(0, 0.02²) for matrices, ones for vectors."""
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.from_weight_(

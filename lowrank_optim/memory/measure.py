@@ -42,7 +42,7 @@ _MODEL, _OPTIMIZER = "model.pt", "optimizer.pt"
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run took.
+    """The memory and time that a run took.
 
     Attributes:
         peak_bytes: largest bytes allocated on a GPU; on the CPU, largest resident memory, less that of the libraries.

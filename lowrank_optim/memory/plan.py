@@ -93,7 +93,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class Plan:
-    """A job of one device, its cost in FLOPs an update, the bytes that it is predicted to take, and its place.
+    """A job of one device, its cost in FLOPs per update, its predicted bytes, and where it stands among others.
 
     sent_bytes: what a device sends to others in an update, in the mean over refreshes.
     """

@@ -78,7 +78,7 @@ class FactoredLinear(nn.Module):
         raise NotImplementedError
 
     def from_weight_(self, weight: Tensor) -> None:
-        """Take over a trained dense weight (m, n) as well as the parts can express it, in place."""
+        """Take over a trained dense weight (m, n), as closely as the parts can express it, in place."""
         raise NotImplementedError
 
     def reset_bias_(self, generator: torch.Generator | None = None) -> None:

@@ -41,7 +41,7 @@ def convert(
             :func:`lowrank_optim.optim.roles.roles`); otherwise what the name of a replaced module contains, or, as a
             regular expression, matches fully. Heads and routers stay even then, and so do layers whose weight the
             code of the module around them reads, as T5's and Mamba's does.
-        from_weight: keep the trained weight as well as the parameterization can, instead of a fresh start.
+        from_weight: keep the trained weight as closely as the parameterization can, instead of starting afresh.
         ranks: of layers by the name of their weight, as :func:`lowrank_optim.allocate_ranks` makes them, in place of
             the parameterization's own.
         seed: the layers draw from generators seeded by this and by their position in the model.

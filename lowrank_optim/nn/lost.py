@@ -30,8 +30,8 @@ class LOST(Parameterization):
         score_j = norm of column j of what the singular values r+1 ... r+tail_rank make up
         I = the channels with the largest scores   C = W0[:, I]
 
-    At the start the layer is smaller than W0: by gamma and the energy that r directions hold, and about
-    once more by half with the activation.
+    At the start the layer is smaller than W0: by gamma and by the energy that r directions hold, and by
+    about another half with the activation.
 
     Args:
         rank: r, columns of B (m, r) and rows of A (r, n).
@@ -45,7 +45,7 @@ class LOST(Parameterization):
         ValueError: an option out of range; on building, a rank that is not below the smaller side of the
             layer, for then no singular values remain to score the channels.
 
-    Deviations: written after the paper's reviews and its authors' neighbouring code, for no code of the
+    Deviations: written from the paper's reviews and related code of its authors, since no code of the
     paper itself is published; gamma and sparsity are the authors' later settings.
     """
 

@@ -23,7 +23,7 @@ class Maestro(Parameterization):
     """y = B[:, :b] (A[:b] x) + b with a width b that :class:`OrderedDropout` draws (arXiv 2308.14929).
 
     Without the callback, and in evaluation, b is the whole rank: plain factors. With it the k-th components of A and B
-    learn what the first k - 1 leave over, as in an SVD, and those that nothing is left for disappear.
+    learn what the first k - 1 leave over, as in an SVD, and those for which nothing is left disappear.
 
     Args:
         rank: r at the start, columns of B (m, r) and rows of A (r, n); None for the smaller side of the layer.

@@ -204,7 +204,7 @@ LAYERS: dict[int, type[QuantizedLinear]] = {8: Int8Linear, 4: Int4Linear}
 def quantize_weights(model: nn.Module, targets: str | Iterable[str] | None = None, *, bits: int = 8) -> list[str]:
     """Replace the matching ``nn.Linear`` modules of ``model`` by quantized ones with the nearest codes, in place.
 
-    One layer at a time, so that beside the model there is one weight more. Works on the meta device and under
+    It replaces one layer at a time, so that only one weight exists beside the model. Works on the meta device and under
     ``FakeTensorMode``. :func:`lowrank_optim.nn.merge` goes back; :func:`lowrank_optim.nn.merged_state_dict` gives the
     floating-point weights for an export.
 

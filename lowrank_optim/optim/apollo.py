@@ -121,7 +121,7 @@ class APOLLOAdamW(LowRankOptimizer):
 
 
 class APOLLOMini(APOLLOAdamW):
-    """APOLLO with a sketch of rank 1 and one step size a matrix: the optimizer state of plain SGD, almost.
+    """APOLLO with a sketch of rank 1 and one step size per matrix: almost the memory of plain SGD.
 
     ``APOLLOAdamW(rank=1, scale_type="tensor", scale=128)``; its formulas, errors and deviations apply, and so do its
     arguments params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, proj_type, proj, scale_front,

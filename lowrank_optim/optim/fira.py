@@ -56,7 +56,7 @@ def image_norms(step: Step, state: State, group: Group) -> Tensor | None:
 
 
 class FiraAdamW(LowRankOptimizer):
-    """GaLore whose update also has the part of the gradient that the subspace leaves out.
+    """GaLore whose update also contains the part of the gradient that the subspace leaves out.
 
     P, R, N and the bias correction c are those of :class:`GaLoreAdamW` on a weight W (m, n), n <= m (else on its
     transpose). ``residual="reference"``, as the authors' code::

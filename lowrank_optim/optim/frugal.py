@@ -146,7 +146,7 @@ class RestartedAdam(CorrectedAdam):
 
 
 class FRUGALAdamW(LowRankOptimizer):
-    """AdamW on a changing part of every matrix and signSGD, which keeps no state, on the rest of it.
+    """AdamW on a changing part of every matrix, and signSGD, which keeps no state, on the rest.
 
     For a weight W (m, n) with gradient G, at updates 1, 1 + gap, 1 + 2 gap, ... P becomes a new orthonormal (n, rank)
     matrix (of the smaller side; m < n: on the transpose), M = V = 0, t = 0. Then::

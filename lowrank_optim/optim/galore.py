@@ -107,7 +107,7 @@ class GaLoreAdamW8bit(GaLoreAdamW):
     Every 256 consecutive values of a moment share an fp32 scale; each is one of the 256 codes of the dynamic map,
     signed for M and unsigned for V. A step reads them as fp32, computes as :class:`GaLoreAdamW` does, direction
     included, and writes M and V back to the nearest codes. Moments of fewer than 4096 values stay fp32, and so do those
-    of a group with ``state_dtype="float32"`` (embeddings, say). bitsandbytes is not required, not even on the CPU.
+    of a group with ``state_dtype="float32"``, such as one of embeddings. bitsandbytes is not required.
 
     Args:
         params, lr, betas, rank, update_proj_gap, scale, proj_type, refresh, selection, moments: as in

@@ -1,4 +1,4 @@
-"""Updates inside of the backward pass: a gradient lives until it is used, and micro-batches are summed at low rank."""
+"""Updates inside the backward pass: a gradient lives until it is used, and micro-batches are summed at low rank."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def step_in_backward(
     sum_dtype: torch.dtype = torch.float32,
     process_group: dist.ProcessGroup | None = None,
 ) -> StepInBackward:
-    """Let the backward pass update every parameter as soon as its gradient is there, and free the gradient at once.
+    """Update every parameter in the backward pass, as soon as its gradient is there, and free the gradient at once.
 
-    One hook a parameter calls ``optimizer.step_param``, so that state, schedule and checkpoint are those of the
+    A hook on each parameter calls ``optimizer.step_param``, so that state, schedule and checkpoint are those of the
     ordinary loop, and so is the result, bit for bit, with ``accumulate=1`` and without clipping::
 
         handle = step_in_backward(optimizer, accumulate=4)
@@ -45,7 +45,7 @@ def step_in_backward(
             for batch in batches:
                 with handle.micro_batch():              # with accumulate=1 a bare backward() will do
                     (model(**batch).loss / 4).backward()
-            scheduler.step()                            # once an update; optimizer.step() finds nothing to do
+            scheduler.step()                            # once per update; optimizer.step() finds nothing to do
             log(handle.grad_norm)
 
     With ``accumulate > 1`` the sum R = Σ G_i P (rows, rank) is kept instead of the gradient. A refresh is linear too:
@@ -61,8 +61,8 @@ def step_in_backward(
 
     Args:
         optimizer: any of this package. Parameters that are unfrozen or added later are updated too.
-        accumulate: micro-batches an update. Divide their losses: gradients are added. ``handle.accumulate = n`` between
-            two updates holds from the next one on, for instance where an epoch ends early.
+        accumulate: micro-batches per update. Divide their losses by it: gradients are added. ``handle.accumulate = n``
+            between two updates holds from the next one on, for instance where an epoch ends early.
         max_norm: clip gradients to this norm, or None. The norm of all gradients is not known before the last of them,
             when the first is gone, therefore:
         clip_by: "previous" scales every gradient by max_norm / max(norm of all at the update before, its own norm)
@@ -87,8 +87,8 @@ def step_in_backward(
 
     Parameters of ``fully_shard`` are updated from their reduced gradients; their micro-batches are summed whole.
 
-    Not supported: DistributedDataParallel (hooks see a process' own gradient; see ``process_group``), loss scaling, and
-    checkpointing with ``use_reentrant=True``.
+    Not supported: DistributedDataParallel (a hook sees the gradient of its own process; see ``process_group``), loss
+    scaling, and checkpointing with ``use_reentrant=True``.
     """
     two_phase = accumulate != 1 if two_phase is None else two_phase
     return StepInBackward(optimizer, accumulate, max_norm, clip_by, two_phase, sum_dtype, process_group)
@@ -113,7 +113,7 @@ class StepInBackward:
                 "parameter at a time, expected an optimizer of lowrank_optim (with rank=None GaLoreAdamW is AdamW)"
             )
         if optimizer in _attached:
-            raise ValueError("Invalid optimizer: it steps in the backward pass already; remove() that handle first")
+            raise ValueError("Invalid optimizer: it already steps in the backward pass; remove() that handle first")
         check_positive_int("accumulate", accumulate)
         if max_norm is not None:
             check_range("max_norm", max_norm, low=0.0)
@@ -208,7 +208,7 @@ class StepInBackward:
             RuntimeError: ``last`` disagrees with the count, or nested.
         """
         if self._inside:
-            raise RuntimeError("micro_batch() inside of another")
+            raise RuntimeError("micro_batch() inside another micro_batch()")
         self._end_implicit()
         completes = self._done + 1 == self.accumulate
         if last is not None and last != completes:
@@ -291,7 +291,7 @@ class StepInBackward:
         """A backward pass without micro_batch() is an update; its number tells it from the one before."""
         if self.accumulate != 1:
             raise RuntimeError(
-                f"accumulate={self.accumulate} needs every backward pass inside of `with handle.micro_batch():`"
+                f"accumulate={self.accumulate} needs every backward pass inside `with handle.micro_batch():`"
             )
         task = torch._C._current_graph_task_id()
         if task != self._task:

@@ -94,7 +94,7 @@ class QGaLoreAdamW8bit(GaLore):
 
     Updates are those of :class:`GaLoreAdamW` with P rounded to 4 bits in groups. At a refresh from P to P'::
 
-        c = |Pᴴ P'|² / rank                # share of P within P', 1 where nothing changed, rank / side at random
+        c = |Pᴴ P'|² / rank                # share of P within P': 1 if nothing changed, rank / side at random
         if mean of the last queue_size c >= cos_threshold:
             gap = int(gap gamma_proj)      # refreshes follow the steps 1, 1 + gap, 1 + 2 gap, ...
 
@@ -108,7 +108,7 @@ class QGaLoreAdamW8bit(GaLore):
         eps: added to the uncorrected sqrt(V), >= 0.
         weight_decay: decoupled, >= 0; not zero by default, as published.
         update_proj_gap: updates between two refreshes at the start, >= 1.
-        cos_threshold: mean overlap from which on the gap grows, in [0, 1].
+        cos_threshold: mean overlap at and above which the gap grows, in [0, 1].
         gamma_proj: factor by which it grows, >= 1; 1 keeps it constant.
         queue_size: number of overlaps in the mean, >= 1; the gap stays until there are so many.
         quant_group_size: values of the basis that share a scale and a zero point, >= 1.

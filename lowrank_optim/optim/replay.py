@@ -1,4 +1,4 @@
-"""An optimizer's step as one CUDA graph, so that the host launches it in one call."""
+"""An optimizer's step as a CUDA graph, which the host launches in one call."""
 
 from __future__ import annotations
 

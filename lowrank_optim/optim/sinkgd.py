@@ -28,7 +28,7 @@ class Balanced(Lift):
 
 
 class SinkGD(LowRankOptimizer):
-    """Stateless steps for matrices, all rows and all columns of which have the same norm; AdamW for everything else.
+    """Stateless steps on matrices, with equal norms of all rows and of all columns; AdamW for everything else.
 
     For a weight W (m, n) with gradient G, ``iterations`` times::
 

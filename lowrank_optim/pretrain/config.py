@@ -67,11 +67,11 @@ class Options:
     max_bad_documents: int = option(
         10,
         "data",
-        "broken lines and other unreadable documents that are left out with a warning, each time the text is read; one "
-        "more and the run saves and stops",
+        "how many broken lines or unreadable documents to skip, with a warning each, in one pass over the text; one "
+        "more, and the run saves and stops",
     )
     allow_changed_data: bool = option(
-        False, "data", "resume although files of the text are new, gone or changed; what changed is said"
+        False, "data", "resume although text files were added, removed or changed; the changes are listed"
     )
     model: str = option(
         "llama_tiny",
@@ -135,8 +135,8 @@ class Options:
     grad_clip: float | None = option(
         None,
         "optimizer",
-        "clip the gradient norm to this value, 0 = no clipping; --per-layer estimates the norm as the previous "
-        "update's or the parameter's own, whichever is larger",
+        "clip the gradient norm to this value, 0 = no clipping; with --per-layer the norm is estimated: that of the "
+        "previous update or of the parameter itself, whichever is larger",
     )
     per_layer: bool = option(
         False,
@@ -183,7 +183,7 @@ class Options:
     legacy_eval: bool = option(
         False,
         "evaluation",
-        "average the means of n batches and divide by n + 1, as the published harness does, to compare with papers",
+        "sum the mean losses of n batches and divide by n + 1, as the published harness does, to compare with papers",
     )
     save_every: int | None = option(None, "saving", "updates between checkpoints, 0 = only at the end")
     keep: int = option(2, "saving", "number of checkpoints to keep, 0 = all")
@@ -194,12 +194,12 @@ class Options:
         "auto (newest checkpoint in --output-dir, or a fresh start) or the path of a checkpoint",
     )
     verify: bool = option(
-        True, "saving", "read a checkpoint and compare it with its digests before it is resumed (0.1 s a GB)"
+        True, "saving", "check a checkpoint against its digests before resuming from it (0.1 s per GB)"
     )
     max_time: float | None = option(
         None,
         "saving",
-        "minutes after which the run has saved and ends with status 75, to be resumed; default: no limit",
+        "minutes after which the run saves and exits with status 75, to be resumed later; default: no limit",
     )
     fsdp: bool = option(
         False,
@@ -216,8 +216,8 @@ class Options:
     loss_limit: float = option(
         2.0,
         "run",
-        "go back to the last good checkpoint, once, and go on with later data after 10 updates in a row whose loss or "
-        "gradient is not finite or whose loss exceeds this multiple of its running median; 0 = where not finite only",
+        "after 10 updates in a row whose loss or gradient is not finite, or whose loss exceeds this multiple of its "
+        "running median, return once to the last good checkpoint and continue with later data; 0 = only if not finite",
     )
     log_every: int = option(10, "report", "updates between log lines; metrics.jsonl records every update")
     report_to: str = option(
@@ -231,8 +231,8 @@ class Options:
     config: str | None = option(
         None,
         "general",
-        "YAML file with any of these options, or one that comes with the package, such as llama_7b_24gb; the command "
-        "line overrides it",
+        "YAML file with any of these options, or the name of one that ships with the package, such as llama_7b_24gb; "
+        "the command line overrides it",
     )
     dry_run: bool = option(
         False, "general", "print what would be trained and its predicted memory, then stop; writes nothing"

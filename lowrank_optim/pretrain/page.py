@@ -24,7 +24,7 @@ h1{font-size:1.5em;margin:.2em 0}h2{font-size:1.1em;margin:1.6em 0 .4em}
 figure{margin:0;padding:.6em .8em;background:var(--box);border-radius:8px}figcaption{font-weight:600}
 svg{width:100%;height:auto;display:block}svg text{font-size:11px;fill:var(--soft)}
 .grid{stroke:var(--grid)}.line{fill:none;stroke-width:1.6;stroke-linejoin:round}
-.keys{font-size:13px;color:var(--soft)}
+.keys{font-size:13px;color:var(--soft)}.keys span{display:inline-block}
 .keys b{display:inline-block;width:.8em;height:.8em;border-radius:2px;margin:0 .35em 0 1em}
 pre{background:var(--box);padding:.8em;border-radius:8px;overflow:auto;white-space:pre-wrap}
 table{border-collapse:collapse;font-size:14px}td,th{padding:3px 12px 3px 0;text-align:left;vertical-align:top}
@@ -95,7 +95,9 @@ def chart(title: str, series: Sequence[Series], x_label: str, *, logarithmic: bo
         parts.append(
             f'<polyline class="line" style="stroke:{color}" points="{path}"><title>{line.name}</title></polyline>'
         )
-    keys = "".join(f'<b style="background:var(--c{i % 8})"></b>{line.name}' for i, line in enumerate(lines))
+    keys = " ".join(
+        f'<span><b style="background:var(--c{i % 8})"></b>{line.name}</span>' for i, line in enumerate(lines)
+    )
     named = f'<div class="keys">{keys}</div>' if len(lines) > 1 else ""
     return _figure(title, f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>{named}')
 

@@ -2,7 +2,7 @@
 
 Sources: the shell scripts of the methods' own repositories (GaLore ``scripts/benchmark_c4``), GaLore's paper,
 arXiv 2403.03507, Tables 2 and 5, and that of RACS and Alice, arXiv 2502.07752, Tables 9 to 11. Common to all of them:
-512 sequences of 256 tokens an update, warm-up over 10 % of the updates, a cosine to 10 %, no weight decay.
+512 sequences of 256 tokens per update, warm-up over 10 % of the updates, a cosine to 10 %, no weight decay.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BASELINE_LR = {"AdamW": 1e-3, "Adam": 1e-3}
 class Budget(NamedTuple):
     """What one model size is trained with, whatever the optimizer.
 
-    ``batch_size`` is sequences a process, ``sequences`` those of an update over all processes.
+    ``batch_size`` is in sequences per process, ``sequences`` are those of an update over all processes.
     """
 
     max_steps: int

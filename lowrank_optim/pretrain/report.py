@@ -147,7 +147,7 @@ class Meter:
         self.began = self.last = time.perf_counter()
 
     def update(self, step: int, tokens: int) -> float:
-        """Tokens a second of one update, padding not counted; call it once an update."""
+        """Tokens per second of one update, without padding; call it once per update."""
         now = time.perf_counter()
         self.seconds, self.last = now - self.last, now
         self.step, self.rate = step, tokens / self.seconds

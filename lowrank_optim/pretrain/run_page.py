@@ -62,7 +62,7 @@ def _charts(rows: Sequence[dict[str, Any]]) -> str:
                 "update",
             ),
             chart("Seconds spent in refreshes, summed", [Series("refreshes", points("refresh_seconds"))], "update"),
-            chart("Tokens a second", [Series("tokens", points("tokens_per_second"))], "update"),
+            chart("Tokens per second", [Series("tokens", points("tokens_per_second"))], "update"),
             heat_map("Share of the gradient's energy that the bases capture, by layer", by_layer, "update"),
             chart("The same by kind of matrix", [Series(name, found) for name, found in by_kind.items()], "update"),
         ]

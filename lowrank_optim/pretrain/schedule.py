@@ -27,7 +27,7 @@ def factor(update: int, warmup: int, total: int) -> float:
 
 
 def build_schedule(optimizer: Optimizer, *, warmup: int, total: int) -> LambdaLR:
-    """The schedule over an optimizer; call ``step()`` once an update.
+    """The schedule of an optimizer; call ``step()`` once per update.
 
     It must not go through ``Accelerator.prepare``: the wrapper steps it once a process.
     """

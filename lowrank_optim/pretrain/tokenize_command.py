@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "lowrank-train tokeni
         "tokenizer, on any number of processes. A call that breaks off continues where it was.",
     )
     add_flags(parser, FLAGS)
-    parser.add_argument("--output-dir", required=True, type=Path, metavar="DIR", help="folder to make")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="stop after about so many training tokens")
+    parser.add_argument("--output-dir", required=True, type=Path, metavar="DIR", help="folder to create")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="stop after about this many training tokens")
     try:
         given = vars(parser.parse_args(argv))
         made = run(given.pop("output_dir"), given.pop("max_tokens"), **given)

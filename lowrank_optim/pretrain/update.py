@@ -43,7 +43,7 @@ ALONE = _Alone()
 
 
 class Update(NamedTuple):
-    """What became of one update; ``made`` is False where it was left out because something was not finite."""
+    """Result of one update; ``made`` is False if it was skipped because something was not finite."""
 
     loss: float
     grad_norm: float

@@ -1,12 +1,14 @@
-"""README.md holds the table that the measured figures make."""
+"""README.md and docs/ hold the tables that the measured figures make."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import chaos_table, digests, parameterizations_table, reference, table
+from benchmarks import chaos_table, digests, reference, table
 from benchmarks.contestants import own_names
 
 pytest.importorskip("transformers")
@@ -37,13 +39,10 @@ def cells(text: str, first: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
-def test_the_readme_is_up_to_date() -> None:
-    text = table.README.read_text(encoding="utf-8")
-    if table.BEGIN not in text:
-        pytest.skip(f"README.md has no {table.BEGIN}")
-    assert table.replaced(text, table.current()) == text, "run python -m benchmarks.table"
-    layers = parameterizations_table.current()
-    assert table.replaced(text, layers, parameterizations_table.BEGIN) == text, "run python -m benchmarks.table"
+@pytest.mark.parametrize(("page", "marker", "make"), table.TABLES, ids=[marker[5:-4] for _, marker, _ in table.TABLES])
+def test_pages_are_up_to_date(page: Path, marker: str, make: Callable[[], str]) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert table.replaced(text, make(), marker) == text, "run python -m benchmarks.table"
 
 
 @pytest.mark.parametrize("part", [chaos_table, digests])

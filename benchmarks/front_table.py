@@ -1,0 +1,151 @@
+"""The README's tables: LLaMA-7B's peak with AdamW, 8-bit AdamW and the methods here, and the six first choices.
+
+``python -m benchmarks.front_table`` simulates the two baselines and the three settings that come with the package,
+counts the states of the six choices, and writes ``results/front_table.json``. Our rows of peaks come from
+``benchmarks.memory_7b``, what a card allocated from ``benchmarks.gpu``; ``benchmarks.table`` draws the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.common import RESULTS, read_result, write_result
+from lowrank_optim.memory.estimate import estimate
+from lowrank_optim.memory.job import MEMORY_OPTIONS, Job
+from lowrank_optim.memory.simulate import simulate
+from lowrank_optim.pretrain.command_line import read_yaml
+
+BEGIN = "<!-- table:front -->"
+BEGIN_CHOICES = "<!-- table:choices -->"
+BEGIN_SETTINGS = "<!-- table:settings -->"
+MODEL = "llama_7b"
+BASELINES = {"AdamW": "`torch.optim.AdamW`", "AdamW8bit": "`bitsandbytes.optim.AdamW8bit`"}
+SETTINGS = ("llama_7b_24gb", "llama_7b_16gb", "llama_7b_12gb")
+PARTS = ("weights", "gradients", "optimizer")
+# What is wanted, the class, its arguments in the column of memory, and what it costs.
+CHOICES: tuple[tuple[str, str, Mapping[str, Any], str], ...] = (
+    ("to begin with", "GaLoreAdamW", {"rank": 1024}, "a refresh every 200 updates"),
+    ("a third of that state", "GaLoreAdamW8bit", {"rank": 1024}, "moments in 8 bits"),
+    ("int8 weights as well, 7B on 16 GB", "QGaLoreAdamW8bit", {"rank": 1024}, "weights rounded at random"),
+    ("7B on 12 GB", "DCTAdamW", {"rank": 256, "state_dtype": "int8"}, "no learning rate published for 7B"),
+    ("updates of full rank", "FiraAdamW", {"rank": 1024}, "sums whole gradients under accumulation"),
+    ("next to no state", "APOLLOMini", {}, "sums whole gradients under accumulation"),
+)
+
+
+def baseline(optimizer: str) -> Job:
+    """A baseline in the setting of ``benchmarks.memory_7b``, whose gradients all live until the step."""
+    return Job(model=MODEL, optimizer=optimizer, seq_len=2048, checkpointing=True)
+
+
+def setting(name: str) -> Job:
+    """One of the settings that come with the package, with its micro-batches."""
+    return Job(**{key: value for key, value in read_yaml(name).items() if key in MEMORY_OPTIONS})
+
+
+def choice(name: str, args: Mapping[str, Any]) -> Job:
+    """A first choice at 7B, whose state is counted."""
+    return Job(model=MODEL, optimizer=name, optimizer_args=args)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Simulate every job."""
+    jobs = {name: baseline(name) for name in BASELINES} | {name: setting(name) for name in SETTINGS}
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.front_table", description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=jobs, metavar="NAME", help=f"only these of {', '.join(jobs)}")
+    only = parser.parse_args(argv).only or list(jobs)
+    torch.set_num_threads(1)
+    states = {name: estimate(choice(name, args)).by_category["optimizer"] for _, name, args, _ in CHOICES}
+    peaks: dict[str, Any] = dict((read_result("front_table") or {"peaks": {}})["peaks"])
+    for name in only:
+        peak = simulate(jobs[name])
+        peaks[name] = {"method": jobs[name].method, "setting": jobs[name].setting, **peak.as_dict()}
+        # Which layer takes how much is of no use here.
+        del peaks[name]["by_layer"]
+        print(f"{name}, {jobs[name].method}: {peak.peak_bytes / 1e9:.2f} GB", flush=True)
+        write_result("front_table", torch.device("cpu"), {"peaks": peaks, "states": states})
+
+
+def current() -> str:
+    """The table of peaks."""
+    front, ours, measured = result(), result("memory_7b"), on_a_card()
+    rows = [[text, "bf16", *_sizes(front["peaks"][name]), "–"] for name, text in BASELINES.items()]
+    rows += [
+        [f"`{row['method']}`", row["weights"], *_sizes(row), measured.get((row["method"], row["weights"]), "–")]
+        for row in ours["rows"]
+        if row["model"] == MODEL
+    ]
+    header = ("optimizer", "weights in", "peak, GB", *PARTS, "on a card")
+    caption = (
+        "Simulated peaks of 1 × 2048 tokens with recomputed activations and chunked loss; ours update each matrix in "
+        "the backward pass\nand keep one gradient. On a card: what an H200 limited to 24, 16 or 12 GB allocated. GB = "
+        "10⁹ bytes. Made by\n"
+        f"`{front['command']}`, `{ours['command']}`, `python -m benchmarks.gpu` and `python -m benchmarks.table`."
+    )
+    return f"{_markdown(header, rows, range(2, len(header)))}\n\n{caption}"
+
+
+def choices() -> str:
+    """The six first choices, with the bytes of state by the planner's count."""
+    states = result()["states"]
+    rows = []
+    for wish, name, args, cost in CHOICES:
+        given = ", ".join(f"{key}={value!r}" for key, value in args.items())
+        rows.append([wish, f"`{name}({given})`", f"{states[name] / 1e9:.1f}", cost])
+    return _markdown(("you want", "take", "state at 7B, GB", "what it costs"), rows, {2})
+
+
+def settings() -> str:
+    """The settings that come with the package, with the peak of the whole job."""
+    front = result()
+    rows = []
+    for name in SETTINGS:
+        job, peak = setting(name), front["peaks"].get(name)
+        card = name.removeprefix("llama_7b_").removesuffix("gb")
+        tokens = f"{job.accumulate} × {job.batch_size} × {job.seq_len}"
+        size = "–" if peak is None else f"{peak['peak_bytes'] / 1e9:.1f} ({peak['peak_bytes'] / 2**30:.1f} GiB)"
+        rows.append([f"{card} GB", f"`{name}`", f"`{job.optimizer}`", job.weights or job.dtype, tokens, size])
+    header = ("card", "setting", "optimizer", "weights in", "tokens per update", "simulated peak, GB")
+    return f"{_markdown(header, rows, {4, 5})}\n\nMade by `{front['command']}` and `python -m benchmarks.table`."
+
+
+def result(name: str = "front_table") -> dict[str, Any]:
+    """A file of results.
+
+    Raises:
+        ValueError: it has not been made.
+    """
+    found = read_result(name)
+    if found is None:
+        raise ValueError(f"Invalid results: no {name}.json, run python -m benchmarks.{name}")
+    return found
+
+
+def on_a_card() -> dict[tuple[str, str], str]:
+    """What each 7B job allocated on the GPU of ``results/gpu.jsonl``, by method and weights, in GB."""
+    found = {}
+    for line in (RESULTS / "gpu.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["piece"] == "memory" and "allocated_bytes" in row:
+            found[row["method"], row["weights"]] = f"{row['allocated_bytes'] / 1e9:.2f}"
+    return found
+
+
+def _sizes(row: Mapping[str, Any]) -> list[str]:
+    sizes = [row["peak_bytes"], *(row["by_category"][part] for part in PARTS)]
+    return [f"{size / 1e9:.2f}" for size in sizes]
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]], right: Container[int]) -> str:
+    rule = "".join("---:|" if i in right else "---|" for i in range(len(header)))
+    lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
+    return "\n".join([lines[0], f"|{rule}", *lines[1:]])
+
+
+if __name__ == "__main__":
+    main()
