@@ -98,7 +98,7 @@ class Runs:
     def losses(self, name: str, *, after: int = 0) -> list[float]:
         """Of every update and evaluation."""
         rows = read_metrics(self.folder / name / "metrics.jsonl")
-        return [row.get("loss", row.get("eval_loss")) for row in rows if row["step"] > after]
+        return [row["loss"] if "loss" in row else row["eval_loss"] for row in rows if row["step"] > after]
 
     def weights(self, name: str, step: int) -> dict[str, torch.Tensor]:
         """What a checkpoint holds."""
