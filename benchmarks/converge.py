@@ -51,10 +51,11 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 TRAIN, VALIDATION = "web_wiki/en/*train*.json.gz", "c4_sample/en/*validation*.json.gz"
 # What a hidden matrix, dense or in factors, has in its name in transformers' LLaMA.
 HIDDEN = "_proj."
+PILOT_SEED = 0
 
 
 class Suite(NamedTuple):
-    """What is the same for all contestants; ``rest`` is the rate of embeddings, head and vectors."""
+    """What is the same for all contestants."""
 
     name: str
     shape: Mapping[str, int]
@@ -63,17 +64,16 @@ class Suite(NamedTuple):
     updates: int
     rank: int
     gap: int
-    rest: float
     evaluated: int
 
     @property
     def tokens(self) -> int:
         return self.seq_len * self.batch_size * self.updates
 
-    def filled(self, args: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments with the suite's values in the places that stand for them."""
+    def filled(self, args: Mapping[str, Any], rest: float) -> dict[str, Any]:
+        """Arguments with the suite's values, and the rate ``rest``, in the places that stand for them."""
         known = {
-            RANK: self.rank, QUARTER: self.rank // 4, GAP: self.gap, LATE: self.updates * 4 // 5, REST_LR: self.rest,
+            RANK: self.rank, QUARTER: self.rank // 4, GAP: self.gap, LATE: self.updates * 4 // 5, REST_LR: rest,
         }  # fmt: skip
         return {key: known.get(value, value) if isinstance(value, str) else value for key, value in args.items()}
 
@@ -83,27 +83,31 @@ CPU = Suite(
     {
         "hidden_size": 64,
         "intermediate_size": 176,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "vocab_size": 1024,
         "max_position_embeddings": 64,
     },
     seq_len=64,
     batch_size=16,
-    updates=512,
+    updates=400,
     rank=16,
-    gap=50,
-    rest=2e-2,
+    gap=40,
     evaluated=32_768,
 )
 
 
 class Run(NamedTuple):
-    """One contestant at one rate with one seed."""
+    """One contestant at one rate with one seed; ``rest`` is the rate of embeddings, head and vectors."""
 
     method: Method
     lr: float
     seed: int
+    rest: float
+
+    @property
+    def key(self) -> tuple[str, float, int]:
+        return self.method.name, self.lr, self.seed
 
     @property
     def file(self) -> str:
@@ -118,10 +122,9 @@ def config_of(suite: Suite, run: Run) -> dict[str, Any]:
     """All that decides the outcome of a run, beside versions and data; what a method does not set is left out."""
     unset = Method("", "")._asdict()
     fields = {key: value for key, value in run.method._asdict().items() if value != unset[key]}
-    filled = {key: suite.filled(value) if key.endswith("args") else value for key, value in fields.items()}
+    filled = {key: suite.filled(value, run.rest) if key.endswith("args") else value for key, value in fields.items()}
     method = {key: filled[key] for key in filled if key not in ("name", "start", "follows", "factor", "rest")}
-    rest = run.method.rest or suite.rest
-    return {"suite": suite._asdict() | {"rest": rest}, "method": method, "lr": run.lr, "seed": run.seed}
+    return {"suite": suite._asdict() | {"rest": run.rest}, "method": method, "lr": run.lr, "seed": run.seed}
 
 
 def digest(config: Mapping[str, Any]) -> str:
@@ -133,14 +136,29 @@ def folder(suite: Suite) -> Path:
 
 
 def results(suite: Suite) -> dict[tuple[str, float, int], dict[str, Any]]:
-    """Every run of the suite as it is declared now, by method, rate and seed."""
-    found = {}
-    for path in sorted(folder(suite).glob("*.json")):
-        row = json.loads(path.read_text(encoding="utf-8"))
+    """Every run of the suite as it is declared now, by method, rate and seed; the best pilot is a run of AdamW too."""
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder(suite).glob("*.json"))]
+    found: dict[tuple[str, float, int], dict[str, Any]] = {}
+    pilots = {method.name: method for method in PILOTS}
+    # Those of the pilots first: which rate the others have follows from them.
+    for row in sorted(rows, key=lambda row: row["method"] not in pilots):
         method = METHODS.get(row["method"])
-        if method and row["config_hash"] == digest(config_of(suite, Run(method, row["lr"], row["seed"]))):
-            found[row["method"], row["lr"], row["seed"]] = row
+        rest = method and (method.rest or rest_rate(found))
+        if method and rest:
+            run = Run(method, row["lr"], row["seed"], rest)
+            if row["config_hash"] == digest(config_of(suite, run)):
+                found[run.key] = row
+    for name, lr, seed in [*found]:
+        if name in pilots and pilots[name].rest == rest_rate(found):
+            found.setdefault((MAIN[0].name, lr, seed), found[name, lr, seed])
     return found
+
+
+def rest_rate(known: Results) -> float | None:
+    """The rate of embeddings, head and vectors that was best for AdamW; None while one is to be tried."""
+    tried = {method.rest: known.get((method.name, float(method.start or 0), PILOT_SEED)) for method in PILOTS}
+    found = {rest: row["loss"] for rest, row in tried.items() if row}
+    return min(found, key=found.__getitem__) if len(found) == len(PILOTS) else None
 
 
 def losses(method: str, seed: int, known: Results) -> dict[float, float]:
@@ -179,28 +197,29 @@ def ladder(method: Method, seed: int, known: Results) -> list[float]:
 
 def pending(seeds: Sequence[int], known: Results, wanted: Sequence[str] = ()) -> list[Run]:
     """What to run next, the most important first."""
-    seed = seeds[0]
-    chosen = [method for method in (*PILOTS, *MAIN, *OTHERS) if not wanted or method.name in wanted]
-    runs = [
-        Run(method, method.start or 0.0, seed) for method in PILOTS if method in chosen and not losses(method.name, seed, known)
+    pilots = [
+        Run(method, float(method.start or 0), PILOT_SEED, float(method.rest or 0))
+        for method in PILOTS
+        if not losses(method.name, PILOT_SEED, known)
     ]
-    main = [method for method in MAIN if method in chosen]
-    others = [method for method in OTHERS if method in chosen]
-    runs += [Run(method, lr, seed) for method in main for lr in ladder(method, seed, known)]
+    rest = rest_rate(known)
+    if rest is None:
+        return pilots
+    seed = seeds[0]
+    main, others = ([method for method in methods if not wanted or method.name in wanted] for methods in (MAIN, OTHERS))
+    # Every method once before any of them again.
+    main.sort(key=lambda method: len(losses(method.name, seed, known)))
     untried = [method for method in others if not losses(method.name, seed, known)]
-    runs += [Run(method, lr, seed) for method in untried for lr in ladder(method, seed, known)]
-    for methods in (main, others):
-        if methods is others:
-            runs += [
-                Run(method, lr, seed) for method in others if method not in untried for lr in ladder(method, seed, known)
-            ]
+    tried = [method for method in others if method not in untried]
+    runs: list[Run] = []
+    for methods, of_these in ((main, main), (untried, []), (tried, others)):
+        runs += [Run(method, lr, seed, rest) for method in methods for lr in ladder(method, seed, known)]
         for more in seeds[1:]:
-            for method in methods:
+            for method in of_these:
                 rate = best_rate(method.name, seed, known)
-                settled = rate is not None and not ladder(method, seed, known)
-                if settled and (method.name, rate, more) not in known:
-                    runs.append(Run(method, float(rate or 0), more))
-    return runs
+                if rate is not None and not ladder(method, seed, known):
+                    runs.append(Run(method, rate, more, rest))
+    return [run for run in runs if run.key not in known]
 
 
 class Tokens(NamedTuple):
@@ -273,9 +292,9 @@ def build(suite: Suite, run: Run) -> tuple[Resolved, nn.Module, Optimizer]:
         weights=method.weights,
         optimizer=method.optimizer,
         parameterization=method.parameterization,
-        parameterization_args=_pairs(suite.filled(method.parameterization_args)),
+        parameterization_args=_pairs(suite.filled(method.parameterization_args, run.rest)),
         restarts=method.restarts,
-        restart_args=_pairs(suite.filled(method.restart_args)),
+        restart_args=_pairs(suite.filled(method.restart_args, run.rest)),
     )
     # The trainer does not know the published packages.
     known = method.optimizer not in PEERS
@@ -295,8 +314,7 @@ def _pairs(args: Mapping[str, Any]) -> list[str]:
 
 
 def _optimizer(suite: Suite, run: Run, model: nn.Module) -> Optimizer:
-    method, args = run.method, suite.filled(run.method.args)
-    rest = method.rest or suite.rest
+    method, rest, args = run.method, run.rest, suite.filled(run.method.args, run.rest)
     optimizer: Optimizer
     if method.optimizer in PEERS:
         module, name, keys, arguments = PEERS[method.optimizer]
@@ -423,7 +441,7 @@ def compete(suite: Suite, seeds: Sequence[int], wanted: Sequence[str], data: Pat
             if time.monotonic() - began >= budget:
                 return
             with claimed(suite, run) as mine:
-                if mine and (run.method.name, run.lr, run.seed) not in results(suite):
+                if mine and run.key not in results(suite):
                     row = train(suite, run, tokens)
                     write(suite, run, tokens, row)
                     print(f"{run.file:60} {row['loss']:.4f} {row['cpu_seconds']:.0f} s", flush=True)
