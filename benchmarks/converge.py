@@ -212,7 +212,7 @@ def pending(seeds: Sequence[int], known: Results, wanted: Sequence[str] = ()) ->
     untried = [method for method in others if not losses(method.name, seed, known)]
     tried = [method for method in others if method not in untried]
     runs: list[Run] = []
-    for methods, of_these in ((main, main), (untried, []), (tried, others)):
+    for methods, of_these in ((main, []), (untried, []), ([], main), (tried, others)):
         runs += [Run(method, lr, seed, rest) for method in methods for lr in ladder(method, seed, known)]
         for more in seeds[1:]:
             for method in of_these:
