@@ -52,6 +52,8 @@ TRAIN, VALIDATION = "web_wiki/en/*train*.json.gz", "c4_sample/en/*validation*.js
 # What a hidden matrix, dense or in factors, has in its name in transformers' LLaMA.
 HIDDEN = "_proj."
 PILOT_SEED = 0
+# Stands for a loss that is not finite.
+DIVERGED = 99.0
 
 
 class Suite(NamedTuple):
@@ -359,7 +361,6 @@ def train(suite: Suite, run: Run, tokens: Tokens) -> dict[str, Any]:
     stops = {max(1, suite.updates >> k) for k in range(6)}
     curve: list[dict[str, float]] = []
     made: list[float] = []
-    sizes: dict[str, int] = {}
     seconds = 0.0
     for step in range(1, suite.updates + 1):
         batch, _ = next(stream)
@@ -376,21 +377,28 @@ def train(suite: Suite, run: Run, tokens: Tokens) -> dict[str, Any]:
             curve.append({"tokens": at, "loss": round(loss, 5), "train_loss": round(float(np.mean(made[-16:])), 5)})
             if not math.isfinite(loss):
                 break
-    sizes = {
-        "weights": common.held_bytes(list(model.state_dict().values())),
-        "state": common.held_bytes(optimizer.state, exclude=model.parameters()),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }
     last = curve[-1]["loss"]
     return {
-        "loss": last if math.isfinite(last) else 99.0,
+        "loss": last if math.isfinite(last) else DIVERGED,
         "curve": curve,
-        "bytes": {key: sizes[key] for key in ("weights", "state")},
-        "parameters": sizes["parameters"],
-        "trained_parameters": sizes["trained"],
+        "bytes": _bytes(model, optimizer),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "cpu_seconds": round(seconds, 2),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _bytes(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
+    """Bytes of weights and of optimizer state, of the whole model and of what the hidden matrices consist of."""
+    hidden = {name: value for name, value in model.state_dict(keep_vars=True).items() if HIDDEN in name}
+    parameters = [*model.parameters()]
+    states = [state for p, state in optimizer.state.items() if any(p is value for value in hidden.values())]
+    return {
+        "weights": common.held_bytes([*model.state_dict().values()]),
+        "state": common.held_bytes(optimizer.state, exclude=parameters),
+        "hidden_weights": common.held_bytes([value.detach() for value in hidden.values()]),
+        "hidden_state": common.held_bytes(states, exclude=parameters),
     }
 
 
