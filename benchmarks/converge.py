@@ -4,7 +4,8 @@ All contestants of ``benchmarks.methods`` train one model from the same weights 
 (for a seed). Every run is a file in ``results/converge/SUITE``, written when it ends; runs that exist are left out, so
 that the command goes on where it stopped, and several of them can run at a time. First AdamW tries rates for
 embeddings, head and vectors, which are then the same for all; then everyone tries the rates of its ladder with the
-first seed, the main methods before the others; then the best rate is run with the other seeds.
+first seed, the main methods before the others; then the best rate is run with the other seeds. The gpu suite is that
+of ``benchmarks.converge_gpu``.
 ``python -m benchmarks.table`` draws what there is.
 """
 
@@ -36,7 +37,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import lowrank_optim
-from benchmarks import common
+from benchmarks import common, converge_gpu
 from benchmarks.contestants import PEERS
 from benchmarks.methods import GAP, LATE, MAIN, METHODS, OTHERS, PILOTS, QUARTER, RANK, REACH, REST_LR, Method
 from lowrank_optim.pretrain.batches import ordered_windows, shuffled_windows
@@ -462,17 +463,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.converge", description=__doc__.partition("\n")[0])
     parser.add_argument("--suite", choices=("cpu", "gpu"), required=True)
     parser.add_argument("--budget", type=float, default=math.inf, metavar="MINUTES", help="start no run after this")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", choices=[*METHODS], help="these methods")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these methods")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first one chooses the rates")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with web_wiki and c4_sample")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    known = METHODS if options.suite == "cpu" else converge_gpu.METHODS
+    for name in options.only:
+        if name not in known:
+            parser.error(f"Invalid method: {name!r}, expected one of {', '.join(known)}")
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     torch.set_num_threads(1)
     try:
-        compete(CPU, options.seeds, options.only, options.data, options.budget * 60)
+        if options.suite == "gpu":
+            tokenizer = options.data / "tokenizers" / "t5-base"
+            suite = converge_gpu.Suite(tokenizer=str(tokenizer) if tokenizer.is_dir() else None)
+            text = options.data / "web_wiki"
+            converge_gpu.compete(suite, options.seeds, options.only, text, options.budget * 60)
+        else:
+            compete(CPU, options.seeds, options.only, options.data, options.budget * 60)
     except (UserError, RuntimeError, ValueError, ImportError) as error:
         raise SystemExit(f"benchmarks.converge: error: {error}") from error
 

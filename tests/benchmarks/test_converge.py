@@ -1,41 +1,128 @@
-"""The benchmark of ``moments`` trains, and compares seed by seed."""
+"""The convergence benchmark leaves out what exists, follows its ladders, stops at its budget, and fills its pages."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from benchmarks import common, converge
-from tests.pretrain.conftest import documents, write_shard
+from benchmarks import common, converge, converge_table, table
+from benchmarks.converge import CPU, Run, Suite, Tokens
+from benchmarks.methods import MAIN, METHODS, OTHERS, PILOTS
+
+TOKENS = Tokens(np.zeros(1, np.uint16), np.zeros(1, np.uint16), "none")
+TINY = CPU._replace(
+    name="tiny",
+    shape={**CPU.shape, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 64},
+    seq_len=8,
+    batch_size=2,
+    updates=3,
+    rank=4,
+    gap=2,
+    evaluated=32,
+)
+WANTED = ["AdamW", "8-bit AdamW"]
 
 
-def test_gains_are_taken_within_a_seed() -> None:
-    losses = {"keep": (3.0, 5.0), "align": (2.9, 4.9), "rotate": (3.1, 4.5)}
-    runs = [
-        {"refresh": "power", "moments": moments, "seed": seed, "validation_loss": loss}
-        for moments, by_seed in losses.items()
-        for seed, loss in enumerate(by_seed)
-    ]
-    found = converge.gains(runs)["power"]
-    assert found["align"]["mean"] == pytest.approx(0.1) and found["align"]["standard_error"] < 1e-6
-    assert found["rotate"]["mean"] == pytest.approx(0.2)
-    assert found["rotate"]["standard_error"] == pytest.approx(0.3)
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Run]]:
+    """Results in an empty folder, and runs that only write a loss, lowest at four times the first rate."""
+    runs: list[Run] = []
 
+    def train(suite: Suite, run: Run, tokens: Tokens) -> dict[str, Any]:
+        runs.append(run)
+        return {"loss": 3 + abs(math.log2(run.lr / 2e-2)) + abs(math.log2(run.rest / 1e-2)), "cpu_seconds": 1.0}
 
-def test_small_runs_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for package in ("transformers", "tokenizers", "datasets"):
-        pytest.importorskip(package)
     monkeypatch.setattr(common, "RESULTS", tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (tmp_path / "shards").mkdir()
-    write_shard(tmp_path / "shards" / "c4-train.00000-of-00001.json.gz", documents(60, 0))
-    config = tmp_path / "small.json"
-    fields = {"hidden_size": 16, "intermediate_size": 44, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config.write_text(json.dumps({"model_type": "llama", "vocab_size": 320, "max_position_embeddings": 64, **fields}))
-    line = f"--model {config} --dataset {tmp_path / 'shards'} --steps 5 --gap 2 --seeds 3 --refresh power --seq-len 16"
-    converge.main([*line.split(), "--batch-size", "2", "--eval-batches", "1"])
-    result = json.loads((tmp_path / "converge.json").read_text())
-    assert [(one["moments"], one["seed"]) for one in result["runs"]] == [("keep", 3), ("align", 3), ("rotate", 3)]
-    assert result["run"]["update_proj_gap"] == 2 and set(result["gain_over_keep"]["power"]) == {"align", "rotate"}
+    monkeypatch.setattr(common, "versions", dict)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(converge, "train", train)
+    monkeypatch.setattr(converge, "load_tokens", lambda suite, data: TOKENS)
+    yield runs
+
+
+def compete(seeds: list[int], budget: float = math.inf) -> None:
+    converge.compete(TINY, seeds, WANTED, Path("data"), budget)
+
+
+def test_runs_follow_the_ladders_and_are_made_once(made: list[Run]) -> None:
+    compete([0])
+    assert [run.method for run in made[: len(PILOTS)]] == [*PILOTS]
+    assert {run.rest for run in made[len(PILOTS) :]} == {1e-2}
+    by_name = {name: [run.lr for run in made if run.method.name == name] for name in WANTED}
+    # The pilot with the best rate is AdamW's first run; the second method starts where AdamW ended.
+    assert sorted(by_name["AdamW"]) == [2.5e-3, 1e-2, 2e-2, 4e-2]
+    assert by_name["8-bit AdamW"][0] == 2e-2 and sorted(by_name["8-bit AdamW"]) == [1e-2, 2e-2, 4e-2]
+    count = len(made)
+    compete([0])
+    assert len(made) == count
+    compete([0, 1])
+    assert [(run.method.name, run.lr, run.seed) for run in made[count:]] == [(name, 2e-2, 1) for name in WANTED]
+    # A file of other settings is not one of these runs.
+    path = converge.folder(TINY) / made[-1].file
+    path.write_text(json.dumps({**json.loads(path.read_text()), "config_hash": "another"}))
+    compete([0, 1])
+    assert made[-1] == made[-2] and len(made) == count + 3
+
+
+def test_the_budget_ends_between_runs(made: list[Run]) -> None:
+    compete([0], budget=0.0)
+    assert not made
+
+
+def test_what_another_process_runs_is_left_to_it(made: list[Run]) -> None:
+    (first, *_) = converge.pending([0], {})
+    with converge.claimed(TINY, first) as mine:
+        assert mine
+        compete([0])
+    assert first not in made and len(made) == len(PILOTS) - 1
+
+
+def test_every_method_has_one_start() -> None:
+    for method in METHODS.values():
+        assert (method.start is None) != (method.follows is None), method.name
+        assert method.follows is None or method.follows in {one.name for one in MAIN}
+    assert set(converge_table.SHOWN) <= {method.name for method in (*MAIN, *OTHERS)}
+    files = {Run(method, 1e-3, 0, 1e-2).file for method in METHODS.values()}
+    assert len(files) == len(METHODS)
+
+
+def trained(name: str) -> dict[str, Any]:
+    pytest.importorskip("transformers")
+    ids = np.random.default_rng(0).integers(0, 64, 64).astype(np.uint16)
+    return converge.train(TINY, Run(METHODS[name], 1e-2, 0, 2e-2), Tokens(ids, ids[:32], "random"))
+
+
+def test_contestants_start_alike_and_count_their_bytes() -> None:
+    adamw, galore = trained("AdamW"), trained("GaLore")
+    # The losses before the first update has an effect.
+    assert adamw["curve"][0]["train_loss"] == galore["curve"][0]["train_loss"]
+    assert adamw["loss"] != galore["loss"]
+    weights = converge_table.dense_weights(TINY)
+    assert adamw["bytes"]["hidden_weights"] == 4 * weights
+    # Two moments, and a step for each of seven matrices.
+    assert adamw["bytes"]["hidden_state"] == 8 * weights + 7 * 4
+    assert galore["bytes"]["hidden_state"] < adamw["bytes"]["hidden_state"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [method.name for method in (*MAIN, *OTHERS)])
+def test_every_method_trains(name: str) -> None:
+    assert math.isfinite(trained(name)["loss"])
+
+
+def test_pages_and_plots_show_the_runs_that_exist() -> None:
+    assert (
+        table.replaced(text := table.README.read_text(encoding="utf-8"), converge_table.current(), converge_table.BEGIN)
+        == text
+    )
+    page = converge_table.PAGE.read_text(encoding="utf-8")
+    assert table.replaced(page, converge_table.choosing(), converge_table.CHOOSING) == page
+    assert not converge_table.stale_plots()
+    lines = [line for line in converge_table.current().splitlines() if line.startswith("|")]
+    assert len(lines) <= 15
