@@ -466,6 +466,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these methods")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first one chooses the rates")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with web_wiki and c4_sample")
+    parser.add_argument("--diagnose", action="store_true", help="look at gradients instead, see benchmarks.diagnose")
     options = parser.parse_args(argv)
     known = METHODS if options.suite == "cpu" else converge_gpu.METHODS
     for name in options.only:
@@ -478,7 +479,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     torch.set_num_threads(1)
     try:
-        if options.suite == "gpu":
+        if options.diagnose:
+            from benchmarks.diagnose import diagnose
+
+            print(diagnose(options.data))
+        elif options.suite == "gpu":
             tokenizer = options.data / "tokenizers" / "t5-base"
             suite = converge_gpu.Suite(tokenizer=str(tokenizer) if tokenizer.is_dir() else None)
             text = options.data / "web_wiki"
