@@ -1,8 +1,8 @@
 """docs/claims.md: what papers claim, what this project measures, and whether it agrees.
 
 Our figures come from ``benchmarks/results`` and from closed forms that are computed here; the page is written by
-``python -m benchmarks.table``. A claim about quality compares two methods of ``benchmarks.converge`` at their best learning rates:
-differences of less than :data:`SAME` of the perplexity count as none.
+``python -m benchmarks.table``. A claim about quality compares two methods of ``benchmarks.converge``, each at its best
+learning rate: differences of less than :data:`SAME` of the perplexity count as none.
 """
 
 from __future__ import annotations

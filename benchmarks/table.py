@@ -1,8 +1,8 @@
-"""The tables of README.md and docs/kernels.md from the measured figures: ``python -m benchmarks.table [--check]``.
+"""The tables of README.md and docs from the measured figures: ``python -m benchmarks.table [--check]``.
 
 Reads ``results/step.json`` (``benchmarks.step``) and ``results/reference.json`` (``benchmarks.reference``) and replaces
 what stands between the two markers in README.md. State bytes are computed by :mod:`lowrank_optim.memory`. The other
-tables are those of the modules that it imports; the one of compiled kernels stands in docs/kernels.md.
+tables, on other pages too, are those of the modules that it imports; plots need matplotlib.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lowrank_optim
-from benchmarks import aot_table, launches, memory_7b, parameterizations_table
+from benchmarks import aot_table, claims, converge_table, launches, memory_7b, parameterizations_table
 from benchmarks.common import read_result
 from benchmarks.contestants import ARGUMENTS, own_names
 from benchmarks.gpu import table as gpu_table
@@ -132,14 +132,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     try:
         new = replaced(README.read_text(encoding="utf-8"), current())
-        for table in (memory_7b, parameterizations_table):
+        for table in (memory_7b, parameterizations_table, converge_table):
             new = replaced(new, table.current(), table.BEGIN)
         pages = {README: new}
-        for table in (launches, aot_table, gpu_table):
+        for table in (launches, aot_table, gpu_table, claims):
             page = pages.get(table.PAGE) or table.PAGE.read_text(encoding="utf-8")
             pages[table.PAGE] = replaced(page, table.current(), table.BEGIN)
+        page = converge_table.PAGE.read_text(encoding="utf-8")
+        pages[converge_table.PAGE] = replaced(page, converge_table.choosing(), converge_table.CHOOSING)
     except ValueError as error:
         raise SystemExit(f"benchmarks.table: error: {error}") from error
+    stale = converge_table.stale_plots()
+    if options.check and stale:
+        raise SystemExit(f"benchmarks.table: error: {stale[0]} is out of date; run python -m benchmarks.table")
+    converge_table.draw_plots()
     for path, text in pages.items():
         if not options.check:
             path.write_text(text, encoding="utf-8")

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import common, converge, converge_table, table
+from benchmarks import claims, common, converge, converge_gpu, converge_table, table
 from benchmarks.converge import CPU, Run, Suite, Tokens
 from benchmarks.methods import MAIN, METHODS, OTHERS, PILOTS
+from tests.pretrain.conftest import documents, write_shard
 
 TOKENS = Tokens(np.zeros(1, np.uint16), np.zeros(1, np.uint16), "none")
 TINY = CPU._replace(
@@ -116,6 +117,73 @@ def test_every_method_trains(name: str) -> None:
     assert math.isfinite(trained(name)["loss"])
 
 
+def test_a_published_run_goes_on_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(common, "versions", dict)
+    pieces: list[Any] = []
+
+    def piece(options: Any) -> int:
+        pieces.append(options)
+        folder = Path(options.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        made = {"step": len(pieces), "peak_memory_bytes": 7, "tokens_per_second": 5.0}
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write(
+                json.dumps(made) + "\n" + json.dumps({"step": len(pieces), "eval_loss": 9.0 - len(pieces)}) + "\n"
+            )
+        return converge_gpu.PAUSED if len(pieces) < 3 else 0
+
+    monkeypatch.setattr(converge_gpu.train, "run", piece)
+    suite = converge_gpu.Suite(updates=3)
+    for _ in range(2):
+        converge_gpu.compete(suite, [0], ["GaLore"], tmp_path / "text", math.inf)
+    assert len(pieces) == 3 and len({one.output_dir for one in pieces}) == 1
+    assert all(one.resume == "auto" and one.max_time == 4.0 for one in pieces)
+    row = json.loads((tmp_path / "converge" / "gpu" / "galore_seed0.json").read_text())
+    assert row["loss"] == 6.0 and len(row["curve"]) == 3 and row["peak_memory_bytes"] == 7
+
+
+@pytest.mark.slow
+def test_a_published_recipe_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "text").mkdir()
+    write_shard(tmp_path / "text" / "train.json.gz", documents(60, 0))
+    write_shard(tmp_path / "text" / "validation.json.gz", documents(10, 1))
+    config = tmp_path / "small.json"
+    fields = {"hidden_size": 16, "intermediate_size": 44, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config.write_text(json.dumps({"model_type": "llama", "vocab_size": 512, "max_position_embeddings": 64, **fields}))
+    # So little time that every piece ends after an update or two.
+    suite = converge_gpu.Suite(str(config), "fp32", updates=6, batch_size=2, seq_len=16, minutes=1e-4)
+    converge_gpu.compete(suite, [0], ["GaLore"], tmp_path / "text", math.inf)
+    row = json.loads((tmp_path / "converge" / "gpu" / "galore_seed0.json").read_text())
+    assert row["curve"][-1]["update"] == 6 and math.isfinite(row["loss"])
+
+
+def test_a_verdict_follows_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(name: str, perplexity: float) -> converge_table.Row:
+        loss = math.log(perplexity)
+        return converge_table.Row(name, loss, (loss,), 1e-3, 3, True, 12.0, ((1, loss),), 1.0)
+
+    found = {name: row(name, value) for name, value in (("A", 50.0), ("B", 55.0), ("C", 50.1))}
+    monkeypatch.setattr(claims, "converged", lambda: found)
+    verdicts = [claims.better(*names)() for names in (("A", "B"), ("B", "A"), ("A", "C"), ("A", "absent"))]
+    assert [one and one.verdict for one in verdicts] == [
+        "reproduced (1 seed)", "contradicted (1 seed)", "not reproduced (1 seed)", None,
+    ]  # fmt: skip
+    assert claims.as_good("B", "A", 0.11)().verdict.startswith("reproduced")  # type: ignore[union-attr]
+    assert claims.as_good("B", "A", 0.09)().verdict.startswith("contradicted")  # type: ignore[union-attr]
+
+
+def test_claims_name_methods_that_exist() -> None:
+    for claim in claims.CLAIMS:
+        cells = claim.ours.__closure__ or ()
+        names = [cell.cell_contents for cell in cells if isinstance(cell.cell_contents, str)]
+        if claim.command == converge_table.COMMAND and len(names) == 2:
+            assert set(names) <= METHODS.keys(), claim
+
+
 def test_pages_and_plots_show_the_runs_that_exist() -> None:
     assert (
         table.replaced(text := table.README.read_text(encoding="utf-8"), converge_table.current(), converge_table.BEGIN)
@@ -124,5 +192,7 @@ def test_pages_and_plots_show_the_runs_that_exist() -> None:
     page = converge_table.PAGE.read_text(encoding="utf-8")
     assert table.replaced(page, converge_table.choosing(), converge_table.CHOOSING) == page
     assert not converge_table.stale_plots()
+    listed = claims.PAGE.read_text(encoding="utf-8")
+    assert table.replaced(listed, claims.current(), claims.BEGIN) == listed
     lines = [line for line in converge_table.current().splitlines() if line.startswith("|")]
     assert len(lines) <= 15
