@@ -39,7 +39,21 @@ from torch.optim import Optimizer
 import lowrank_optim
 from benchmarks import common, converge_gpu
 from benchmarks.contestants import PEERS
-from benchmarks.methods import GAP, LATE, MAIN, METHODS, OTHERS, PILOTS, QUARTER, RANK, REACH, REST_LR, Method
+from benchmarks.methods import (
+    DOUBLE,
+    GAP,
+    HALF,
+    LATE,
+    MAIN,
+    METHODS,
+    OTHERS,
+    PILOTS,
+    QUARTER,
+    RANK,
+    REACH,
+    REST_LR,
+    Method,
+)
 from lowrank_optim.pretrain.batches import ordered_windows, shuffled_windows
 from lowrank_optim.pretrain.build import build_network, restarts_for, settle
 from lowrank_optim.pretrain.cache import cache_root
@@ -76,7 +90,8 @@ class Suite(NamedTuple):
     def filled(self, args: Mapping[str, Any], rest: float) -> dict[str, Any]:
         """Arguments with the suite's values, and the rate ``rest``, in the places that stand for them."""
         known = {
-            RANK: self.rank, QUARTER: self.rank // 4, GAP: self.gap, LATE: self.updates * 4 // 5, REST_LR: rest,
+            RANK: self.rank, DOUBLE: self.rank * 2, HALF: self.rank // 2, QUARTER: self.rank // 4,
+            GAP: self.gap, LATE: self.updates * 4 // 5, REST_LR: rest,
         }  # fmt: skip
         return {key: known.get(value, value) if isinstance(value, str) else value for key, value in args.items()}
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 REACH = 3
 # Values that stand for those of the suite, see ``benchmarks.converge.Suite``.
-RANK, QUARTER, GAP, LATE, REST_LR = "$rank", "$rank / 4", "$gap", "$late", "$rest"
+RANK, DOUBLE, HALF, QUARTER = "$rank", "$rank * 2", "$rank / 2", "$rank / 4"
+GAP, LATE, REST_LR = "$gap", "$late", "$rest"
 
 
 class Method(NamedTuple):
@@ -108,5 +109,8 @@ OTHERS = (
         parameterization_args={"rank": QUARTER},
     ),
     Method("SCALE", "SCALE", {"adamw_lr": REST_LR}, follows="Muon", factor=0.5),
+    Method("GaLore, rank d/8", "GaLoreAdamW", {**_GALORE, "rank": HALF}, follows="GaLore"),
+    Method("GaLore, rank d/2", "GaLoreAdamW", {**_GALORE, "rank": DOUBLE}, follows="GaLore"),
+    Method("APOLLO, rank d/8", "APOLLOAdamW", {**_LOW, "rank": HALF}, follows="APOLLO"),
 )  # fmt: skip
 METHODS: dict[str, Method] = {method.name: method for method in (*PILOTS, *MAIN, *OTHERS)}
