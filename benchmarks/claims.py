@@ -215,19 +215,19 @@ def trajectories() -> Found | None:
 
 
 def reproducible() -> Found | None:
-    """Directions that two halves of a batch have in common, at the rank that is a sixteenth of the width as theirs."""
+    """Directions that two halves of a batch have in common."""
     found = read_result("diagnose")
     if found is None:
         return None
     largest = max(found["batches"], key=lambda batch: batch["tokens"])
-    rank = min(found["ranks"])
-    values = [layer["reproducible"] for layer in largest["layers"] if layer["rank"] == rank]
-    middle = statistics.median(values)
-    ours = (
-        f"{middle:.0f} of {rank} (median; {min(values)} … {max(values)} by matrix), width {found['width']}, halves of "
-        f"{largest['tokens']:,} tokens"
-    )
-    return Found(ours, verdict(middle < rank / 2, "not reproduced"))
+    middle = {
+        rank: statistics.median(layer["reproducible"] for layer in largest["layers"] if layer["rank"] == rank)
+        for rank in found["ranks"]
+    }
+    counts = ", ".join(f"{value:.0f} of {rank}" for rank, value in middle.items())
+    ours = f"{counts} (medians of matrices), width {found['width']}, halves of {largest['tokens']:,} tokens"
+    highest = max(middle)
+    return Found(ours, verdict(middle[highest] < highest / 2, "not reproduced"))
 
 
 def scaling_alike() -> Found | None:
