@@ -36,7 +36,6 @@ class Row(NamedTuple):
     # Of weights and state, for each weight of the dense hidden matrices.
     bytes_a_weight: float
     curve: tuple[tuple[int, float], ...]
-    cpu_seconds: float
 
     @property
     def perplexity(self) -> float:
@@ -62,7 +61,6 @@ def rows(known: Results) -> list[Row]:
                 not ladder(method, PILOT_SEED, known),
                 (runs[0]["bytes"]["hidden_weights"] + runs[0]["bytes"]["hidden_state"]) / dense_weights(),
                 tuple((at[0]["tokens"], statistics.mean(point["loss"] for point in at)) for at in curves),
-                statistics.median(run["cpu_seconds"] for run in runs),
             )
         )
     return sorted(found, key=lambda row: row.loss)
@@ -109,7 +107,6 @@ def choosing() -> str:
 
 
 def _table(found: Sequence[Row]) -> str:
-    base = next((row for row in found if row.name == MAIN[0].name), found[0])
     header = [
         "method",
         "perplexity",
@@ -117,12 +114,11 @@ def _table(found: Sequence[Row]) -> str:
         "at a quarter of the tokens",
         "learning rate (tried)",
         "bytes a weight",
-        "processor time",
     ]
     cells = [
         [
             row.name, _perplexity(row), str(len(row.seeds)), _early(row), f"{row.lr:.2g} ({_tried(row)})",
-            f"{row.bytes_a_weight:.2f}", f"{row.cpu_seconds / base.cpu_seconds:.1f}",
+            f"{row.bytes_a_weight:.2f}",
         ]
         for row in found
     ]  # fmt: skip
@@ -155,8 +151,7 @@ def _caption(known: Results, found: Sequence[Row]) -> str:
             f"layers, vocabulary {shape['vocab_size']}), {CPU.tokens:,} tokens of web text and Wikipedia, rank "
             f"{CPU.rank}; perplexity on C4 with {CPU.evaluated:,} tokens.",
             "Learning rate of the hidden matrices, the best of those tried in steps of 2; embeddings, head and vectors "
-            f"have {rest_rate(known):g}. Bytes: weights and state of the hidden matrices in fp32, AdamW 12. Processor "
-            "time: over AdamW's.",
+            f"have {rest_rate(known):g}. Bytes: weights and state of the hidden matrices in fp32, AdamW 12.",
             _order(found),
             f"Made by `{COMMAND}`, drawn by `python -m benchmarks.table`.",
         )

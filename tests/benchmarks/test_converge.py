@@ -164,7 +164,7 @@ def test_a_published_recipe_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_verdict_follows_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     def row(name: str, perplexity: float) -> converge_table.Row:
         loss = math.log(perplexity)
-        return converge_table.Row(name, loss, (loss,), 1e-3, 3, True, 12.0, ((1, loss),), 1.0)
+        return converge_table.Row(name, loss, (loss,), 1e-3, 3, True, 12.0, ((1, loss),))
 
     found = {name: row(name, value) for name, value in (("A", 50.0), ("B", 55.0), ("C", 50.1))}
     monkeypatch.setattr(claims, "converged", lambda: found)
