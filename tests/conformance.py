@@ -16,8 +16,14 @@ from lowrank_optim.ops.rounding import join_24_bits
 from lowrank_optim.optim.engine import LowRankOptimizer
 from tests.optimizers import IDS, VARIANTS, accepts, build
 
-# One case of each kind and row runs by default, the others in the nightly command.
-FP32_AND_SLOW_BF16 = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+
+def nightly(*cases: Any) -> list[Any]:
+    """Further cases of a table whose others run by default, for the nightly command."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in cases]
+
+
+# One case of each kind and row runs by default.
+FP32_AND_SLOW_BF16 = [torch.float32, *nightly(torch.bfloat16)]
 
 
 def rows() -> Iterator[Any]:

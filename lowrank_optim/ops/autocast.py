@@ -14,5 +14,5 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     """
     device = weight.device.type
     # There is no autocast for meta tensors, and it leaves fp64 alone.
-    known = weight.dtype != torch.float64 and torch.amp.is_autocast_available(device)
+    known = weight.dtype != torch.float64 and device != "meta"
     return torch.get_autocast_dtype(device) if known and torch.is_autocast_enabled(device) else weight.dtype

@@ -36,7 +36,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rest[rows] = logits.exp_().sum(1).log_()
         ctx.save_for_backward(hidden, weight, targets, keep, largest, rest)
         ctx.chunk, ctx.dtype = chunk, dtype
-        return loss.add_(rest).masked_fill_(~keep, 0)
+        # Not in place: compiled by torch 2.11, a result that was written to has a gradient of zero.
+        return (loss + rest).masked_fill(~keep, 0)
 
     @staticmethod
     @once_differentiable

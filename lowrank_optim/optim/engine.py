@@ -76,14 +76,18 @@ class LowRankOptimizer(PlannedOptimizer):
 
     def _step_params(self) -> None:
         with without_autocast():
-            self._looks, self._sizes = True, {}
+            # A compiled step is a blind one, and torch before 2.13 compiles no new attribute of an optimizer.
+            eager = not torch.compiler.is_compiling()
+            if eager:
+                self._looks, self._sizes = True, {}
             agreed = self._agree([(p, p.grad) for group in self.param_groups for p in group["params"]])
             for group in self.param_groups:
-                key = None if torch.compiler.is_compiling() else self._key(group)
+                key = self._key(group) if eager else None
                 for p in group["params"]:
                     if p.grad is not None:
                         self.update_param(p, p.grad, group, key, agreed.get(p))
-            self._looks = False
+            if eager:
+                self._looks = False
 
     def _look(self) -> None:
         """Read at once what all refreshes of this step want to know of the device, and how the last ones ended.

@@ -224,7 +224,13 @@ class _NormalInFloat32(TorchFunctionMode):
     """Lets ``normal_`` fill bfloat16 tensors with rounded fp32 numbers; its own have 256 values for each uniform."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.normal_ and args[0].dtype == torch.bfloat16:
-            values = torch.empty_like(args[0], dtype=torch.float32)
-            return args[0].copy_(func(values, *args[1:], **(kwargs or {})))
-        return func(*args, **(kwargs or {}))
+        if func not in (torch.nn.init.normal_, torch.Tensor.normal_):
+            return func(*args, **(kwargs or {}))
+        # torch.nn.init gives all arguments by name, and asks about the method within no more.
+        kwargs = dict(kwargs or {})
+        tensor, *rest = [kwargs.pop("tensor")] if "tensor" in kwargs else args
+        if tensor.dtype == torch.bfloat16:
+            tensor.detach().copy_(func(torch.empty_like(tensor, dtype=torch.float32), *rest, **kwargs))
+        else:
+            func(tensor, *rest, **kwargs)
+        return tensor

@@ -22,7 +22,7 @@ def test_the_page_is_up_to_date(source: Any) -> None:
 
 
 def test_every_kernel_was_compiled_in_every_way_and_nothing_spills() -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.3")
     # In a process of its own: the kernels of this one may run in the interpreter.
     code = "import json; from lowrank_kernels.compile import cases; print(json.dumps([case.label for case in cases()]))"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -8,7 +8,7 @@ from torch import nn
 
 from lowrank_optim.optim.rules.adam import Adam
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.3")
 
 from benchmarks import launches
 from benchmarks.launches import ROWS, Row

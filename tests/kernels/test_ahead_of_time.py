@@ -42,7 +42,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("chosen", [("--arch", "90"), pytest.param((), marks=pytest.mark.slow)], ids=["sm_90", "all"])
+@pytest.mark.slow
+@pytest.mark.parametrize("chosen", [("--arch", "90"), ()], ids=["sm_90", "all"])
 def test_no_kernel_spills_or_takes_too_much_shared_memory(chosen: tuple[str, ...], tmp_path: Path) -> None:
     written = tmp_path / "aot.json"
     written.write_text('{"kernels": {"0.0.0": []}}')

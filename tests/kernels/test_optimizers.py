@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim.ops.rounding import join_24_bits
+from tests.conformance import nightly
 from tests.optimizers import build
 from tests.temporaries import CountTemporaries
 
@@ -54,6 +55,7 @@ def run(name: str, kwargs: dict[str, Any], dtype: torch.dtype, device: torch.dev
     return [join_24_bits(p.detach(), optimizer.state[p]["weight_correction"]) for p in params]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kwargs"), CASES, ids=IDS)
 def test_fp32_weights(name: str, kwargs: dict[str, Any], device: torch.device) -> None:
     pairs = zip(*(run(name, kwargs, torch.float32, device, backend) for backend in ("eager", "triton")))
@@ -72,7 +74,7 @@ def test_bfloat16_weights(name: str, rounding: str, device: torch.device) -> Non
 
 @pytest.mark.parametrize(("name", "rounding"), list(zip(NAMES, ROUNDINGS * 2)), ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(96, 64), (64, 96)], ids=str)
+@pytest.mark.parametrize("shape", [(96, 64), *nightly(((64, 96),))], ids=str)
 def test_no_full_size_temporary(
     name: str, rounding: str, dtype: torch.dtype, shape: tuple[int, int], device: torch.device
 ) -> None:

@@ -14,6 +14,7 @@ from lowrank_optim.ops import pick
 from lowrank_optim.ops.sddmm import sddmm
 from lowrank_optim.ops.sltrain import sltrain_weight
 from lowrank_optim.ops.support import draw_positions, empty_support, pack_
+from tests.conformance import FP32_AND_SLOW_BF16
 
 # (m, n), sparsity; the packing that these make the smallest.
 SUPPORTS = [
@@ -48,7 +49,7 @@ def check(ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
     assert error <= 1.5 * (theirs.double() - exact).norm() + 1e-6 * exact.norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", FP32_AND_SLOW_BF16, ids=str)
 @pytest.mark.parametrize(("shape", "sparsity", "packing"), SUPPORTS, ids=str)
 def test_weight(
     shape: tuple[int, int], sparsity: float, packing: str, dtype: torch.dtype, device: torch.device
@@ -61,7 +62,7 @@ def test_weight(
     check(ours, theirs, sltrain_weight(*(part.double() for part in parts), index, row_pointers, scale=0.4))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", FP32_AND_SLOW_BF16, ids=str)
 @pytest.mark.parametrize("tokens", [0, pytest.param(1, marks=pytest.mark.slow), 45])
 @pytest.mark.parametrize(("shape", "sparsity", "packing"), SUPPORTS, ids=str)
 def test_sddmm(

@@ -157,7 +157,7 @@ DEEP = {"hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 5}
     "more",
     [
         pytest.param({"per_layer": True, "accumulate": 64, "checkpointing": True}, marks=pytest.mark.slow),
-        {"per_layer": True},
+        pytest.param({"per_layer": True}, marks=pytest.mark.slow),
         pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"accumulate": 64}, marks=pytest.mark.slow),
         pytest.param({"per_layer": True, "weights": "int8"}, marks=pytest.mark.slow),

@@ -20,6 +20,7 @@ from lowrank_optim.nn import Int4Linear, Int8Linear, QuantizedLinear, merge, mer
 from lowrank_optim.nn.quantized import _compiled_input_gradient
 from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.pretrain.sizes import tensor_bytes
+from tests.conformance import nightly
 from tests.nn.parameterizations import TARGETS, Block, block, train
 from tests.optimizers import OPTIMIZERS, VARIANTS, build
 
@@ -225,9 +226,8 @@ def test_bytes_are_those_of_codes_and_scales(bits: int) -> None:
     ("bits", "dtype"),
     [
         (8, torch.float32),
-        (8, torch.bfloat16),
         (4, torch.float32),
-        pytest.param(4, torch.bfloat16, marks=pytest.mark.slow),
+        *nightly((8, torch.bfloat16), (4, torch.bfloat16)),
     ],
     ids=str,
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from tests.conformance import every_variant
+from tests.conformance import every_variant, nightly
 from tests.optimizers import OPTIMIZERS, VARIANTS, WITHOUT_RANK, accepts, build
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -50,11 +50,11 @@ def test_loss_falls(name: str, kwargs: dict[str, Any]) -> None:
     params, targets = problem()
     optimizer = build(name, params, **{"lr": 0.05, **kwargs})
     first = float(loss_of(params, targets).detach())
-    assert train(optimizer, params, targets, 60) < 0.95 * first
+    assert train(optimizer, params, targets, 30) < 0.97 * first
 
 
 @every_variant
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *nightly(torch.bfloat16, torch.float64)], ids=str)
 def test_save_load_continue_is_bit_identical(name: str, kwargs: dict[str, Any], dtype: torch.dtype) -> None:
     params, targets = problem(dtype)
     optimizer = build(name, params, **kwargs)
@@ -248,7 +248,7 @@ def test_complex_parameters(name: str, kwargs: dict[str, Any]) -> None:
     targets = [torch.randn_like(p) for p in params]
     optimizer = build(name, params, **{"lr": 0.05, **kwargs})
     first = float(loss_of(params, targets).detach())
-    assert train(optimizer, params, targets, 60) < 0.95 * first
+    assert train(optimizer, params, targets, 30) < 0.97 * first
 
 
 @every_optimizer

@@ -79,10 +79,11 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
 @pytest.mark.parametrize(
     ("state_dtype", "rounding"),
-    [pytest.param("int8", "stochastic", marks=pytest.mark.slow), ("bfloat16", "compensated")],
+    [("int8", "stochastic"), ("bfloat16", "compensated")],
 )
 def test_a_step_takes_little_memory_whatever_the_size(state_dtype: str, rounding: str) -> None:
     """20 million weights; it was 553 MB with all of them at once."""

@@ -17,6 +17,7 @@ from lowrank_optim.pretrain import checkpoint
 from lowrank_optim.pretrain.batches import Batch
 from lowrank_optim.pretrain.llama import build_config, build_model, checkpoint_activations_
 from lowrank_optim.pretrain.steps import loss_sum
+from tests.conformance import nightly
 from tests.pretrain.logs import rows
 from tests.pretrain.test_train import weights
 
@@ -53,7 +54,7 @@ def test_without_accumulation_and_clipping_it_is_the_ordinary_run(line: list[str
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("weight", ["float", "int8", pytest.param("int4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("weight", ["int8", *nightly("float", "int4")])
 def test_a_resumed_run_ends_bit_identical(name: str, weight: str, line: list[str], tmp_path: Path) -> None:
     line = [*line, "--optimizer", name, "--optimizer-args", *METHODS[name].split()]
     # A refresh is in its second phase after the third update.
