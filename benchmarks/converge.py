@@ -261,12 +261,10 @@ def load_tokens(suite: Suite, data: Path) -> Tokens:
     if not kept.is_file():
         kept.parent.mkdir(parents=True, exist_ok=True)
         tokenizer = train_bpe(islice(_texts(data, TRAIN), 1000), suite.shape["vocab_size"])
-        arrays = {
-            name: _encoded(tokenizer, _texts(data, pattern), count)
-            for name, pattern, count in (("train", TRAIN, suite.tokens), ("validation", VALIDATION, suite.evaluated))
-        }
+        train = _encoded(tokenizer, _texts(data, TRAIN), suite.tokens)
+        validation = _encoded(tokenizer, _texts(data, VALIDATION), suite.evaluated)
         part = kept.with_suffix(f".{os.getpid()}.npz")
-        np.savez(part, **arrays)
+        np.savez(part, train=train, validation=validation)
         part.rename(kept)
     with np.load(kept) as arrays:
         train, validation = arrays["train"], arrays["validation"]
