@@ -53,7 +53,8 @@ def verdict(holds: bool, otherwise: str = "contradicted") -> str:
 
 def _seeds(*found: Row) -> str:
     count = min(len(row.seeds) for row in found)
-    return f" ({count} seed{'s' * (count > 1)})"
+    left = "" if all(row.settled for row in found) else ", rates left to try"
+    return f" ({count} seed{'s' * (count > 1)}{left})"
 
 
 def better(method: str, than: str) -> Callable[[], Found | None]:
