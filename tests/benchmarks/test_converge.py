@@ -170,10 +170,12 @@ def test_a_verdict_follows_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "converged", lambda: found)
     verdicts = [claims.better(*names)() for names in (("A", "B"), ("B", "A"), ("A", "C"), ("A", "absent"))]
     assert [one and one.verdict for one in verdicts] == [
-        "reproduced (1 seed)", "contradicted (1 seed)", "not reproduced (1 seed)", None,
+        "reproduced (1 seed)", "not reproduced (1 seed)", "not reproduced (1 seed)", None,
     ]  # fmt: skip
     assert claims.as_good("B", "A", 0.11)().verdict.startswith("reproduced")  # type: ignore[union-attr]
-    assert claims.as_good("B", "A", 0.09)().verdict.startswith("contradicted")  # type: ignore[union-attr]
+    assert claims.as_good("B", "A", 0.09)().verdict.startswith("not reproduced")  # type: ignore[union-attr]
+    found |= {name: row._replace(seeds=row.seeds * 3) for name, row in found.items()}
+    assert claims.better("B", "A")().verdict == "contradicted (3 seeds)"  # type: ignore[union-attr]
 
 
 def test_claims_name_methods_that_exist() -> None:
