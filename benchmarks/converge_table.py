@@ -101,9 +101,26 @@ def choosing() -> str:
     return "\n".join(
         [
             _table(found), "", _caption(known, found), "",
-            "No method with fewer bytes of weights and state is better than these:", "", *lines, *ending,
+            "No method with fewer bytes of weights and state is better than these:", "", *lines, "",
+            "Options beside their defaults, at the same rate and from the same start:", "", *_options(known), *ending,
         ]
     )  # fmt: skip
+
+
+def _options(known: Results) -> list[str]:
+    """A line for every variant of a method: its perplexity against the method's, over the runs that both have made."""
+    lines = []
+    for method in OTHERS:
+        base = method.name.partition(",")[0]
+        both = [
+            row["loss"] - known[base, lr, seed]["loss"]
+            for (name, lr, seed), row in known.items()
+            if name == method.name != base and (base, lr, seed) in known
+        ]
+        if both:
+            change = f"{100 * math.expm1(statistics.mean(both)):+.1f} %"
+            lines.append(f"- {method.name}: perplexity {change} ({len(both)} run{'s' * (len(both) > 1)})")
+    return lines
 
 
 def _table(found: Sequence[Row]) -> str:
