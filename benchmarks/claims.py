@@ -49,6 +49,17 @@ def converged() -> dict[str, Row]:
     return {row.name: row for row in rows(results(CPU))}
 
 
+def _pair(*names: str) -> list[Row] | None:
+    """The rows of some methods, over the seeds that all of them have."""
+    found = [converged().get(name) for name in names]
+    rows_ = [row for row in found if row is not None]
+    common = set.intersection(*(set(row.seeds) for row in rows_)) if len(rows_) == len(names) else set()
+    if not common:
+        return None
+    kept = [{seed: row.seeds[seed] for seed in sorted(common)} for row in rows_]
+    return [row._replace(loss=statistics.mean(seeds.values()), seeds=seeds) for row, seeds in zip(rows_, kept)]
+
+
 def verdict(holds: bool, otherwise: str = "contradicted") -> str:
     return "reproduced" if holds else otherwise
 
@@ -66,9 +77,10 @@ def better(method: str, than: str) -> Callable[[], Found | None]:
     """A claim that a method has a lower perplexity than another."""
 
     def compare() -> Found | None:
-        one, other = (converged().get(name) for name in (method, than))
-        if one is None or other is None:
+        found = _pair(method, than)
+        if found is None:
             return None
+        one, other = found
         ahead = other.perplexity / one.perplexity - 1
         kind = "reproduced" if ahead > SAME else "contradicted" if ahead < -SAME else "not reproduced"
         return Found(f"{method} {one.perplexity:.2f}, {than} {other.perplexity:.2f}", _of_runs(kind, one, other))
@@ -80,9 +92,10 @@ def as_good(method: str, as_: str, within: float) -> Callable[[], Found | None]:
     """A claim that a method is no worse than another, or by no more than ``within`` of the perplexity."""
 
     def compare() -> Found | None:
-        one, other = (converged().get(name) for name in (method, as_))
-        if one is None or other is None:
+        found = _pair(method, as_)
+        if found is None:
             return None
+        one, other = found
         behind = one.perplexity / other.perplexity - 1
         ours = f"{method} {one.perplexity:.2f}, {as_} {other.perplexity:.2f} ({behind:+.1%})"
         return Found(ours, _of_runs(verdict(behind <= within), one, other))
@@ -94,9 +107,10 @@ def equal(method: str, package: str) -> Callable[[], Found | None]:
     """A claim of ours: the same perplexity as the published package."""
 
     def compare() -> Found | None:
-        one, other = (converged().get(name) for name in (method, package))
-        if one is None or other is None:
+        found = _pair(method, package)
+        if found is None:
             return None
+        one, other = found
         apart = one.perplexity / other.perplexity - 1
         ours = f"{method} {one.perplexity:.2f}, {package} {other.perplexity:.2f} ({apart:+.1%})"
         return Found(ours, _of_runs(verdict(abs(apart) <= SAME), one, other))
@@ -106,10 +120,10 @@ def equal(method: str, package: str) -> Callable[[], Found | None]:
 
 def gap_closed() -> Found | None:
     """SST: by how much of the distance between low rank and dense it is better than low rank."""
-    found = converged()
-    if not {"AdamW", "low rank", "SST"} <= {*found}:
+    found = _pair("AdamW", "low rank", "SST")
+    if found is None:
         return None
-    dense, low, sst = (found[name] for name in ("AdamW", "low rank", "SST"))
+    dense, low, sst = found
     if low.perplexity <= dense.perplexity:
         return Found("low rank is not behind dense training here", _of_runs("not reproduced", dense, low, sst))
     change = (sst.perplexity - dense.perplexity) / (low.perplexity - dense.perplexity) - 1

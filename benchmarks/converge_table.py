@@ -25,11 +25,11 @@ COMMAND = "python -m benchmarks.converge --suite cpu"
 
 
 class Row(NamedTuple):
-    """A method at its best rate: mean loss over so many seeds, and how the runs came about."""
+    """A method at its best rate: mean loss, loss by seed, and how the runs came about."""
 
     name: str
     loss: float
-    seeds: tuple[float, ...]
+    seeds: Mapping[int, float]
     lr: float
     tried: int
     settled: bool
@@ -55,7 +55,7 @@ def rows(known: Results) -> list[Row]:
             Row(
                 method.name,
                 statistics.mean(run["loss"] for run in runs),
-                tuple(run["loss"] for run in runs),
+                {run["seed"]: run["loss"] for run in runs},
                 lr,
                 len(losses(method.name, PILOT_SEED, known)),
                 not ladder(method, PILOT_SEED, known),
@@ -146,7 +146,7 @@ def _table(found: Sequence[Row]) -> str:
 def _perplexity(row: Row) -> str:
     if row.loss >= DIVERGED:
         return "diverged"
-    spread = [math.exp(loss) for loss in row.seeds]
+    spread = [math.exp(loss) for loss in row.seeds.values()]
     return f"{row.perplexity:.2f}" + (f" ({min(spread):.2f} … {max(spread):.2f})" if len(spread) > 1 else "")
 
 

@@ -164,7 +164,7 @@ def test_a_published_recipe_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_verdict_follows_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     def row(name: str, perplexity: float) -> converge_table.Row:
         loss = math.log(perplexity)
-        return converge_table.Row(name, loss, (loss,), 1e-3, 3, True, 12.0, ((1, loss),))
+        return converge_table.Row(name, loss, {0: loss}, 1e-3, 3, True, 12.0, ((1, loss),))
 
     found = {name: row(name, value) for name, value in (("A", 50.0), ("B", 55.0), ("C", 50.1))}
     monkeypatch.setattr(claims, "converged", lambda: found)
@@ -174,7 +174,7 @@ def test_a_verdict_follows_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     ]  # fmt: skip
     assert claims.as_good("B", "A", 0.11)().verdict.startswith("reproduced")  # type: ignore[union-attr]
     assert claims.as_good("B", "A", 0.09)().verdict.startswith("not reproduced")  # type: ignore[union-attr]
-    found |= {name: row._replace(seeds=row.seeds * 3) for name, row in found.items()}
+    found |= {name: row._replace(seeds=dict.fromkeys(range(3), row.loss)) for name, row in found.items()}
     assert claims.better("B", "A")().verdict == "contradicted (3 seeds)"  # type: ignore[union-attr]
 
 
