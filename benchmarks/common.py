@@ -79,8 +79,8 @@ def write_result(name: str, device: torch.device, figures: Mapping[str, Any]) ->
         "versions": versions(),
         **figures,
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return path
 

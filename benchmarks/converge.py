@@ -1,118 +1,510 @@
-"""What becomes of the moments at a refresh, by the loss that a small LLaMA reaches.
+"""Who trains best at what memory: ``python -m benchmarks.converge --suite cpu [--budget MINUTES] [--only NAME ...]``.
 
-    python -m benchmarks.converge [--steps 250] [--gap 25] [--seeds 0 1 2] [--refresh power svd]
-
-trains it with GaLoreAdamW for each of moments="keep", "align" and "rotate", from the same weights and on the same
-batches for a seed, and writes ``results/converge.json``: validation losses, and the gain over "keep" seed by seed,
-beside its spread. A default other than "keep" needs a mean gain of more than two standard errors.
+All contestants of ``benchmarks.methods`` train one model from the same weights on the same batches in the same order
+(for a seed). Every run is a file in ``results/converge/SUITE``, written when it ends; runs that exist are left out, so
+that the command goes on where it stopped, and several of them can run at a time. First AdamW tries rates for
+embeddings, head and vectors, which are then the same for all; then everyone tries the rates of its ladder with the
+first seed, the main methods before the others; then the best rate is run with the other seeds. The gpu suite is that
+of ``benchmarks.converge_gpu``.
+``python -m benchmarks.table`` draws what there is.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
+import gzip
+import hashlib
+import importlib
+import json
 import math
-import statistics
-from collections.abc import Sequence
+import os
+import resource
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.optim import Optimizer
 
-from benchmarks import common, training
-from lowrank_optim.optim.subspaces.random import MOMENTS
-from lowrank_optim.pretrain.config import Options, UserError
+import lowrank_optim
+from benchmarks import common, converge_gpu
+from benchmarks.contestants import PEERS
+from benchmarks.methods import (
+    DOUBLE,
+    GAP,
+    HALF,
+    LATE,
+    MAIN,
+    METHODS,
+    OTHERS,
+    PILOTS,
+    QUARTER,
+    RANK,
+    REACH,
+    REST_LR,
+    Method,
+)
+from lowrank_optim.pretrain.batches import ordered_windows, shuffled_windows
+from lowrank_optim.pretrain.build import build_network, restarts_for, settle
+from lowrank_optim.pretrain.cache import cache_root
+from lowrank_optim.pretrain.config import Options, Resolved, UserError
 from lowrank_optim.pretrain.steps import evaluate
+from lowrank_optim.pretrain.tokenization import encode, train_bpe
+from lowrank_optim.pretrain.update import Updater
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+TRAIN, VALIDATION = "web_wiki/en/*train*.json.gz", "c4_sample/en/*validation*.json.gz"
+# What a hidden matrix, dense or in factors, has in its name in transformers' LLaMA.
+HIDDEN = "_proj."
+PILOT_SEED = 0
+# Stands for a loss that is not finite.
+DIVERGED = 99.0
 
 
-def run(options: argparse.Namespace, moments: str, refresh: str, seed: int) -> dict[str, Any]:
-    """One training run."""
-    one = training.prepare(
-        Options(
-            dataset=options.dataset,
-            tokenizer=options.tokenizer,
-            model=options.model,
-            optimizer="GaLoreAdamW",
-            optimizer_args=[f"update_proj_gap={options.gap}", f"moments={moments}", f"refresh={refresh}"],
-            lr=options.lr,
-            pack=True,
-            seed=seed,
-            max_steps=options.steps,
-            batch_size=options.batch_size,
-            seq_len=options.seq_len,
-            grad_clip=1.0,
-        )
+class Suite(NamedTuple):
+    """What is the same for all contestants."""
+
+    name: str
+    shape: Mapping[str, int]
+    seq_len: int
+    batch_size: int
+    updates: int
+    rank: int
+    gap: int
+    evaluated: int
+
+    @property
+    def tokens(self) -> int:
+        return self.seq_len * self.batch_size * self.updates
+
+    def filled(self, args: Mapping[str, Any], rest: float) -> dict[str, Any]:
+        """Arguments with the suite's values, and the rate ``rest``, in the places that stand for them."""
+        known = {
+            RANK: self.rank, DOUBLE: self.rank * 2, HALF: self.rank // 2, QUARTER: self.rank // 4,
+            GAP: self.gap, LATE: self.updates * 4 // 5, REST_LR: rest,
+        }  # fmt: skip
+        return {key: known.get(value, value) if isinstance(value, str) else value for key, value in args.items()}
+
+
+CPU = Suite(
+    "cpu",
+    {
+        "hidden_size": 64,
+        "intermediate_size": 176,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 1024,
+        "max_position_embeddings": 64,
+    },
+    seq_len=64,
+    batch_size=16,
+    updates=400,
+    rank=16,
+    gap=40,
+    evaluated=32_768,
+)
+
+
+class Run(NamedTuple):
+    """One contestant at one rate with one seed; ``rest`` is the rate of embeddings, head and vectors."""
+
+    method: Method
+    lr: float
+    seed: int
+    rest: float
+
+    @property
+    def key(self) -> tuple[str, float, int]:
+        return self.method.name, self.lr, self.seed
+
+    @property
+    def file(self) -> str:
+        words = "".join(c if c.isalnum() else " " for c in self.method.name.lower()).split()
+        return f"{'-'.join(words)}_lr{self.lr:.4g}_seed{self.seed}.json"
+
+
+Results = Mapping[tuple[str, float, int], Mapping[str, Any]]
+
+
+def config_of(suite: Suite, run: Run) -> dict[str, Any]:
+    """All that decides the outcome of a run, beside versions and data; what a method does not set is left out."""
+    unset = Method("", "")._asdict()
+    fields = {key: value for key, value in run.method._asdict().items() if value != unset[key]}
+    filled = {key: suite.filled(value, run.rest) if key.endswith("args") else value for key, value in fields.items()}
+    method = {key: filled[key] for key in filled if key not in ("name", "start", "follows", "factor", "rest")}
+    return {"suite": suite._asdict() | {"rest": run.rest}, "method": method, "lr": run.lr, "seed": run.seed}
+
+
+def digest(config: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def folder(suite: Suite) -> Path:
+    return common.RESULTS / "converge" / suite.name
+
+
+def results(suite: Suite) -> dict[tuple[str, float, int], dict[str, Any]]:
+    """Every run of the suite as it is declared now, by method, rate and seed; the best pilot is a run of AdamW too."""
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder(suite).glob("*.json"))]
+    found: dict[tuple[str, float, int], dict[str, Any]] = {}
+    pilots = {method.name: method for method in PILOTS}
+    # Those of the pilots first: which rate the others have follows from them.
+    for row in sorted(rows, key=lambda row: row["method"] not in pilots):
+        method = METHODS.get(row["method"])
+        rest = method and (method.rest or rest_rate(found))
+        if method and rest:
+            run = Run(method, row["lr"], row["seed"], rest)
+            if row["config_hash"] == digest(config_of(suite, run)):
+                found[run.key] = row
+    for name, lr, seed in [*found]:
+        if name in pilots and pilots[name].rest == rest_rate(found):
+            found.setdefault((MAIN[0].name, lr, seed), found[name, lr, seed])
+    return found
+
+
+def rest_rate(known: Results) -> float | None:
+    """The rate of embeddings, head and vectors that was best for AdamW; None while one is to be tried."""
+    tried = {method.rest: known.get((method.name, float(method.start or 0), PILOT_SEED)) for method in PILOTS}
+    found = {rest: row["loss"] for rest, row in tried.items() if row}
+    return min(found, key=found.__getitem__) if len(found) == len(PILOTS) else None
+
+
+def losses(method: str, seed: int, known: Results) -> dict[float, float]:
+    """Validation loss by rate."""
+    return {lr: row["loss"] for (name, lr, of), row in known.items() if (name, of) == (method, seed)}
+
+
+def best_rate(method: str, seed: int, known: Results) -> float | None:
+    """The rate with the lowest loss so far."""
+    found = losses(method, seed, known)
+    return min(found, key=found.__getitem__) if found else None
+
+
+def first_rate(method: Method, seed: int, known: Results) -> float | None:
+    """What a method tries first; None while the one that it follows has no settled rate."""
+    if method.start is not None:
+        return method.start
+    leader = METHODS[str(method.follows)]
+    rate = best_rate(leader.name, seed, known)
+    return None if rate is None or ladder(leader, seed, known) else rate * method.factor
+
+
+def ladder(method: Method, seed: int, known: Results) -> list[float]:
+    """The rates that are still to try; none left means that the best so far is the best of its neighbours."""
+    first = first_rate(method, seed, known)
+    if first is None:
+        return []
+    found = losses(method.name, seed, known)
+    if first not in found:
+        return [first]
+    at = round(math.log2(min(found, key=found.__getitem__) / first))
+    rates = [first * 2.0**k for k in range(-REACH, REACH + 1)]
+    near = rates[max(at + REACH - 1, 0) : at + REACH + 2]
+    return [rate for rate in near if rate not in found]
+
+
+def pending(seeds: Sequence[int], known: Results, wanted: Sequence[str] = ()) -> list[Run]:
+    """What to run next, the most important first."""
+    pilots = [
+        Run(method, float(method.start or 0), PILOT_SEED, float(method.rest or 0))
+        for method in PILOTS
+        if not losses(method.name, PILOT_SEED, known)
+    ]
+    rest = rest_rate(known)
+    if rest is None:
+        return pilots
+    seed = seeds[0]
+    main, others = ([method for method in methods if not wanted or method.name in wanted] for methods in (MAIN, OTHERS))
+    # Every method once before any of them again.
+    main.sort(key=lambda method: len(losses(method.name, seed, known)))
+    untried = [method for method in others if not losses(method.name, seed, known)]
+    tried = [method for method in others if method not in untried]
+    runs: list[Run] = []
+    for methods, of_these in ((main, []), (untried, []), ([], main), (tried, others)):
+        runs += [Run(method, lr, seed, rest) for method in methods for lr in ladder(method, seed, known)]
+        for more in seeds[1:]:
+            for method in of_these:
+                rate = best_rate(method.name, seed, known)
+                if rate is not None and not ladder(method, seed, known):
+                    runs.append(Run(method, rate, more, rest))
+    return [run for run in runs if run.key not in known]
+
+
+class Tokens(NamedTuple):
+    """Token ids of the text, and their digest."""
+
+    train: NDArray[np.uint16]
+    validation: NDArray[np.uint16]
+    digest: str
+
+
+def load_tokens(suite: Suite, data: Path) -> Tokens:
+    """The tokens of a suite by a byte-pair tokenizer of its vocabulary, kept in the user's cache.
+
+    Raises:
+        UserError: too little text.
+    """
+    files = [path for pattern in (TRAIN, VALIDATION) for path in sorted(data.glob(pattern))]
+    about = [[path.name, path.stat().st_size] for path in files]
+    key = digest({"files": about, "tokens": suite.tokens, "of": suite.evaluated, "vocab": suite.shape["vocab_size"]})
+    kept = cache_root() / "converge" / f"{key}.npz"
+    if not kept.is_file():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer = train_bpe(islice(_texts(data, TRAIN), 1000), suite.shape["vocab_size"])
+        train = _encoded(tokenizer, _texts(data, TRAIN), suite.tokens)
+        validation = _encoded(tokenizer, _texts(data, VALIDATION), suite.evaluated)
+        part = kept.with_suffix(f".{os.getpid()}.npz")
+        np.savez(part, train=train, validation=validation)
+        part.rename(kept)
+    with np.load(kept) as arrays:
+        train, validation = arrays["train"], arrays["validation"]
+    return Tokens(train, validation, hashlib.sha256(train.tobytes() + validation.tobytes()).hexdigest()[:12])
+
+
+def _texts(data: Path, pattern: str) -> Iterator[str]:
+    for path in sorted(data.glob(pattern)):
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                yield json.loads(line)["text"]
+
+
+def _encoded(tokenizer: Any, texts: Iterator[str], count: int) -> NDArray[np.uint16]:
+    rows: list[NDArray[np.int32]] = []
+    have = 0
+    while have < count:
+        documents = list(islice(texts, 64))
+        if not documents:
+            raise UserError(f"Invalid data: {have} tokens, expected at least {count}; see --data")
+        rows += encode(tokenizer, documents)
+        have = sum(map(len, rows))
+    return np.concatenate(rows)[:count].astype(np.uint16)
+
+
+def build(suite: Suite, run: Run) -> tuple[Resolved, nn.Module, Optimizer]:
+    """Model and optimizer of a run, with a rate of their own for embeddings, head and vectors."""
+    from transformers import LlamaConfig
+
+    method = run.method
+    options = Options(
+        model="converge",
+        seed=run.seed,
+        lr=run.lr,
+        weight_decay=0.0,
+        grad_clip=1.0,
+        seq_len=suite.seq_len,
+        batch_size=suite.batch_size,
+        max_steps=suite.updates,
+        warmup_steps=suite.updates // 10,
+        weights=method.weights,
+        optimizer=method.optimizer,
+        parameterization=method.parameterization,
+        parameterization_args=_pairs(suite.filled(method.parameterization_args, run.rest)),
+        restarts=method.restarts,
+        restart_args=_pairs(suite.filled(method.restart_args, run.rest)),
     )
-    losses = [loss for _, loss in one.updates()]
-    held_out = evaluate(
-        one.model, one.data.validation(), limit=options.eval_batches, legacy=False, device=torch.device("cpu")
-    )
+    # The trainer does not know the published packages.
+    known = method.optimizer not in PEERS
+    config = LlamaConfig(**suite.shape, rms_norm_eps=1e-6, tie_word_embeddings=False, use_cache=False)
+    settled, config = settle(options if known else _dense(options), config=config)
+    model = build_network(settled, config, "cpu")
+    return settled, model, _optimizer(suite, run, model)
+
+
+def _dense(options: Options) -> Options:
+    options.optimizer = "AdamW"
+    return options
+
+
+def _pairs(args: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={value}" for key, value in args.items()]
+
+
+def _optimizer(suite: Suite, run: Run, model: nn.Module) -> Optimizer:
+    method, rest, args = run.method, run.rest, suite.filled(run.method.args, run.rest)
+    optimizer: Optimizer
+    if method.optimizer in PEERS:
+        module, name, keys, arguments = PEERS[method.optimizer]
+        low = {**keys, "rank": keys["rank"] or suite.rank, "update_proj_gap": suite.gap}
+        cls = getattr(importlib.import_module(module), name)
+        optimizer = cls(_by_name(model, rest, **low), lr=run.lr, eps=1e-8, **arguments, **args)
+        return optimizer
+    if method.optimizer == "AdamW":
+        return torch.optim.AdamW(_by_name(model, rest), lr=run.lr, weight_decay=0.0, **args)
+    if method.optimizer == "AdamW8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        optimizer = AdamW8bit(_by_name(model, rest), lr=run.lr, weight_decay=0.0, **args)
+        return optimizer
+    if method.optimizer == "LOROAdamW":
+        groups = lowrank_optim.factor_groups(model)
+    elif method.optimizer == "SSTAdamW":
+        groups = lowrank_optim.spectral_groups(model)
+    else:
+        groups = lowrank_optim.low_rank_groups(model, rank=args.pop("rank", 1))
+    if "adamw_lr" not in args:
+        groups[-1]["lr"] = rest
+    optimizer = getattr(lowrank_optim, method.optimizer)(groups, lr=run.lr, weight_decay=0.0, **args)
+    return optimizer
+
+
+def _by_name(model: nn.Module, rest: float, **low: Any) -> list[dict[str, Any]]:
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for name, p in named if HIDDEN in name], **low},
+        {"params": [p for name, p in named if HIDDEN not in name], "lr": rest},
+    ]
+
+
+def train(suite: Suite, run: Run, tokens: Tokens) -> dict[str, Any]:
+    """One run: losses on held-out text at 1/32, 1/16, ... of the tokens, bytes, and seconds of the processor."""
+    device = torch.device("cpu")
+    settled, model, optimizer = build(suite, run)
+    restarts = restarts_for(settled, model, optimizer)
+    update = Updater(settled, model, optimizer, restarts=restarts)
+    stream = shuffled_windows(tokens.train, suite.seq_len, suite.batch_size, 0, 1, run.seed, None)
+    stops = {max(1, suite.updates >> k) for k in range(6)}
+    curve: list[dict[str, float]] = []
+    made: list[float] = []
+    seconds = 0.0
+    for step in range(1, suite.updates + 1):
+        batch, _ = next(stream)
+        began = time.process_time()
+        one = update([batch], batch.targets)
+        for restart in restarts:
+            restart.after_step(step)
+        seconds += time.process_time() - began
+        made.append(one.loss)
+        if step in stops:
+            held_out = ordered_windows(tokens.validation, suite.seq_len, suite.batch_size, 0, 1)
+            loss = evaluate(model, held_out, limit=0, legacy=False, device=device).loss
+            at = step * suite.batch_size * suite.seq_len
+            curve.append({"tokens": at, "loss": round(loss, 5), "train_loss": round(float(np.mean(made[-16:])), 5)})
+            if not math.isfinite(loss):
+                break
+    last = curve[-1]["loss"]
     return {
-        "moments": moments,
-        "refresh": refresh,
-        "seed": seed,
-        "validation_loss": held_out.loss,
-        "train_loss": statistics.fmean(losses[-10:]),
-        "run": training.about(one),
+        "loss": last if math.isfinite(last) else DIVERGED,
+        "curve": curve,
+        "bytes": _bytes(model, optimizer),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "cpu_seconds": round(seconds, 2),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 
-def gains(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """By refresh and moments: how much lower the validation loss is than with "keep", over the seeds."""
-    loss = {(one["refresh"], one["moments"], one["seed"]): one["validation_loss"] for one in runs}
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for refresh in dict.fromkeys(one["refresh"] for one in runs):
-        seeds = [seed for kind, moments, seed in loss if (kind, moments) == (refresh, "keep")]
-        for moments in MOMENTS[1:]:
-            by_seed = [loss[refresh, "keep", seed] - loss[refresh, moments, seed] for seed in seeds]
-            error = statistics.stdev(by_seed) / math.sqrt(len(by_seed)) if len(by_seed) > 1 else math.inf
-            mean = statistics.fmean(by_seed)
-            found.setdefault(refresh, {})[moments] = {"mean": mean, "standard_error": error}
-    return found
+def _bytes(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
+    """Bytes of weights and of optimizer state, of the whole model and of what the hidden matrices consist of."""
+    hidden = {name: value for name, value in model.state_dict(keep_vars=True).items() if HIDDEN in name}
+    parameters = [*model.parameters()]
+    states = [state for p, state in optimizer.state.items() if any(p is value for value in hidden.values())]
+    return {
+        "weights": common.held_bytes([*model.state_dict().values()]),
+        "state": common.held_bytes(optimizer.state, exclude=parameters),
+        "hidden_weights": common.held_bytes([value.detach() for value in hidden.values()]),
+        "hidden_state": common.held_bytes(states, exclude=parameters),
+    }
+
+
+@contextmanager
+def claimed(suite: Suite, run: Run) -> Iterator[bool]:
+    """Whether no other process makes this run; the system forgets a claim with the process that held it."""
+    path = cache_root() / "converge" / f"{suite.name}-{run.file}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+def write(suite: Suite, run: Run, tokens: Tokens, row: Mapping[str, Any]) -> Path:
+    """The file of a run that has ended, in one rename."""
+    config = config_of(suite, run)
+    result = {
+        "method": run.method.name,
+        "lr": run.lr,
+        "seed": run.seed,
+        "config_hash": digest(config),
+        "data": tokens.digest,
+        **row,
+        "config": config,
+        "command": f"python -m benchmarks.converge {shlex.join(sys.argv[1:])}".strip(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "machine": common.machine(torch.device("cpu")),
+        "versions": common.versions(),
+    }
+    path = folder(suite) / run.file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    part.rename(path)
+    return path
+
+
+def compete(suite: Suite, seeds: Sequence[int], wanted: Sequence[str], data: Path, budget: float) -> None:
+    """Make runs until none is left or ``budget`` seconds are over; the one under way ends first."""
+    began = time.monotonic()
+    tokens = load_tokens(suite, data)
+    while True:
+        for run in pending(seeds, results(suite), wanted):
+            if time.monotonic() - began >= budget:
+                return
+            with claimed(suite, run) as mine:
+                if mine and run.key not in results(suite):
+                    row = train(suite, run, tokens)
+                    write(suite, run, tokens, row)
+                    print(f"{run.file:60} {row['loss']:.4f} {row['cpu_seconds']:.0f} s", flush=True)
+                    break
+        else:
+            return
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.converge", description=__doc__.partition("\n")[0])
-    parser.add_argument("--dataset", default=training.default_dataset(), help="as train_llama.py takes it")
-    parser.add_argument("--tokenizer", help="as train_llama.py takes it")
-    parser.add_argument("--model", default="llama_9m", help="a preset or a LLaMA config.json")
-    parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--gap", type=int, default=25, help="updates between refreshes")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--refresh", nargs="+", choices=("power", "randomized", "svd"), default=["power", "svd"])
-    parser.add_argument("--lr", type=float, default=0.01)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--eval-batches", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--name", default="converge", help="of the JSON file")
-    return parser.parse_args(argv)
+    parser.add_argument("--suite", choices=("cpu", "gpu"), required=True)
+    parser.add_argument("--budget", type=float, default=math.inf, metavar="MINUTES", help="start no run after this")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these methods")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first one chooses the rates")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with web_wiki and c4_sample")
+    parser.add_argument("--diagnose", action="store_true", help="look at gradients instead, see benchmarks.diagnose")
+    options = parser.parse_args(argv)
+    known = METHODS if options.suite == "cpu" else converge_gpu.METHODS
+    for name in options.only:
+        if name not in known:
+            parser.error(f"Invalid method: {name!r}, expected one of {', '.join(known)}")
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
-    torch.set_num_threads(options.threads)
-    runs: list[dict[str, Any]] = []
+    torch.set_num_threads(1)
     try:
-        for refresh in options.refresh:
-            for seed in options.seeds:
-                for moments in MOMENTS:
-                    runs.append(one := run(options, moments, refresh, seed))
-                    print(f"{refresh} seed {seed} {moments:6} {one['validation_loss']:.4f}", flush=True)
-                # After every seed: the whole takes half an hour of one core.
-                written = write(options.name, runs)
-    except (UserError, RuntimeError, ValueError) as error:
+        if options.diagnose:
+            from benchmarks.diagnose import diagnose
+
+            print(diagnose(options.data))
+        elif options.suite == "gpu":
+            tokenizer = options.data / "tokenizers" / "t5-base"
+            suite = converge_gpu.Suite(tokenizer=str(tokenizer) if tokenizer.is_dir() else None)
+            text = options.data / "web_wiki"
+            converge_gpu.compete(suite, options.seeds, options.only, text, options.budget * 60)
+        else:
+            compete(CPU, options.seeds, options.only, options.data, options.budget * 60)
+    except (UserError, RuntimeError, ValueError, ImportError) as error:
         raise SystemExit(f"benchmarks.converge: error: {error}") from error
-    for refresh, by_moments in gains(runs).items():
-        for moments, gain in by_moments.items():
-            print(f'{refresh}: "{moments}" gains {gain["mean"]:+.4f} over "keep", +- {gain["standard_error"]:.4f}')
-    print(written)
-
-
-def write(name: str, runs: Sequence[dict[str, Any]]) -> Path:
-    """The JSON file of the runs so far."""
-    rows = [{key: value for key, value in one.items() if key != "run"} for one in runs]
-    figures = {"run": runs[0]["run"], "runs": rows, "gain_over_keep": gains(runs)}
-    return common.write_result(name, torch.device("cpu"), figures)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.common import read_result
-from benchmarks.parameterizations_c4 import BASELINES, contestants
 
 BEGIN = "<!-- table:parameterizations -->"
 
@@ -27,48 +26,20 @@ def layer_table(result: Mapping[str, Any]) -> str:
     return f"{_markdown(header, rows)}\n\n{caption}"
 
 
-def loss_table(result: Mapping[str, Any]) -> str:
-    """Losses on C4 text, from what ``benchmarks.parameterizations_c4`` wrote."""
-    settings = result["settings"]
-    header = ["C4 bytes", "trained parameters", "best learning rate", "validation loss", "below low rank"]
-    runs = result["runs"]
-    baseline = min(runs[name]["validation_loss"] for name in BASELINES if name in runs)
-    rows = [
-        [name, f"{row['parameters']:,}", f"{row['lr']:g}", _losses(row), f"{baseline - row['validation_loss']:+.3f}"]
-        for name, row in runs.items()
-    ]
-    batch = f"{settings['batch_size']} × {settings['seq_len']}"
-    caption = (
-        f"{settings['model'].replace('_', '-')} with bytes as tokens, rank {settings['rank']}, {settings['steps']} "
-        f"updates of {batch}; mean (range) of {len(settings['seeds'])} seeds, nats a byte.\n"
-        f"Below: the better of the two low-rank starts. Made by `{result['command']}`."
-    )
-    missing = [name for name in contestants(settings["rank"]) if name not in runs]
-    if missing:
-        caption += f"\nNot measured yet: {', '.join(missing)}."
-    return f"{_markdown(header, rows)}\n\n{caption}"
-
-
 def current() -> str:
-    """Both tables.
+    """The table.
 
     Raises:
-        ValueError: one of them has not been measured.
+        ValueError: it has not been measured.
     """
-    found = {name: read_result(name) for name in ("parameterizations_cpu", "parameterizations_c4")}
-    layers, losses = found.values()
-    if layers is None or losses is None:
-        raise ValueError(f"Invalid results: expected {', '.join(f'{name}.json' for name in found)}")
-    return f"{layer_table(layers)}\n\n{loss_table(losses)}"
+    layers = read_result("parameterizations_cpu")
+    if layers is None:
+        raise ValueError("Invalid results: expected parameterizations_cpu.json")
+    return layer_table(layers)
 
 
 def _costs(row: Mapping[str, Any]) -> str:
     return f"{row['times_dense']:.2f} / {row['peak_bytes'] / 2**20:.1f}"
-
-
-def _losses(row: Mapping[str, Any]) -> str:
-    values = row["validation_losses"]
-    return f"{row['validation_loss']:.3f} ({max(values) - min(values):.3f})"
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -18,6 +18,8 @@ import lowrank_optim
 from benchmarks import (
     aot_table,
     chaos_table,
+    claims,
+    converge_table,
     digests,
     distributed_table,
     elastic,
@@ -165,7 +167,10 @@ def current() -> str:
 # Where each table stands, its marker, and what makes it.
 TABLES: tuple[tuple[Path, str, Callable[[], str]], ...] = (
     (README, front_table.BEGIN, front_table.current),
+    (README, converge_table.BEGIN, converge_table.current),
     (README, front_table.BEGIN_CHOICES, front_table.choices),
+    (converge_table.PAGE, converge_table.CHOOSING, converge_table.choosing),
+    (claims.PAGE, claims.BEGIN, claims.current),
     (DOCS / "memory.md", front_table.BEGIN_SETTINGS, front_table.settings),
     (DOCS / "memory.md", memory_7b.BEGIN, memory_7b.current),
     (DOCS / "methods" / "index.md", BEGIN, current),
@@ -193,6 +198,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             pages[page] = replaced(text, make(), marker)
     except ValueError as error:
         raise SystemExit(f"benchmarks.table: error: {error}") from error
+    if not options.check:
+        converge_table.draw_plots()
+    elif stale := converge_table.stale_plots():
+        raise SystemExit(f"benchmarks.table: error: {stale[0]} is out of date; run python -m benchmarks.table")
     for path, text in pages.items():
         if not options.check:
             path.write_text(text, encoding="utf-8")

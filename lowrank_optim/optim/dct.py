@@ -47,7 +47,8 @@ class DCTAdamW(LowRankOptimizer):
         rank: selected columns, >= 1; None is the full-rank rule.
         update_proj_gap: updates between two selections, >= 1. More than 1 saves the transform of the gradient
             between them, unless there is error feedback.
-        basis: "dct2", "dct3", "identity" (rows or columns of the gradient itself) or "random".
+        basis: "dct2", "dct3", "identity" (rows or columns of the gradient itself) or "random"; compared in
+            docs/choosing.md, as is error feedback.
         ell_norm: the norm that scores columns, 2 (keeps the most energy) or 1.
         rotate: move the moments with their columns; False leaves them where they are.
         error_feedback: None, "full" (E stored as the moments are) or "int8" (E in int8, one fp32 scale for 128 values).

@@ -81,7 +81,7 @@ class FiraAdamW(LowRankOptimizer):
         alpha: factor of the part inside the subspace ("paper": of both), >= 0.
         proj_type: "std" compresses the smaller side, "reverse_std" the larger, "left" the rows, "right" the columns.
         limiter_gamma: how much ||S|| may grow in a step, >= 1; None is no limit.
-        residual: "reference" or "paper".
+        residual: "reference" or "paper"; compared in docs/choosing.md.
         refresh: "power", "randomized" or "svd", as for :class:`GaLoreAdamW`.
         moments: "keep" (as published), "align" or "rotate", as for :class:`GaLoreAdamW`.
         common: stagger, state_dtype, weight_rounding, maximize, capturable, backend; see

@@ -62,10 +62,11 @@ class GaLoreAdamW(GaLore):
         proj_type: "std" compresses the smaller side, "reverse_std" the larger, "left" the rows, "right" the columns,
             "full" both.
         refresh: "power" (one subspace iteration from the previous P, the first from a Gaussian sketch),
-            "randomized" (a new Gaussian sketch with two power iterations) or "svd" (exact).
+            "randomized" (a new Gaussian sketch with two power iterations) or "svd" (exact; no better in
+            docs/choosing.md).
         moments: "keep" (as published), "align" (kept; each new column's sign turned towards the old one's) or "rotate"
-            (moved by the overlap of the two bases). On C4 text neither of the latter lowers the loss of a small LLaMA
-            beyond the spread over seeds (``benchmarks/converge.py``), so the default is the published one.
+            (moved by the overlap of the two bases). Neither of the latter lowers the loss of a small LLaMA beyond the
+            spread over seeds (docs/choosing.md, benchmarks/results/moments.json), so the default is the published one.
         common: stagger, state_dtype, weight_rounding, maximize, capturable, backend; see
             :class:`lowrank_optim.optim.options.Common`.
 

@@ -1,10 +1,10 @@
-"""The tables of parameterized layers say what was measured."""
+"""The table of parameterized layers says what was measured."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.parameterizations_table import layer_table, loss_table
+from benchmarks.parameterizations_table import layer_table
 
 MACHINE: dict[str, Any] = {"machine": {"threads": 1, "processor": "P"}, "versions": {"torch": "2.x"}, "command": "c"}
 
@@ -16,14 +16,3 @@ def test_a_row_a_layer() -> None:
     assert "| forward + backward | small, 3 × 2, rank 1 |" in text
     assert "| ours | 0.50 / 1.5 |" in text
     assert "7 tokens" in text
-
-
-def test_a_row_a_run() -> None:
-    settings = {"model": "llama_9m", "rank": 32, "steps": 5, "batch_size": 4, "seq_len": 16, "seeds": [0, 1]}
-    low = {"parameters": 1000, "lr": 0.003, "validation_loss": 2.6, "validation_losses": [2.6, 2.6]}
-    row = {"parameters": 1234, "lr": 0.01, "validation_loss": 2.5, "validation_losses": [2.4, 2.6]}
-    text = loss_table({**MACHINE, "settings": settings, "runs": {"low rank": low, "sltrain": row}})
-    assert "| low rank | 1,000 | 0.003 | 2.600 (0.000) | +0.000 |" in text
-    assert "| sltrain | 1,234 | 0.01 | 2.500 (0.200) | +0.100 |" in text
-    assert "5 updates of 4 × 16" in text
-    assert "Not measured yet: low rank, kaiming, " in text
