@@ -94,6 +94,7 @@ def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]
     return {
         "torch": torch,
         "loader": [batch_of(i) for i in range(2)],
+        "dataset": [batch_of(0)],
         "updates": [[batch_of(i) for i in range(4)]],
         "scheduler": Constant(),
     }

@@ -51,6 +51,7 @@ def test_what_a_run_survives_is_up_to_date(part: Any) -> None:
     assert table.replaced(text, part.current(), part.BEGIN) == text, "run python -m benchmarks.table"
 
 
+@pytest.mark.slow
 def test_a_row_an_optimizer_from_the_figures() -> None:
     text = table.table(STEP, {"errors": {"GaLoreAdamW": {"a": 3e-6, "b": 4e-6, "c": 9e-4}}})
     state, *rest = cells(text, "`GaLoreAdamW`")
