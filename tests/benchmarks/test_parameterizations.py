@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from benchmarks.parameterizations import PublishedSLTrain, Shape, contestants, measure
@@ -24,6 +25,7 @@ def test_the_published_formulation_computes_what_ours_does() -> None:
         torch.testing.assert_close(ours_grad, published_grad, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_sltrain_needs_one_dense_matrix_less_and_holds_nothing() -> None:
     shape = Shape("square", 256, 256, 8)
     rows = measure(shape, 160, 0.0, CPU, torch.float32)["layers"]

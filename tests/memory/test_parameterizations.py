@@ -37,6 +37,7 @@ def count(size: str, rank: int | None = None, density: float = 0.0) -> int:
     return 2 * shape.vocab * d + d + shape.layers * layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "rank", "density", "millions"),
     [

@@ -129,6 +129,7 @@ def test_links_are_pairs_of_descendants_and_ancestors(example: ModuleType) -> No
     assert not links.related[links.held_out[:, :1], partners].any()
 
 
+@pytest.mark.slow
 def test_the_hyperbolic_layer_beats_the_euclidean_one(example: ModuleType) -> None:
     scores = example.run(nodes=250, size=8, steps=150, seed=0, lr=0.03)
     assert scores["Lorentz"].auc > scores["Euclidean"].auc + 0.02

@@ -226,8 +226,7 @@ def test_bytes_are_those_of_codes_and_scales(bits: int) -> None:
     ("bits", "dtype"),
     [
         (8, torch.float32),
-        (4, torch.float32),
-        *nightly((8, torch.bfloat16), (4, torch.bfloat16)),
+        *nightly((4, torch.float32), (8, torch.bfloat16), (4, torch.bfloat16)),
     ],
     ids=str,
 )
@@ -250,6 +249,7 @@ def test_every_optimizer_trains_quantized_weights_as_it_trains_others(name: str,
                 assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
 
 
+@pytest.mark.slow
 def test_q_galore_follows_a_run_with_floating_point_weights() -> None:
     losses = []
     for quantized in (False, True):
