@@ -56,21 +56,22 @@ def simulate_sharded(options: Options, number: int, *, layers: int | None = None
 
     Args:
         options: of a run, or a :class:`lowrank_optim.memory.job.Job`.
-        layers: run two and three layers and count with what a third one adds; None runs all.
+        layers: run three and four layers and count with what a fourth one adds; None runs all.
 
     Raises:
         UserError, ValueError, RuntimeError: as :func:`lowrank_optim.pretrain.build.build` raises them.
     """
     if layers is None:
         return _simulated(options, number, None)
-    two, three = (vars(_simulated(options, number, some)) for some in (2, 3))
+    # The peak is where one layer is at work, the next is gathered and the gradients of the one before are on their way.
+    three, four = (vars(_simulated(options, number, some)) for some in (3, 4))
 
     def all_layers(key: str) -> Any:
-        if isinstance(two[key], Moved):
-            return two[key].plus(three[key].plus(two[key], -1), layers - 2)
-        return two[key] + (layers - 2) * (three[key] - two[key])
+        if isinstance(three[key], Moved):
+            return three[key].plus(four[key].plus(three[key], -1), layers - 3)
+        return three[key] + (layers - 3) * (four[key] - three[key])
 
-    return Simulated(**{key: all_layers(key) for key in two})
+    return Simulated(**{key: all_layers(key) for key in three})
 
 
 def _simulated(options: Options, number: int, layers: int | None) -> Simulated:
