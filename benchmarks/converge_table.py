@@ -223,12 +223,20 @@ def _over_tokens(found: Sequence[Row], path: Path) -> None:
 
 def _over_memory(found: Sequence[Row], path: Path) -> None:
     figure, axes = _axes("bytes of weights and state for a weight of the hidden matrices")
+    top = 1.2 * min(row.perplexity for row in found)
+    beyond = []
     for row in found:
-        if row.loss < DIVERGED:
-            axes.plot(row.bytes_a_weight, row.perplexity, "o" if row.name in SHOWN else ".", color="C0")
-            axes.annotate(
-                row.name, (row.bytes_a_weight, row.perplexity), (3, 2), textcoords="offset points", fontsize=6
-            )
+        if row.perplexity > top:
+            beyond.append(f"{row.name} ({row.perplexity:.0f})")
+            continue
+        shown = row.name in SHOWN
+        axes.plot(row.bytes_a_weight, row.perplexity, "o" if shown else ".", color="C0" if shown else "C7")
+        if shown:
+            place = (row.bytes_a_weight, row.perplexity)
+            axes.annotate(row.name, place, (4, 3), textcoords="offset points", fontsize=8)
+    axes.set_yscale("linear")
+    if beyond:
+        axes.set_title(f"above the picture: {', '.join(beyond)}", fontsize=8)
     _save(figure, path, digest(found))
 
 
