@@ -73,49 +73,50 @@ def _of_runs(kind: str, *found: Row) -> str:
     return f"{kind} ({count} seed{'s' * (count > 1)}{'' if settled else ', rates left to try'})"
 
 
+def _compared(judge: Callable[..., Found], *names: str) -> Callable[[], Found | None]:
+    """What ``judge`` says of the rows of these methods over the seeds that all have; None where one has not run."""
+
+    def compare() -> Found | None:
+        found = _pair(*names)
+        return None if found is None else judge(*found)
+
+    return compare
+
+
 def better(method: str, than: str) -> Callable[[], Found | None]:
     """A claim that a method has a lower perplexity than another."""
 
-    def compare() -> Found | None:
-        found = _pair(method, than)
-        if found is None:
-            return None
-        one, other = found
+    def judge(one: Row, other: Row) -> Found:
         ahead = other.perplexity / one.perplexity - 1
         kind = "reproduced" if ahead > SAME else "contradicted" if ahead < -SAME else "not reproduced"
         return Found(f"{method} {one.perplexity:.2f}, {than} {other.perplexity:.2f}", _of_runs(kind, one, other))
 
-    return compare
+    return _compared(judge, method, than)
 
 
 def as_good(method: str, as_: str, within: float) -> Callable[[], Found | None]:
     """A claim that a method is no worse than another, or by no more than ``within`` of the perplexity."""
 
-    def compare() -> Found | None:
-        found = _pair(method, as_)
-        if found is None:
-            return None
-        one, other = found
+    def judge(one: Row, other: Row) -> Found:
         behind = one.perplexity / other.perplexity - 1
-        ours = f"{method} {one.perplexity:.2f}, {as_} {other.perplexity:.2f} ({behind:+.1%})"
-        return Found(ours, _of_runs(verdict(behind <= within), one, other))
+        return Found(_apart(method, as_, one, other), _of_runs(verdict(behind <= within), one, other))
 
-    return compare
+    return _compared(judge, method, as_)
 
 
 def equal(method: str, package: str) -> Callable[[], Found | None]:
     """A claim of ours: the same perplexity as the published package."""
 
-    def compare() -> Found | None:
-        found = _pair(method, package)
-        if found is None:
-            return None
-        one, other = found
+    def judge(one: Row, other: Row) -> Found:
         apart = one.perplexity / other.perplexity - 1
-        ours = f"{method} {one.perplexity:.2f}, {package} {other.perplexity:.2f} ({apart:+.1%})"
-        return Found(ours, _of_runs(verdict(abs(apart) <= SAME), one, other))
+        return Found(_apart(method, package, one, other), _of_runs(verdict(abs(apart) <= SAME), one, other))
 
-    return compare
+    return _compared(judge, method, package)
+
+
+def _apart(method: str, other: str, ours: Row, theirs: Row) -> str:
+    share = ours.perplexity / theirs.perplexity - 1
+    return f"{method} {ours.perplexity:.2f}, {other} {theirs.perplexity:.2f} ({share:+.1%})"
 
 
 def gap_closed() -> Found | None:
