@@ -15,16 +15,8 @@ from lowrank_optim.cli.main import COMMANDS, main
 from lowrank_optim.pretrain.command_line import CONFIGS, ELSEWHERE, FIELDS, SYNONYMS, parse_options
 from lowrank_optim.pretrain.metrics import read_metrics
 from lowrank_optim.pretrain.page import Series, chart
+from tests.pretrain.conftest import MODEL
 
-MODEL = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 44,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "vocab_size": 320,
-    "max_position_embeddings": 64,
-}
 LINE = "--optimizer-args rank=4 update_proj_gap=2 --lr 0.02 --seq-len 24 --batch-size 4 --max-steps 4 --eval-every 2"
 
 

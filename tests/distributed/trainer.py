@@ -33,19 +33,10 @@ from lowrank_optim.optim.sharding import whole
 from lowrank_optim.pretrain.command_line import parse_options
 from lowrank_optim.pretrain.metrics import read_metrics
 from lowrank_optim.pretrain.trainer import Trainer
-from tests.pretrain.conftest import documents, write_shard
+from tests.pretrain.conftest import MODEL, documents, write_shard
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT.parent / "shared" / "data"
-MODEL = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 44,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "vocab_size": 320,
-    "max_position_embeddings": 64,
-}
 C4_MODEL = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "vocab_size": 32128}
 # Eight sequences an update, however many processes share them.
 LINE = [

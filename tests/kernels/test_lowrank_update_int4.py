@@ -13,6 +13,7 @@ from lowrank_optim.ops import pick
 from lowrank_optim.ops.int4 import packed_shape, unpack
 from lowrank_optim.ops.int4_weight import quantize_int4_weight_, scale_shape
 from lowrank_optim.ops.lowrank_update_int4 import lowrank_update_int4_ as eager
+from tests.kernels.test_lowrank_update_int8 import operands
 from tests.optimizers import build
 from tests.temporaries import CountTemporaries
 
@@ -38,12 +39,6 @@ def weight(m: int, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
     values[: m // 3] *= 1e-3
     quantize_int4_weight_(codes, scale, values)
     return codes, scale
-
-
-def operands(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    m, n, rank = shape
-    left, right, grad = (torch.randn(size, device=device).to(dtype) for size in ((m, rank), (n, rank), (m, n)))
-    return {"left": left, "right": right, "grad": grad, "row_scale": torch.rand(m, 1, device=device)}
 
 
 def check_alike(shape: tuple[int, int, int], device: torch.device, **given: Any) -> None:

@@ -9,6 +9,17 @@ import pytest
 
 WORDS = ("the", "a", "one", "small", "large", "red", "blue", "cat", "dog", "tree", "river", "runs", "sees", "under")
 
+# 14 thousand parameters.
+MODEL = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 320,
+    "max_position_embeddings": 64,
+}
+
 
 def documents(number: int, seed: int) -> list[str]:
     rng = random.Random(seed)
@@ -28,18 +39,9 @@ def _on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A configuration of 14 thousand parameters."""
+    """The path of :data:`MODEL`."""
     path = tmp_path_factory.mktemp("model") / "config.json"
-    fields = {
-        "model_type": "llama",
-        "hidden_size": 16,
-        "intermediate_size": 44,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "vocab_size": 320,
-        "max_position_embeddings": 64,
-    }
-    path.write_text(json.dumps(fields))
+    path.write_text(json.dumps(MODEL))
     return path
 
 
