@@ -24,7 +24,7 @@ def _by_block(values: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     rows, scales = values.view(-1, length), scale.view(-1, -(-length // BLOCK))
     for part, its in zip(rows.chunk(8), scales.chunk(8)):
         if whole:
-            yield part[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)), its[:, :whole]
+            yield part[:, : whole * BLOCK].view(len(part), whole, BLOCK), its[:, :whole]
         if length % BLOCK:
             yield part[:, whole * BLOCK :].unsqueeze(1), its[:, whole:]
 

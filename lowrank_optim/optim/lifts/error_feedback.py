@@ -68,7 +68,7 @@ class ErrorFeedback(Lift):
             total = load_moment(state, "error", grad.dtype).clone()
         else:
             total = dequantize(state["error.codes"], state["error.scale"], dtype.to_real())
-            total = torch.view_as_complex(total.unflatten(-1, (-1, 2))) if dtype.is_complex else total
+            total = torch.view_as_complex(total.view(*total.shape[:-1], -1, 2)) if dtype.is_complex else total
         add_coefficients_(total, grad, group["basis"], group["similarity"])
         return total
 
