@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+# Dtypes of fewer bits than arithmetic takes.
+NARROW = (torch.bfloat16, torch.float16)
 # Values at a time on a CPU: small enough for its cache, large enough for what a call costs.
 CHUNK = 2**17
 
@@ -18,6 +20,11 @@ def chunks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
     cached = CHUNK // max(1, columns * math.prod(batch)) if tensors[0].device.type == "cpu" else rows // 8
     some = max(1, min(cached, -(-rows // 2)))
     return list(zip(*[torch.split(tensor, some, dim=-2) for tensor in tensors]))
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype; where it has that, ``to`` takes as long as a small product to find it out."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def column_norms(matrix: Tensor, order: int) -> Tensor:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowrank_optim.ops.chunks import as_batch, row_blocks
+from lowrank_optim.ops.chunks import NARROW, as_batch, cast, row_blocks
 from lowrank_optim.ops.rounding import Positions, advanced, join_24_bits, round_to_bfloat16, split_24_bits
-
-NARROW = (torch.bfloat16, torch.float16)
 
 # Values of a working copy on a CPU. A product with fewer rows at a time packs its other operand too often.
 COPIED = 2**20
@@ -68,11 +66,11 @@ def lowrank_update_(
     in_place = not rounds and (weight.dtype not in NARROW or (product_only and weight.device.type != "cpu"))
     if in_place and product_only and left is not None and right is not None and weight.ndim == 2:
         beta, alpha = float(decay), float(alpha)
-        weight.addmm_(left.to(weight.dtype), right.to(weight.dtype).mH, beta=beta, alpha=alpha)
+        weight.addmm_(cast(left, weight.dtype), cast(right, weight.dtype).mH, beta=beta, alpha=alpha)
         return
     batch = as_batch("weight", weight)
     sides = _matrices(left=left, right=right)
-    left, right = (None if side is None else side.to(weight.dtype) for side in sides)
+    left, right = (None if side is None else cast(side, weight.dtype) for side in sides)
     row_scale, column_scale = rescaled_by(grad_alpha, row_scale, column_scale)
     grad, row_scale, column_scale = _matrices(grad=grad, row_scale=row_scale, column_scale=column_scale)
     if in_place:

@@ -32,6 +32,8 @@ from lowrank_optim.optim.state_storage import (
 from lowrank_optim.optim.validation import check_range
 
 MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
+# Of gradients that no kernel takes unless it is asked for.
+WIDE = (torch.float64, torch.complex64, torch.complex128)
 # Where moments are stored in 8 bits.
 CODES = "exp_avg.codes"
 
@@ -158,10 +160,10 @@ class Adam(Rule):
         self, operation: Callable[..., Any], like: Tensor, state: State, group: Group
     ) -> Callable[..., Any] | None:
         """That of an operation, where there is one for such moments."""
-        wide = like.dtype == torch.float64 or like.is_complex()
-        if group["state_dtype"] == "int4" or (group["backend"] is None and wide):
+        backend = group["backend"]
+        if group["state_dtype"] == "int4" or (backend is None and like.dtype in WIDE):
             return None
-        kernel = pick(operation, group["backend"], like.device)
+        kernel = pick(operation, backend, like.device)
         # They count elements through, whatever of other processes stands between two of them.
         return None if kernel is operation or isinstance(position(state, like), Positions) else kernel
 
