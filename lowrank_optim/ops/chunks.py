@@ -32,12 +32,15 @@ def column_norms(matrix: Tensor, order: int) -> Tensor:
 
     ``torch.linalg.vector_norm`` along columns takes 9 times as long on a CPU.
     """
+    parts = chunks(matrix)
     wide = torch.promote_types(matrix.real.dtype, torch.float32)
-    norms = torch.zeros(*matrix.shape[:-2], matrix.shape[-1], dtype=wide, device=matrix.device)
-    for (part,) in chunks(matrix):
-        magnitude = (part.abs() if order == 1 or part.is_complex() else part).to(wide)
-        norms += (magnitude if order == 1 else magnitude.square()).sum(-2)
-    return norms
+    # Of rows with the same number within their part.
+    sums = torch.zeros(parts[0][0].shape, dtype=wide, device=matrix.device)
+    for (part,) in parts:
+        magnitude = cast(part.abs() if order == 1 or part.is_complex() else part, wide)
+        some = sums[..., : part.shape[-2], :]
+        some.add_(magnitude) if order == 1 else some.addcmul_(magnitude, magnitude)
+    return sums.sum(-2)
 
 
 def as_batch(name: str, tensor: Tensor) -> Tensor:

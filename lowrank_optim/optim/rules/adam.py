@@ -15,7 +15,6 @@ from lowrank_optim.ops.adam_update import adam_update_
 from lowrank_optim.ops.fused_adam import fused_adam_, fused_adam_fits
 from lowrank_optim.ops.move_columns import move_columns_
 from lowrank_optim.ops.rounding import Positions
-from lowrank_optim.ops.row_norms import row_norms
 from lowrank_optim.optim.finite import zero_unless
 from lowrank_optim.optim.options import number
 from lowrank_optim.optim.parts import Group, Option, Rule, Scalar, Slots, State, View
@@ -126,7 +125,8 @@ class Adam(Rule):
             direction = torch.zeros_like(moments[0])
             fused_adam_(direction, low, *moments, beta1=beta1, beta2=beta2, eps=float(eps), alpha=1.0)
             if norms is not None:
-                torch.stack([row_norms(some).squeeze(-1) for some in (low, direction)], out=norms)
+                for out, some in zip(norms, (low, direction)):
+                    torch.linalg.vector_norm(some, dim=-1, out=out)
         else:
             direction = adam_direction(low, *moments, beta1=beta1, beta2=beta2, eps=eps, norms=norms)
         self._store_(moments, state)
