@@ -200,10 +200,12 @@ def lowrank_update_(
     check_operand("correction", correction, shape, device, (torch.int8,))
     if not weight.numel():
         return
-    left, right = (None if x is None else cast(x, weight.dtype) for x in (left, right))
+    if left is not None and right is not None:
+        left, right = cast(left, weight.dtype), cast(right, weight.dtype)
     one = row_scale is not None and row_scale.shape[-2] == 1
-    row_scale, column_scale = (None if x is None else x.contiguous() for x in (row_scale, column_scale))
-    alpha, decay, grad_alpha = (on_device(device, x) for x in (alpha, decay, grad_alpha))
+    row_scale = None if row_scale is None else row_scale.contiguous()
+    column_scale = None if column_scale is None else column_scale.contiguous()
+    alpha, decay, grad_alpha = on_device(device, alpha), on_device(device, decay), on_device(device, grad_alpha)
     options = launch_options(weight.dtype, rank)
     tiles = cdiv(m, options["BLOCK_M"]) * cdiv(n, options["BLOCK_N"])
     weight_strides, grad_strides = batch_strides("weight", weight), batch_strides("grad", grad)
