@@ -27,6 +27,13 @@ def test_launches_of_a_step_between_refreshes(row: Row) -> None:
         assert moments == (16 * values if row.method == "GaLoreAdamW" else moments)
 
 
+@pytest.mark.parametrize("row", ROWS[:6], ids=lambda row: row.name)
+def test_the_library_projects_a_gradient_of_16_bits_as_it_is(row: Row) -> None:
+    """A kernel of its own was bound by the L2 cache, and a product in fp32 would convert the gradient."""
+    names = launches.launches(row).names
+    assert names.count("mm") == 1 and names.index("mm") == (row.name == "APOLLO") and "_to_copy" not in names
+
+
 def test_one_launch_more_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     row = ROWS[0]
     names = launches.launches(row).names
