@@ -266,7 +266,8 @@ class LowRankOptimizer(PlannedOptimizer):
             direction, size = self.direction(rule, low, state, group, size, **told)
             norms = None
         grad = weight if grad is None else grad
-        sums, shape = None, weight.shape
+        sums = None
+        shape: tuple[int, ...] = weight.shape
         if layout is not None and layout.split != "whole":
             if layout.split == "rows":
                 sums = layout.shards
