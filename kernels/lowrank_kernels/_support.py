@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_optim.ops.chunks import as_batch
 from lowrank_optim.ops.support import positions
 
 INDICES = (torch.int32, torch.int64)
@@ -27,6 +28,18 @@ def cdiv(a: int, b: int) -> int:
 def power_of_2(n: int) -> int:
     """The least one that is at least n >= 1."""
     return 1 << (n - 1).bit_length()
+
+
+def batch_strides(name: str, tensor: Tensor | None) -> tuple[int, ...]:
+    """Strides of a batch of matrices (..., rows, columns) as if its leading axes were one; zeros where there is none.
+
+    Raises:
+        ValueError: leading axes that have no common stride.
+    """
+    if tensor is None:
+        return 0, 0, 0
+    # A view of a single matrix would take as long as a small product.
+    return (0, *tensor.stride()) if tensor.ndim == 2 else as_batch(name, tensor).stride()
 
 
 def check_operand(

@@ -142,11 +142,12 @@ def adam_direction(
         check_operand("norms", norms, (2, *grad.shape[:-1]), grad.device, (torch.float32,))
     check_verdict(ok, grad.device)
     direction = torch.empty_like(exp_avg, dtype=torch.float32 if dtype is None else dtype)
-    if not exp_avg.numel():
+    numel = exp_avg.numel()
+    if not numel:
         return direction
     # Norms want rows; without them every element is one, so that no program is left with half a row.
     columns = 1 if norms is None else exp_avg.shape[-1]
-    rows = exp_avg.numel() // columns
+    rows = numel // columns
     width = 1 if norms is None else min(256, power_of_2(columns))
     height = BLOCK // width
     programs = cdiv(rows, height)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -162,6 +163,7 @@ def limited_scale(
     return scale, kept, left
 
 
+@functools.cache
 def launch_options(rank: int) -> dict[str, Any]:
     """Rows and columns that a program works on at a time: 2048 values, or without a direction some rows' scales."""
     columns = min(256, power_of_2(max(1, rank)))
@@ -172,7 +174,7 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
     """APOLLO's and Fira's: label, kernel, signature, constants, options."""
     cases: list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]] = []
     for label, rank in (("limited_scale", 0), ("limited_scale, direction", 256)):
-        options = launch_options(rank)
+        options = {**launch_options(rank)}
         launch = {"num_warps": options.pop("num_warps")}
         constants: dict[str, object] = {"SEEN_ON_DEVICE": False, "LIMITS": True, "WHOLE": False, **options}
         constants |= dict.fromkeys(("image_ptr", *(() if rank else ("low_ptr", "direction_ptr", "left_ptr"))))

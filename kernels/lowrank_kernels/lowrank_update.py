@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import cdiv, check_operand, check_scales
+from lowrank_kernels._support import batch_strides, cdiv, check_operand, check_scales
 from lowrank_kernels.rounding import join_24_bits, store_rounded
 from lowrank_kernels.tiles import add_product, grouped_tile, rescaled, tile_options
-from lowrank_optim.ops.chunks import as_batch
+from lowrank_optim.ops.chunks import cast
 from lowrank_optim.ops.rounding import Positions, wrap
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -199,20 +200,20 @@ def lowrank_update_(
     check_operand("correction", correction, shape, device, (torch.int8,))
     if not weight.numel():
         return
-    weight = as_batch("weight", weight)
-    left, right = (None if x is None else as_batch("side", x).to(weight.dtype) for x in (left, right))
-    grad = None if grad is None else as_batch("grad", grad)
+    if left is not None and right is not None:
+        left, right = cast(left, weight.dtype), cast(right, weight.dtype)
     one = row_scale is not None and row_scale.shape[-2] == 1
-    row_scale, column_scale = (None if x is None else x.contiguous() for x in (row_scale, column_scale))
-    alpha, decay, grad_alpha = (on_device(device, x) for x in (alpha, decay, grad_alpha))
+    row_scale = None if row_scale is None else row_scale.contiguous()
+    column_scale = None if column_scale is None else column_scale.contiguous()
+    alpha, decay, grad_alpha = on_device(device, alpha), on_device(device, decay), on_device(device, grad_alpha)
     options = launch_options(weight.dtype, rank)
     tiles = cdiv(m, options["BLOCK_M"]) * cdiv(n, options["BLOCK_N"])
-    weight_strides, grad_strides = weight.stride(), strides(grad)
+    weight_strides, grad_strides = batch_strides("weight", weight), batch_strides("grad", grad)
     unit = 1 if (n | weight_strides[1] | grad_strides[1]) % UNIT else UNIT
-    lowrank_update_kernel[(tiles, weight.shape[0])](
+    lowrank_update_kernel[(tiles, math.prod(batch))](
         weight, left, right, grad, row_scale, column_scale, correction, 0 if key is None else key, alpha, decay,
-        grad_alpha, *counter(start, m, n), m, n // unit, rank, *in_units(weight_strides, unit), *strides(left),
-        *strides(right), *in_units(grad_strides, unit), ONE_ROW_SCALE=one,
+        grad_alpha, *counter(start, m, n), m, n // unit, rank, *in_units(weight_strides, unit),
+        *batch_strides("left", left), *batch_strides("right", right), *in_units(grad_strides, unit), ONE_ROW_SCALE=one,
         ROUNDING="compensated" if correction is not None else "stochastic" if rounds else "nearest",
         KEY_ON_DEVICE=isinstance(key, Tensor), ALPHA_ON_DEVICE=isinstance(alpha, Tensor),
         DECAY_ON_DEVICE=isinstance(decay, Tensor), GRAD_ALPHA_ON_DEVICE=isinstance(grad_alpha, Tensor),
@@ -243,10 +244,6 @@ def counter(start: int | Positions, m: int, n: int) -> tuple[int, int, int | Non
 def in_units(strides: tuple[int, ...], unit: int) -> tuple[int, ...]:
     """Strides of a batch of matrices with that of its rows in units."""
     return strides[0], strides[1] // unit, strides[2]
-
-
-def strides(tensor: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0) if tensor is None else tensor.stride()
 
 
 def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import FLOATING, cdiv, check_operand, check_scales, power_of_2
-from lowrank_kernels.lowrank_update import COLUMNS, ROWS, absent, gradient, halves, on_device, strides
+from lowrank_kernels._support import FLOATING, batch_strides, cdiv, check_operand, check_scales, power_of_2
+from lowrank_kernels.lowrank_update import COLUMNS, ROWS, absent, gradient, halves, on_device
 from lowrank_kernels.rounding import random_bits
 from lowrank_kernels.tiles import grouped_tile, rescaled, tile_product
 from lowrank_optim.ops.int8_weight import GROUP
@@ -205,7 +205,8 @@ def launch(
     options = tiles(None if left is None else left.dtype, rank, gradient=grad is not None)
     kernel[(cdiv(m, options["BLOCK_M"]) * cdiv(n, options["BLOCK_N"]),)](
         codes, scale, left, right, grad, row_scale, column_scale, *random.values(), alpha, decay, grad_alpha, m, n,
-        rank, *strides(left)[-2:], *strides(right)[-2:], *strides(grad)[-2:], ONE_ROW_SCALE=one,
+        rank, *batch_strides("left", left)[1:], *batch_strides("right", right)[1:], *batch_strides("grad", grad)[1:],
+        ONE_ROW_SCALE=one,
         **{f"{name.upper()}_ON_DEVICE": isinstance(value, Tensor) for name, value in random.items()},
         ALPHA_ON_DEVICE=isinstance(alpha, Tensor), DECAY_ON_DEVICE=isinstance(decay, Tensor),
         GRAD_ALPHA_ON_DEVICE=isinstance(grad_alpha, Tensor), **options,

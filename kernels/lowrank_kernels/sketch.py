@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,9 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import cdiv, check_operand, check_scalar
+from lowrank_kernels._support import batch_strides, cdiv, check_operand, check_scalar
 from lowrank_kernels.gaussian import BLOCK, check_counter, draw
-from lowrank_optim.ops.chunks import as_batch
 from lowrank_optim.ops.sketch import sketch as eager
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -70,14 +70,13 @@ def sketch(grad: Tensor, rank: int, *, key: int | Tensor, scale: float) -> tuple
         return eager(grad, rank, key=key, scale=scale)
     basis = torch.empty(*batch, columns, rank, dtype=grad.dtype, device=device)
     norms = torch.empty(*batch, rows, 1, dtype=torch.float32, device=device)
-    matrices = as_batch("grad", grad)
-    size = columns * rank
+    size, matrices, strides = columns * rank, math.prod(batch), batch_strides("grad", grad)
     half = (size + 1) // 2
-    check_counter(basis.shape, len(matrices) * 2 * half)
-    options = launch_options(grad.stride(-1))
+    check_counter(basis.shape, matrices * 2 * half)
+    options = launch_options(strides[-1])
     programs = cdiv(half, BLOCK) + cdiv(rows, options["ROWS"])
-    sketch_kernel[(programs, len(matrices))](
-        grad, basis, norms, key, size, scale, half, rows, columns, *matrices.stride(),
+    sketch_kernel[(programs, matrices)](
+        grad, basis, norms, key, size, scale, half, rows, columns, *strides,
         KEY_ON_DEVICE=isinstance(key, Tensor), BLOCK=BLOCK, **options,
     )  # fmt: skip
     return basis, norms

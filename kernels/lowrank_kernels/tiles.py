@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -22,19 +23,17 @@ def tile_options(dtype: torch.dtype, rank: int | None = None) -> dict[str, Any]:
     Args:
         rank: length of the sum where it is short, so that the steps are no longer than it.
     """
-    if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
-        options: dict[str, Any] = {
-            "BLOCK_M": 64,
-            "BLOCK_N": 64,
-            "BLOCK_K": 32,
-            "PRECISION": "ieee",
-            "num_warps": 8,
-            "num_stages": 3,
-        }
+    return {**_tiles(dtype, rank, dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32)}
+
+
+@functools.cache
+def _tiles(dtype: torch.dtype, rank: int | None, precise: bool) -> dict[str, Any]:
+    options: dict[str, Any] = {"num_warps": 8, "num_stages": 3}
+    if precise:
+        options |= {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "PRECISION": "ieee"}
     else:
         step = 32 if dtype == torch.float32 else 64
-        options = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": step, "PRECISION": "tf32", "num_warps": 8}
-        options["num_stages"] = 3
+        options |= {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": step, "PRECISION": "tf32"}
     if rank is not None:
         options["BLOCK_K"] = min(options["BLOCK_K"], max(16, power_of_2(rank)))
     return options

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from lowrank_optim.ops.chunks import cast
 from lowrank_optim.ops.orthonormal import Sums
 
 # The published guard of both divisions.
@@ -48,7 +49,7 @@ def limited_scale(
     Returns:
         f (..., rows, 1), the new s (...,), and left, None without ``low``.
     """
-    of_low, of_direction = norms.unsqueeze(-1)
+    of_low, of_direction = norms.unsqueeze(-1).unbind()
     size = norm_of(of_direction, sums)
     phi = (size / (norm_of(of_low, sums) + GUARD)).expand_as(of_low) if whole else of_direction / (of_low + GUARD)
     outside = grad_norms.square()
@@ -58,26 +59,28 @@ def limited_scale(
         outside.addcmul_(of_low, of_low, value=-2 * inner).add_(image, alpha=inner**2)
     # The difference of nearly equal numbers where hardly anything lies outside: never below zero.
     total = outside.clamp_min_(0).mul_(phi.square()).sum((-2, -1), keepdim=True)
-    found = (total if sums is None else sums.sum_(total)).sqrt_() * seen
+    found = (total if sums is None else sums.sum_(total)).sqrt_().mul_(seen)
     # A comparison is one operation on the device, isfinite() four.
     finite = (found < math.inf).all()
-    factor, kept = torch.full_like(found, strength), update_norm
+    # A look costs nothing on the CPU, and saves what a mask takes.
+    clean = found.device.type == "cpu" and not torch.compiler.is_compiling() and bool(finite)
+    factor: float | Tensor = strength
+    kept = update_norm
     if gamma is not None:
         previous = update_norm.view(found.shape)
-        growth = (found / ((previous + GUARD) * gamma)).clamp_min(1)
-        growth = torch.where(previous > DEAD * size, growth, 1)
-        kept = torch.where(finite, found / growth, previous).view(update_norm.shape)
-        factor.div_(growth)
-    scale = torch.where(finite, phi * factor, 0)
+        growth = (found / ((previous + GUARD) * gamma)).clamp_min_(1).masked_fill_(previous <= DEAD * size, 1)
+        limited = found / growth
+        kept = (limited if clean else torch.where(finite, limited, previous)).view(update_norm.shape)
+        factor = strength / growth
+    scale = phi * factor
+    if not clean:
+        scale = torch.where(finite, scale, 0)
     if low is None or direction is None:
         return scale, kept, None
-    # A look costs nothing on the CPU.
-    if low.device.type == "cpu" and not torch.compiler.is_compiling() and bool(finite):
-        left = direction.addcmul_(low, scale, value=-back)
-    else:
-        # Zero times NaN is NaN.
-        left = direction.sub_(torch.where(scale != 0, low * scale, 0), alpha=back)
-    return scale, kept, left if dtype is None else left.to(dtype)
+    # Zero times NaN is NaN.
+    product = None if clean else torch.where(scale != 0, low * scale, 0)
+    left = direction.addcmul_(low, scale, value=-back) if product is None else direction.sub_(product, alpha=back)
+    return scale, kept, left if dtype is None else cast(left, dtype)
 
 
 def norm_of(rows: Tensor, sums: Sums | None) -> Tensor:

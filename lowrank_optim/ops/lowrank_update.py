@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowrank_optim.ops.chunks import as_batch, row_blocks
+from lowrank_optim.ops.chunks import NARROW, as_batch, cast, row_blocks
 from lowrank_optim.ops.rounding import Positions, advanced, join_24_bits, round_to_bfloat16, split_24_bits
-
-NARROW = (torch.bfloat16, torch.float16)
 
 # Values of a working copy on a CPU. A product with fewer rows at a time packs its other operand too often.
 COPIED = 2**20
@@ -68,12 +66,16 @@ def lowrank_update_(
     in_place = not rounds and (weight.dtype not in NARROW or (product_only and weight.device.type != "cpu"))
     if in_place and product_only and left is not None and right is not None and weight.ndim == 2:
         beta, alpha = float(decay), float(alpha)
-        weight.addmm_(left.to(weight.dtype), right.to(weight.dtype).mH, beta=beta, alpha=alpha)
+        weight.addmm_(cast(left, weight.dtype), cast(right, weight.dtype).mH, beta=beta, alpha=alpha)
+        return
+    if left is not None and right is not None:
+        left, right = cast(left, weight.dtype), cast(right, weight.dtype)
+    row_scale, column_scale = rescaled_by(grad_alpha, row_scale, column_scale)
+    if in_place and weight.ndim == 2:
+        move_(weight, left, right, alpha, decay, grad, row_scale, column_scale)
         return
     batch = as_batch("weight", weight)
-    sides = _matrices(left=left, right=right)
-    left, right = (None if side is None else side.to(weight.dtype) for side in sides)
-    row_scale, column_scale = rescaled_by(grad_alpha, row_scale, column_scale)
+    left, right = _matrices(left=left, right=right)
     grad, row_scale, column_scale = _matrices(grad=grad, row_scale=row_scale, column_scale=column_scale)
     if in_place:
         move_(batch, left, right, alpha, decay, grad, row_scale, column_scale)
@@ -110,7 +112,7 @@ def move_(
     value: Tensor, left: Tensor | None, right: Tensor | None, alpha: float | Tensor, decay: float | Tensor,
     grad: Tensor | None, row_scale: Tensor | None, column_scale: Tensor | None,
 ) -> None:  # fmt: skip
-    """:func:`lowrank_update_` of (matrices, m, n) in their own dtype; ``left`` and ``right`` have it too."""
+    """:func:`lowrank_update_` of (m, n) or (matrices, m, n) in their own dtype; ``left`` and ``right`` have it too."""
     alpha, decay = _number(alpha), _number(decay)
     if left is None or right is None:
         if isinstance(decay, Tensor) or decay != 1:
@@ -119,7 +121,9 @@ def move_(
         if isinstance(alpha, Tensor) or isinstance(decay, Tensor):
             value.mul_(decay)
             left, alpha, decay = (left * alpha).to(value.dtype), 1.0, 1.0
-        if len(value) == 1:
+        if value.ndim == 2:
+            value.addmm_(left, right.mH, beta=decay, alpha=alpha)
+        elif len(value) == 1:
             value[0].addmm_(left[0], right[0].mH, beta=decay, alpha=alpha)
         else:
             value.baddbmm_(left, right.mH, beta=decay, alpha=alpha)
@@ -129,13 +133,15 @@ def move_(
 
 def _add_gradient_(value: Tensor, grad: Tensor, row_scale: Tensor | None, column_scale: Tensor | None) -> None:
     """value += row_scale ∘ grad ∘ column_scale."""
-    row_scale, column_scale = (None if x is None else x.to(value.dtype) for x in (row_scale, column_scale))
+    row_scale, column_scale = (None if x is None else cast(x, value.dtype) for x in (row_scale, column_scale))
     scales = [scale for scale in (row_scale, column_scale) if scale is not None]
     # A look costs nothing on the CPU, and a pass without a mask is 5 times as fast.
     masks = value.device.type != "cpu" or torch.compiler.is_compiling() or not all(bool(x.all()) for x in scales)
     if not masks and len(scales) == 1 and grad.dtype == value.dtype:
         value.addcmul_(grad, scales[0])
         return
+    value, grad = as_batch("value", value), as_batch("grad", grad)
+    row_scale, column_scale = _matrices(row_scale=row_scale, column_scale=column_scale)
     for matrices, rows in row_blocks(value):
         part = grad[matrices, rows]
         beside = (_rows_of(row_scale, matrices, rows), None if column_scale is None else column_scale[matrices])

@@ -65,16 +65,13 @@ def moved_rows(
     if left is None or right is None:
         left = right = None
     else:
-        left, right = left.float(), right.float().unsqueeze(0)
+        left, right = left.float(), right.float()
     if row_scale is None and column_scale is None:
         grad = None
     row_scale, column_scale = rescaled_by(grad_alpha, row_scale, column_scale)
-    columns = None if column_scale is None else column_scale.unsqueeze(0)
     for _, rows in row_blocks(codes.unsqueeze(0), COPIED):
         value = read(rows)
-        below = row_scale if row_scale is None or len(row_scale) == 1 else row_scale[rows]
-        sides = (tensor if tensor is None else tensor[rows].unsqueeze(0) for tensor in (left, grad))
-        left_rows, grad_rows = sides
-        row_scales = None if below is None else below.unsqueeze(0)
-        move_(value.unsqueeze(0), left_rows, right, alpha, decay, grad_rows, row_scales, columns)
+        row_scales = row_scale if row_scale is None or len(row_scale) == 1 else row_scale[rows]
+        left_rows, grad_rows = (tensor if tensor is None else tensor[rows] for tensor in (left, grad))
+        move_(value, left_rows, right, alpha, decay, grad_rows, row_scales, column_scale)
         yield rows, value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowrank_optim.ops.chunks import chunks
+from lowrank_optim.ops.chunks import NARROW, chunks
 
 # matmul(..., out_dtype=) came with torch 2.8.
 _WIDE_PRODUCT = torch.__version__ >= torch.torch_version.TorchVersion("2.8")
@@ -21,9 +21,9 @@ def project(grad: Tensor, basis: Tensor) -> Tensor:
     Returns:
         R (..., rows, rank), without a temporary of G's size.
     """
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    if grad.dtype == wide:
+    if grad.dtype not in NARROW:
         return grad @ basis
+    wide = torch.float32
     if grad.device.type == "cuda" and _WIDE_PRODUCT and not torch.compiler.is_compiling():
         product = torch.mm if grad.ndim == 2 else torch.bmm
         if grad.ndim <= 3 and basis.ndim == grad.ndim:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate, chain
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -23,8 +23,11 @@ from lowrank_optim.optim.plans import Plan, PlannedOptimizer
 from lowrank_optim.optim.schedule import largest, refresh_due, scheduled, select_matrices
 from lowrank_optim.optim.schema import absent, checked, match_names
 from lowrank_optim.optim.state_storage import recoded
-from lowrank_optim.optim.views import as_matrices, is_sharded
+from lowrank_optim.optim.views import as_matrices, sharded_class
 from lowrank_optim.optim.weight_storage import write_
+
+if TYPE_CHECKING:
+    from lowrank_optim.optim.sharding import Layout
 
 FORMAT_VERSION = 2
 # Keys of a group that say something of each of its parameters.
@@ -80,7 +83,7 @@ class LowRankOptimizer(PlannedOptimizer):
             eager = not torch.compiler.is_compiling()
             if eager:
                 self._looks, self._sizes = True, {}
-            agreed = self._agree([(p, p.grad) for group in self.param_groups for p in group["params"]])
+            agreed = self._agree(chain.from_iterable(group["params"] for group in self.param_groups))
             for group in self.param_groups:
                 key = self._key(group) if eager else None
                 for p in group["params"]:
@@ -124,9 +127,12 @@ class LowRankOptimizer(PlannedOptimizer):
                 state["waiting"] |= missed
                 self._warn_once("kept an old basis because no new one could be computed")
 
-    def _agree(self, gradients: list[tuple[Tensor, Tensor | None]]) -> dict[Tensor, bool | Tensor]:
+    def _agree(self, params: Iterable[Tensor]) -> dict[Tensor, bool | Tensor]:
         """The verdicts on the gradients of sharded parameters, in which no process must differ."""
-        sharded = [(p, grad) for p, grad in gradients if grad is not None and is_sharded(p)]
+        kind = sharded_class()
+        if kind is None:
+            return {}
+        sharded = [(p, p.grad) for p in params if isinstance(p, kind) and p.grad is not None]
         if not sharded:
             return {}
         from lowrank_optim.optim.sharding import agree
@@ -155,7 +161,7 @@ class LowRankOptimizer(PlannedOptimizer):
         """
         if param.grad is not None:
             with without_autocast():
-                ok = self._agree([(param, param.grad)]).get(param)
+                ok = self._agree([param]).get(param)
                 self.update_param(param, param.grad, group, self._key(group), ok)
 
     @torch.no_grad()
@@ -188,34 +194,33 @@ class LowRankOptimizer(PlannedOptimizer):
                 self._update(plan, weight, slope, group, ok)
 
     def _update(self, plan: Plan, param: Tensor, grad: Tensor, group: Group, ok: bool | Tensor | None) -> None:
-        subspace, state = plan.parts.subspace, plan.state
+        (subspace, _, lift), state = plan.parts, plan.state
         if subspace is None:
             self._step_full_rank(plan, param, grad, group, ok)
             return
-        grad = subspace.orient(as_matrices(grad, plan.view), state)
-        grad = plan.parts.lift.before(grad, state, group)
+        grad = lift.before(subspace.orient(as_matrices(grad, plan.view), state), state, group)
         if refresh_due(state, group, plan.place):
             is_scheduled = scheduled(state, group, plan.place)
             if not self.refresh(plan, grad, group, is_scheduled=is_scheduled):
                 return
         basis = of_grad = None
-        if plan.layout is None and subspace.makes_basis(group):
+        if plan.layout is not None:
+            low = self.project_part(plan, plan.layout, grad, group)
+        elif subspace.makes_basis(group):
             basis = subspace.basis(grad, state, group)
-        if plan.layout is None and plan.parts.lift.needs_norms and basis is None:
+            low = project(grad, basis)
+        elif lift.needs_norms:
             low, of_grad = subspace.project_and_measure(grad, state, group)
         else:
-            low = self.project(plan, grad, group, basis)
+            low = subspace.project(grad, state, group)
         self._step_low(plan, param, low, grad, group, ok, basis, of_grad)
 
-    def project(self, plan: Plan, grad: Tensor, group: Group, basis: Tensor | None = None) -> Tensor:
-        """The low-rank gradient, of which a process has all rows or, where the rule is content with them, its own.
-
-        ``basis``: where it is known already.
-        """
-        (subspace, rule, _), layout, state = plan.parts, plan.layout, plan.state
+    def project_part(self, plan: Plan, layout: Layout, grad: Tensor, group: Group) -> Tensor:
+        """The low-rank gradient, of which a process has all rows or, where the rule is content with them, its own."""
+        (subspace, rule, _), state = plan.parts, plan.state
         assert subspace is not None
-        if layout is None or layout.split == "whole":
-            return subspace.project(grad, state, group) if basis is None else project(grad, basis)
+        if layout.split == "whole":
+            return subspace.project(grad, state, group)
         if layout.split == "columns":
             basis = layout.part_of_basis(subspace.basis(layout.like(grad, state), state, group))
             return layout.shards.sum_(project(grad, basis))
@@ -252,7 +257,7 @@ class LowRankOptimizer(PlannedOptimizer):
             weight = subspace.orient(as_matrices(param, plan.view), state)
         told: dict[str, Any] = {"ok": ok} if rule.masks else {}
         if of_grad is not None:
-            of_low = torch.empty(2, *low.shape[:-1], dtype=low.dtype.to_real(), device=low.device)
+            of_low = low.new_empty((2, *low.shape[:-1]), dtype=low.dtype.to_real())
             direction = rule.direction(low, state, group, of_low, **told)
             norms: Norms | None = Norms(of_low, of_grad)
         else:
@@ -261,7 +266,8 @@ class LowRankOptimizer(PlannedOptimizer):
             direction, size = self.direction(rule, low, state, group, size, **told)
             norms = None
         grad = weight if grad is None else grad
-        sums, shape = None, tuple(weight.shape)
+        sums = None
+        shape: tuple[int, ...] = weight.shape
         if layout is not None and layout.split != "whole":
             if layout.split == "rows":
                 sums = layout.shards

@@ -44,10 +44,10 @@ class ProjectionAwareAdam(CorrectedAdam):
         unbias = 1 - beta2**step
         first, second = (load_moment(state, key, torch.float32) for key in MOMENT_KEYS)
         overlap = overlap.to(first.dtype)
-        mean = first / (1 - beta1**step)
-        variance = second / unbias - mean.abs().square()
-        moved = variance @ overlap.abs().square() + (mean @ overlap).abs().square()
-        store_moment_(state, "exp_avg", first @ overlap)
+        turned, unbias_first = first @ overlap, 1 - beta1**step
+        variance = second / unbias - (first / unbias_first).abs().square()
+        moved = variance @ overlap.abs().square() + (turned / unbias_first).abs().square()
+        store_moment_(state, "exp_avg", turned)
         store_moment_(state, "exp_avg_sq", moved.abs() * unbias)
 
 

@@ -39,6 +39,7 @@ class Slot(NamedTuple):
         along; "elements" where it has the layout of the weight; None where it runs along neither.
     fill: what a new tensor holds.
     std: of normal numbers that are added to it, a function of the parameter's seed.
+    by_columns: whether a CPU keeps it column after column, in which order BLAS packs a basis fastest.
     late: whether it may be absent from the state, which then stands for a tensor of zeros that nothing uses.
     """
 
@@ -48,6 +49,7 @@ class Slot(NamedTuple):
     fill: float = 0.0
     late: bool = False
     std: float = 0.0
+    by_columns: bool = False
 
 
 class Number(NamedTuple):

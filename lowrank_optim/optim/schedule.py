@@ -18,7 +18,7 @@ def refresh_due(state: State, group: Group, place: int) -> bool:
     step = state["step"]
     if isinstance(step, Tensor) and step.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    return bool(state["waiting"]) or scheduled(state, group, place)
+    return bool(state["waiting"]) or until_refresh(int(step), state, group, place) == 0
 
 
 def scheduled(state: State, group: Group, place: int) -> bool:

@@ -49,7 +49,7 @@ def allocate_(state: State, slots: Slots, device: torch.device) -> None:
         if isinstance(slot, Number):
             state[key] = slot.initial
         elif not slot.late:
-            state[key] = torch.full(slot.shape, slot.fill, dtype=slot.dtype, device=device)
+            state[key] = laid_out(torch.full(slot.shape, slot.fill, dtype=slot.dtype, device=device), slot)
             if slot.std > 0:
                 *batch, rows, columns = slot.shape
                 normal = gaussian(
@@ -57,6 +57,11 @@ def allocate_(state: State, slots: Slots, device: torch.device) -> None:
                     dtype=slot.dtype.to_real(), device=device, batch=batch,
                 )  # fmt: skip
                 state[key].add_(normal, alpha=slot.std)
+
+
+def laid_out(tensor: Tensor, slot: Slot) -> Tensor:
+    """The tensor in the order of memory that its slot asks for; sums of products depend on it in their last bits."""
+    return tensor.mT.contiguous().mT if slot.by_columns and tensor.device.type == "cpu" else tensor
 
 
 def fit_(state: State, slots: Slots, device: torch.device, before: Slots | None) -> bool:
@@ -146,7 +151,8 @@ def checked(saved: Mapping[str, Any], slots: Slots, name: str, device: torch.dev
         declared = slots.get(key)
         if isinstance(value, Tensor):
             dtype = declared.dtype if isinstance(declared, Slot) else value.dtype
-            copied[key] = value.detach().to(device=device, dtype=dtype, copy=True)
+            found = value.detach().to(device=device, dtype=dtype, copy=True)
+            copied[key] = laid_out(found, declared) if isinstance(declared, Slot) else found
         else:
             copied[key] = type(declared.initial)(value) if isinstance(declared, Number) else value
     return drop_unused(copied)

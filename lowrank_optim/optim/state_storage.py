@@ -61,14 +61,14 @@ def position(state: State, tensor: Tensor, *, weight: bool = False) -> int | Pos
     Args:
         weight: whether it is the weight as its view has it, or something of the state.
     """
-    start: int | Positions = state.get("start", 0)
-    axis: int | None = state.get(AXIS)
-    if axis is None or "start" in state:
+    if AXIS not in state or "start" in state:
+        start: int | Positions = state.get("start", 0)
         return start
+    axis: int = state[AXIS]
     if "left" in state and not weight:
         # What is oriented is split along its rows, or not at all.
         if axis != (-1 if state["left"] else -2):
-            return start
+            return 0
         axis = -2
     axis += tensor.ndim
     inner = math.prod(tensor.shape[axis + 1 :])

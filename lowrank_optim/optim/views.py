@@ -40,7 +40,13 @@ def seed_of(name: str | None, place: int) -> int:
     return place if name is None else zlib.crc32(name.encode())
 
 
+def sharded_class() -> type[Tensor] | None:
+    """DTensor, where somebody has imported it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return None if module is None else module.DTensor
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    kind = sharded_class()
+    return kind is not None and isinstance(tensor, kind)

@@ -186,8 +186,8 @@ def write_(
         if rounding == "compensated":
             options["correction"] = state["weight_correction"].view(view.shape)
     # On an H200 cuBLAS takes 0.034 ms at 4096 x 4096, bf16, rank 256, the kernel 0.048 (benchmarks/results/gpu.jsonl).
-    plain = "key" not in options and slope is None and not isinstance(size, Tensor) and not isinstance(decay, Tensor)
-    keeps_eager = _keeps_eager(param, backend) or (backend is None and plain)
+    plain = slope is None and "key" not in options and not isinstance(size, Tensor) and not isinstance(decay, Tensor)
+    keeps_eager = (backend is None and plain) or _keeps_eager(param, backend)
     move_ = lowrank_update_ if keeps_eager else pick(lowrank_update_, backend, param.device)
     move_(weight, left, right, **options)
     # A compiler follows strides; the one of torch 2.11 gives up at a comparison of addresses.

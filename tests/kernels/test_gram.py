@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,11 @@ from lowrank_optim import Trion
 from lowrank_optim.ops import pick
 from lowrank_optim.ops.gram import gram as eager
 from tests.conformance import nightly
+
+
+# Before the fixture.
+SYMMETRIC_FROM = importlib.import_module("lowrank_kernels.gram").SYMMETRIC_FROM
+MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu.jsonl"
 
 
 @pytest.fixture(autouse=True)
@@ -70,3 +77,9 @@ def test_trion_is_the_same_on_both_backends(device: torch.device) -> None:
             p.grad = grad
             optimizer.step()
     torch.testing.assert_close(*params, rtol=1e-4, atol=1e-6)
+
+
+def test_cublas_takes_every_size_at_which_it_was_faster() -> None:
+    rows = [json.loads(line) for line in MEASURED.read_text().splitlines()]
+    lost = [int(row["name"].split()[-1]) for row in rows if row.get("cublas_ms", 0) > 0 and row["cublas_ms"] < row["ms"]]
+    assert lost and max(lost) < SYMMETRIC_FROM

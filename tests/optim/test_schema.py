@@ -121,6 +121,19 @@ def test_a_loaded_state_is_a_copy_of_the_declared_kind() -> None:
         schema.checked({**saved, "momentum": torch.zeros(1)}, SLOTS, "w", CPU)
 
 
+def test_a_basis_lies_column_after_column_however_it_was_saved() -> None:
+    """Else a resumed run would sum in another order than the one that was cut off."""
+    slots: Slots = {"basis": Slot((2, 5, 3), torch.float32, by_columns=True)}
+    made: dict[str, Any] = {}
+    schema.allocate_(made, slots, CPU)
+    saved = {"basis": torch.randn(2, 5, 3)}
+    loaded = schema.checked(saved, slots, "w", CPU)
+    assert made["basis"].stride() == loaded["basis"].stride() == (15, 1, 5)
+    assert torch.equal(loaded["basis"], saved["basis"])
+    schema.allocate_(made, slots, torch.device("meta"))
+    assert made["basis"].is_contiguous()
+
+
 def test_numbers_of_an_older_version_follow_from_the_slots() -> None:
     saved = state(step=4)
     del saved["seed"], saved["left"]

@@ -48,12 +48,12 @@ class GrowthLimiter(Lift):
         """Scales of rows and what is projected back: :func:`lowrank_optim.ops.limited_scale.limited_scale`."""
         assert step.norms is not None
         of_low, of_grad = step.norms
-        operation = pick(limited_scale, group["backend"], of_low.device)
-        if of_low.dtype != torch.float32 or torch.compiler.is_compiling():
-            operation = limited_scale
+        compiling = torch.compiler.is_compiling()
+        eager = of_low.dtype != torch.float32 or compiling
+        operation = limited_scale if eager else pick(limited_scale, group["backend"], of_low.device)
         gamma = group["limiter_gamma"]
         scale, norm, left = operation(of_low, of_grad, state["update_norm"], gamma=gamma, sums=step.sums, **options)
-        if group["capturable"] or torch.compiler.is_compiling():
+        if group["capturable"] or compiling:
             # A graph reads it where it was.
             state["update_norm"].copy_(norm)
         else:

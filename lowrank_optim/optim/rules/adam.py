@@ -15,7 +15,6 @@ from lowrank_optim.ops.adam_update import adam_update_
 from lowrank_optim.ops.fused_adam import fused_adam_, fused_adam_fits
 from lowrank_optim.ops.move_columns import move_columns_
 from lowrank_optim.ops.rounding import Positions
-from lowrank_optim.ops.row_norms import row_norms
 from lowrank_optim.optim.finite import zero_unless
 from lowrank_optim.optim.options import number
 from lowrank_optim.optim.parts import Group, Option, Rule, Scalar, Slots, State, View
@@ -32,6 +31,8 @@ from lowrank_optim.optim.state_storage import (
 from lowrank_optim.optim.validation import check_range
 
 MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
+# Of gradients that no kernel takes unless it is asked for.
+WIDE = (torch.float64, torch.complex64, torch.complex128)
 # Where moments are stored in 8 bits.
 CODES = "exp_avg.codes"
 
@@ -124,7 +125,8 @@ class Adam(Rule):
             direction = torch.zeros_like(moments[0])
             fused_adam_(direction, low, *moments, beta1=beta1, beta2=beta2, eps=float(eps), alpha=1.0)
             if norms is not None:
-                torch.stack([row_norms(some).squeeze(-1) for some in (low, direction)], out=norms)
+                for out, some in zip(norms, (low, direction)):
+                    torch.linalg.vector_norm(some, dim=-1, out=out)
         else:
             direction = adam_direction(low, *moments, beta1=beta1, beta2=beta2, eps=eps, norms=norms)
         self._store_(moments, state)
@@ -158,10 +160,10 @@ class Adam(Rule):
         self, operation: Callable[..., Any], like: Tensor, state: State, group: Group
     ) -> Callable[..., Any] | None:
         """That of an operation, where there is one for such moments."""
-        wide = like.dtype == torch.float64 or like.is_complex()
-        if group["state_dtype"] == "int4" or (group["backend"] is None and wide):
+        backend = group["backend"]
+        if group["state_dtype"] == "int4" or (backend is None and like.dtype in WIDE):
             return None
-        kernel = pick(operation, group["backend"], like.device)
+        kernel = pick(operation, backend, like.device)
         # They count elements through, whatever of other processes stands between two of them.
         return None if kernel is operation or isinstance(position(state, like), Positions) else kernel
 

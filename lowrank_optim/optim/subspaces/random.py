@@ -111,7 +111,7 @@ class RandomOrthonormal(Drawn):
     def slots(self, view: View, group: Group) -> Slots:
         _, d, _, along = self.sides(view, group)
         shape = (*view.batch, d, self.rank(view.shape, group))
-        return {**super().slots(view, group), "basis": Slot(shape, view.dtype, along)}
+        return {**super().slots(view, group), "basis": Slot(shape, view.dtype, along, by_columns=True)}
 
     def refresh(self, grad: Tensor, state: State, group: Group, which: Which) -> Refresh:
         """The next basis."""

@@ -165,7 +165,7 @@ class TopSingular(Oriented):
     def slots(self, view: View, group: Group) -> Slots:
         _, d, _, along = self.sides(view, group)
         shape = (*view.batch, d, self.rank(view.shape, group))
-        return {**super().slots(view, group), "basis": Slot(shape, view.dtype, along)}
+        return {**super().slots(view, group), "basis": Slot(shape, view.dtype, along, by_columns=True)}
 
     def refresh(self, grad: Tensor, state: State, group: Group, which: Which) -> Refresh:
         """Replace the basis by the dominant directions of this gradient.
