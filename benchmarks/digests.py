@@ -23,6 +23,8 @@ from torch import nn
 
 from benchmarks.common import read_result, spread, write_result
 from lowrank_optim.pretrain import checkpoint, manifest
+from lowrank_optim.pretrain.random_state import random_state
+from lowrank_optim.pretrain.weight_files import WEIGHTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
 BEGIN = "<!-- table:digests -->"
@@ -52,10 +54,10 @@ def _random() -> torch.Tensor:
 
 
 def write(folder: Path, loaded: Loaded) -> None:
-    save_model(loaded.model, str(folder / checkpoint.WEIGHTS))
+    save_model(loaded.model, str(folder / WEIGHTS))
     # Copies, because what is shared is saved once.
     torch.save({"states": [loaded.state.clone() for _ in range(loaded.number)]}, folder / "optimizer.pt")
-    process = {"random": checkpoint.random_state(), "data": None}
+    process = {"random": random_state(), "data": None}
     torch.save([process], folder / "processes.pt")
     state = {"format": checkpoint.FORMAT, "progress": {"step": 1}, "files": manifest.of_folder(folder)}
     state["digest"] = manifest.of_values(state)

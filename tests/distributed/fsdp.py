@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 import lowrank_optim
 from lowrank_optim.optim import state_storage
-from lowrank_optim.optim.sharding import shards_of
+from lowrank_optim.optim.sharding import part_of
 from tests.distributed.model import Model, distance, model, train, whole
 from tests.optimizers import IDS, VARIANTS, build
 
@@ -96,15 +95,7 @@ def given(name: str, param: Tensor, update: int) -> Tensor:
     if param.ndim > 1:
         sides = [torch.randn(*param.shape[:-2], side, 3, generator=generator) for side in param.shape[-2:]]
         grad = (0.3 * grad + sides[0] @ sides[1].mT).contiguous()
-    grad = grad.to(param.dtype)
-    if not isinstance(param, DTensor):
-        return grad
-    shards = shards_of(param)
-    part = shards.take(grad, shards.axis).contiguous()
-    placed: Tensor = DTensor.from_local(
-        part, shards.mesh, shards.placements, run_check=False, shape=grad.shape, stride=grad.stride()
-    )
-    return placed
+    return part_of(grad.to(param.dtype), param)
 
 
 @contextmanager
