@@ -95,7 +95,7 @@ def read_result(name: str) -> dict[str, Any] | None:
 
 
 def interleave(
-    contestants: Mapping[str, Callable[[], None]],
+    candidates: Mapping[str, Callable[[], None]],
     device: torch.device,
     *,
     budget: float,
@@ -103,7 +103,7 @@ def interleave(
     most: int = 100,
     warmup: int = 1,
 ) -> dict[str, list[float]]:
-    """Seconds of every contestant in every round, A B C A B C ..., so that a busy moment hits all of them alike.
+    """Seconds of every candidate in every round, A B C A B C ..., so that a busy moment hits all of them alike.
 
     Args:
         budget: seconds after which no further round starts.
@@ -111,7 +111,7 @@ def interleave(
         most: rounds at most.
         warmup: rounds before, which do not count.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
     gc.collect()
     gc.disable()
     start = time.perf_counter()
@@ -119,7 +119,7 @@ def interleave(
         for turn in range(-warmup, most):
             if turn >= least and time.perf_counter() - start > budget:
                 break
-            for name, run in contestants.items():
+            for name, run in candidates.items():
                 taken = timed(run, device)
                 if turn >= 0:
                     seconds[name].append(taken)

@@ -1,6 +1,6 @@
 """Who trains best at what memory: ``python -m benchmarks.converge --suite cpu [--budget MINUTES] [--only NAME ...]``.
 
-All contestants of ``benchmarks.methods`` train one model from the same weights on the same batches in the same order
+All methods of ``benchmarks.methods`` train one model from the same weights on the same batches in the same order
 (for a seed). Every run is a file in ``results/converge/SUITE``, written when it ends; runs that exist are left out, so
 that the command goes on where it stopped, and several of them can run at a time. First AdamW tries rates for
 embeddings, head and vectors, which are then the same for all; then everyone tries the rates of its ladder with the
@@ -38,7 +38,7 @@ from torch.optim import Optimizer
 
 import lowrank_optim
 from benchmarks import common, converge_gpu
-from benchmarks.contestants import PEERS
+from benchmarks.baselines import PEERS
 from benchmarks.methods import (
     DOUBLE,
     GAP,
@@ -72,7 +72,7 @@ DIVERGED = 99.0
 
 
 class Suite(NamedTuple):
-    """What is the same for all contestants."""
+    """What is the same for all methods."""
 
     name: str
     shape: Mapping[str, int]
@@ -116,7 +116,7 @@ CPU = Suite(
 
 
 class Run(NamedTuple):
-    """One contestant at one rate with one seed; ``rest`` is the rate of embeddings, head and vectors."""
+    """One method at one rate with one seed; ``rest`` is the rate of embeddings, head and vectors."""
 
     method: Method
     lr: float

@@ -18,11 +18,11 @@ GAP, LATE, REST_LR = "$gap", "$late", "$rest"
 
 
 class Method(NamedTuple):
-    """One contestant.
+    """One method of the comparison.
 
     Attributes:
         name: in tables; the part before a comma is its family.
-        optimizer: a class of lowrank_optim, "AdamW" for torch's, or a key of ``benchmarks.contestants.PEERS``.
+        optimizer: a class of lowrank_optim, "AdamW" for torch's, or a key of ``benchmarks.baselines.PEERS``.
         args: of the optimizer; see also :data:`RANK` and its neighbours.
         start: the rate to try first; None where it ``follows``.
         follows: the method whose best rate is tried first.

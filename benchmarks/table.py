@@ -30,8 +30,8 @@ from benchmarks import (
     scaling,
     state_bytes,
 )
+from benchmarks.baselines import ARGUMENTS, own_names
 from benchmarks.common import read_result
-from benchmarks.contestants import ARGUMENTS, own_names
 from benchmarks.gpu import table as gpu_table
 from lowrank_optim.memory.estimate import estimate
 from lowrank_optim.memory.job import Job
