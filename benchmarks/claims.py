@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.common import RESULTS, read_result
-from benchmarks.converge import CPU, results
+from benchmarks.converge_runs import CPU, results
 from benchmarks.converge_table import COMMAND, Row, rows
 from lowrank_optim.memory.published import FULL, GALORE, LOW_RANK, RANKS, counts
 

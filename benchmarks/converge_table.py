@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.converge import CPU, DIVERGED, PILOT_SEED, Results, Suite, best_rate, ladder, losses, rest_rate, results
+from benchmarks.converge import DIVERGED
+from benchmarks.converge_runs import CPU, PILOT_SEED, Results, Suite, best_rate, ladder, losses, rest_rate, results
 from benchmarks.methods import MAIN, OTHERS
 
 BEGIN, CHOOSING = "<!-- table:converge -->", "<!-- table:choosing -->"

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 REACH = 3
-# Values that stand for those of the suite, see ``benchmarks.converge.Suite``.
+# Values that stand for those of the suite, see ``benchmarks.converge_runs.Suite``.
 RANK, DOUBLE, HALF, QUARTER = "$rank", "$rank * 2", "$rank / 2", "$rank / 4"
 GAP, LATE, REST_LR = "$gap", "$late", "$rest"
 
