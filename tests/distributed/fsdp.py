@@ -108,13 +108,13 @@ def small_moments_too() -> Iterator[None]:
         state_storage.MIN_8BIT_SIZE = before
 
 
-def alone(row: int, dtype: str, folder: Path) -> dict[int, list[Tensor]]:
-    """The parameters that one process has at every number of updates in :data:`CHAIN`."""
+def alone(row: int, dtype: str, folder: Path, last: int = UPDATES) -> dict[int, list[Tensor]]:
+    """The parameters that one process has at every number of updates in :data:`CHAIN` up to ``last``."""
     file = folder / f"{row} {dtype}.pt"
     if not file.exists():
         trained, options = made(row, dtype)
         optimizer, found, done = build(VARIANTS[row][0], trained.named_parameters(), **options), {}, 0
-        for updates in CHAIN:
+        for updates in (end for end in CHAIN if end <= last):
             advance(trained, optimizer, range(done, updates), dtype)
             done, found[updates] = updates, [p.detach().clone() for p in trained.parameters()]
         torch.save(found, file)
@@ -122,21 +122,28 @@ def alone(row: int, dtype: str, folder: Path) -> dict[int, list[Tensor]]:
     return loaded
 
 
-def share(rank: int, world: int, rows: list[int], dtype: str, folder: Path) -> None:
+def share(rank: int, world: int, rows: list[int], dtype: str, folder: Path, last: int = UPDATES) -> None:
     """Let every process run some of the rows alone, for all."""
     for row in rows[rank::world]:
-        alone(row, dtype, folder)
+        alone(row, dtype, folder, last)
     dist.barrier()
 
 
 def compare(
-    rank: int, world: int, rows: list[int], dtype: str, placement: str, folder: str, show: bool = False
+    rank: int,
+    world: int,
+    rows: list[int],
+    dtype: str,
+    placement: str,
+    folder: str,
+    show: bool = False,
+    updates: int = UPDATES,
 ) -> list[Result]:
     """Rows against one process, whose runs are kept in ``folder``."""
     kept, found = Path(folder), []
-    share(rank, world, rows, dtype, kept)
+    share(rank, world, rows, dtype, kept, updates)
     for row in rows:
-        result = compared(rank, row, dtype, placement, kept)
+        result = compared(rank, row, dtype, placement, kept, updates)
         found.append(result)
         if show and rank == 0:
             bound = limit(row, dtype)
@@ -146,18 +153,18 @@ def compare(
     return found
 
 
-def compared(rank: int, row: int, dtype: str, placement: str, folder: Path) -> Result:
+def compared(rank: int, row: int, dtype: str, placement: str, folder: Path, updates: int) -> Result:
     """One row."""
     shared, options = made(row, dtype)
     shard(shared, placement)
     second = build(VARIANTS[row][0], shared.named_parameters(), **options)
     try:
-        advance(shared, second, range(UPDATES), dtype)
+        advance(shared, second, range(updates), dtype)
     except ValueError as error:
         return Result(None, str(error).partition(",")[0])
     splits = [second.plan_of(p, second.entry(p).group).layout.split for p in shared.parameters()]
     kinds = ", ".join(f"{splits.count(kind)} {kind}" for kind in sorted(set(splits)))
-    error = distance(alone(row, dtype, folder)[UPDATES], shared.parameters())
+    error = distance(alone(row, dtype, folder)[updates], shared.parameters())
     return Result(error, kinds, one_bad_shard(rank, shared, second) if dtype == "float64" else None)
 
 
