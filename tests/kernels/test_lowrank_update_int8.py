@@ -124,9 +124,9 @@ def test_whole_optimizers(name: str, kwargs: dict[str, Any], shape: tuple[int, i
 
 @pytest.mark.parametrize(("name", "kwargs"), OPTIMIZERS, ids=[name for name, _ in OPTIMIZERS])
 def test_no_full_size_temporary(name: str, kwargs: dict[str, Any], device: torch.device) -> None:
-    layer = Int8Linear(32, 40, dtype=torch.bfloat16, device=device)
+    layer = Int8Linear(64, 96, dtype=torch.bfloat16, device=device)
     optimizer = build(name, [layer.weight], backend="triton", weight_decay=0.1, **kwargs)
-    layer.weight.grad = torch.randn(40, 32, device=device).bfloat16()
+    layer.weight.grad = torch.randn(96, 64, device=device).bfloat16()
     optimizer.step()
     with CountTemporaries(layer.weight.numel()) as count:
         optimizer.step()
