@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,9 +15,13 @@ from lowrank_optim.optim.validation import check_positive_int
 class Parameterization(ABC):
     """The options of one parameterization; subclasses are frozen dataclasses that check them on construction."""
 
+    @property
     @abstractmethod
+    def layer(self) -> Callable[..., FactoredLinear]:
+        """The class of its layers."""
+
     def build(
-        self, in_features: int, out_features: int, *, bias: bool,
+        self, in_features: int, out_features: int, *, bias: bool = False,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
     ) -> FactoredLinear:  # fmt: skip
@@ -32,6 +37,7 @@ class Parameterization(ABC):
         Raises:
             ValueError: options that do not fit the shape.
         """
+        return self.layer(in_features, out_features, self, bias=bias, device=device, dtype=dtype, generator=generator)
 
 
 class FactoredLinear(nn.Module):

@@ -64,12 +64,9 @@ class LOST(Parameterization):
         check_positive_int("tail_rank", self.tail_rank)
         check_range("std", self.std, low=0.0)
 
-    def build(
-        self, in_features: int, out_features: int, *, bias: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> LOSTLinear:  # fmt: skip
-        return LOSTLinear(in_features, out_features, self, bias=bias, device=device, dtype=dtype, generator=generator)
+    @property
+    def layer(self) -> type[LOSTLinear]:
+        return LOSTLinear
 
 
 class LOSTLinear(FactoredLinear):

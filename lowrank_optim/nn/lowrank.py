@@ -56,14 +56,9 @@ class LowRank(Parameterization):
         check_choice("init", self.init, INITS)
         check_range("std", self.std, low=0.0)
 
-    def build(
-        self, in_features: int, out_features: int, *, bias: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> LowRankLinear:  # fmt: skip
-        return LowRankLinear(
-            in_features, out_features, self, bias=bias, device=device, dtype=dtype, generator=generator
-        )
+    @property
+    def layer(self) -> type[LowRankLinear]:
+        return LowRankLinear
 
 
 @dataclass(frozen=True)
@@ -98,12 +93,9 @@ class CoLA(Parameterization):
         check_positive_int("rank", self.rank)
         check_choice("act", self.act, ("silu", "none"))
 
-    def build(
-        self, in_features: int, out_features: int, *, bias: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> CoLALinear:  # fmt: skip
-        return CoLALinear(in_features, out_features, self, bias=bias, device=device, dtype=dtype, generator=generator)
+    @property
+    def layer(self) -> type[CoLALinear]:
+        return CoLALinear
 
 
 @dataclass(frozen=True)
@@ -133,12 +125,9 @@ class LoRA(Parameterization):
         check_range("dropout", self.dropout, low=0.0, high=1.0, high_open=True)
         check_range("std", self.std, low=0.0)
 
-    def build(
-        self, in_features: int, out_features: int, *, bias: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> LoRALinear:  # fmt: skip
-        return LoRALinear(in_features, out_features, self, bias=bias, device=device, dtype=dtype, generator=generator)
+    @property
+    def layer(self) -> type[LoRALinear]:
+        return LoRALinear
 
 
 @dataclass(frozen=True)
@@ -148,12 +137,9 @@ class ReLoRA(LoRA):
     The restarts are :class:`lowrank_optim.nn.MergeAndRestart`'s; without it this is LoRA.
     """
 
-    def build(
-        self, in_features: int, out_features: int, *, bias: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> ReLoRALinear:  # fmt: skip
-        return ReLoRALinear(in_features, out_features, self, bias=bias, device=device, dtype=dtype, generator=generator)
+    @property
+    def layer(self) -> type[ReLoRALinear]:
+        return ReLoRALinear
 
 
 class LowRankLinear(FactoredLinear):

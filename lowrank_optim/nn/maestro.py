@@ -40,14 +40,9 @@ class Maestro(Parameterization):
         check_positive_int("rank", self.rank, optional=True)
         check_range("std", self.std, low=0.0)
 
-    def build(
-        self, in_features: int, out_features: int, *, bias: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> MaestroLinear:  # fmt: skip
-        return MaestroLinear(
-            in_features, out_features, self, bias=bias, device=device, dtype=dtype, generator=generator
-        )
+    @property
+    def layer(self) -> type[MaestroLinear]:
+        return MaestroLinear
 
 
 class MaestroLinear(FactoredLinear):

@@ -52,14 +52,9 @@ class SLTrain(Parameterization):
         check_sparsity(self.sparsity)
         check_alpha(self.alpha)
 
-    def build(
-        self, in_features: int, out_features: int, *, bias: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> SLTrainLinear:  # fmt: skip
-        return SLTrainLinear(
-            in_features, out_features, self, bias=bias, device=device, dtype=dtype, generator=generator
-        )
+    @property
+    def layer(self) -> type[SLTrainLinear]:
+        return SLTrainLinear
 
 
 class SLTrainLinear(FactoredLinear):

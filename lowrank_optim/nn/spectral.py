@@ -40,12 +40,9 @@ class SST(Parameterization):
         check_positive_int("rank", self.rank)
         check_range("std", self.std, low=0.0)
 
-    def build(
-        self, in_features: int, out_features: int, *, bias: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> SSTLinear:  # fmt: skip
-        return SSTLinear(in_features, out_features, self, bias=bias, device=device, dtype=dtype, generator=generator)
+    @property
+    def layer(self) -> type[SSTLinear]:
+        return SSTLinear
 
 
 class SSTLinear(FactoredLinear):

@@ -57,14 +57,9 @@ class TernaryLowRank(Parameterization):
         if isinstance(self.gate, bool) or not isinstance(self.gate, (int, float)) or not -1 < self.gate < 1:
             raise ValueError(f"Invalid gate: {self.gate!r}, expected a number in (-1, 1)")
 
-    def build(
-        self, in_features: int, out_features: int, *, bias: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> TernaryLowRankLinear:  # fmt: skip
-        return TernaryLowRankLinear(
-            in_features, out_features, self, bias=bias, device=device, dtype=dtype, generator=generator
-        )
+    @property
+    def layer(self) -> type[TernaryLowRankLinear]:
+        return TernaryLowRankLinear
 
 
 class TernaryLowRankLinear(FactoredLinear):
