@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,24 @@ def read_result(name: str) -> dict[str, Any] | None:
         return None
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return result
+
+
+def needed_result(name: str, command: str | None = None) -> dict[str, Any]:
+    """What :func:`write_result` wrote.
+
+    Raises:
+        ValueError: it has not been measured, by ``command``.
+    """
+    result = read_result(name)
+    if result is None:
+        raise ValueError(f"Invalid results: no {name}.json, run python -m {command or f'benchmarks.{name}'}")
+    return result
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], right: Container[int] | None = None) -> str:
+    """A table; columns are aligned to the right where ``right`` holds their number, by default all but the first."""
+    ends = ["---:" if (i if right is None else i in right) else "---" for i in range(len(header))]
+    return "\n".join([f"| {' | '.join(header)} |", f"|{'|'.join(ends)}|", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def interleave(

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_model
 from torch import nn
 
-from benchmarks.common import read_result, spread, write_result
+from benchmarks.common import needed_result, spread, write_result
 from lowrank_optim.pretrain import checkpoint, manifest
 from lowrank_optim.pretrain.random_state import random_state
 from lowrank_optim.pretrain.weight_files import WEIGHTS
@@ -94,9 +94,7 @@ def current() -> str:
     Raises:
         ValueError: nothing was measured.
     """
-    result = read_result("digests")
-    if result is None:
-        raise ValueError("Invalid results: no digests.json, run python -m benchmarks.digests")
+    result = needed_result("digests")
     lines = ["| a checkpoint | seconds without | with digests | more, of a load at 1 GB/s |", "|---|---:|---:|---:|"]
     for name in ("from disk", "from memory"):
         row = result[name]
