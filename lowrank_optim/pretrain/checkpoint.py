@@ -13,8 +13,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,20 +42,8 @@ STATE = "state.json"
 NEEDED = ("optimizer.pt", "processes.pt")
 # A resumed run must continue the one that was saved; how long it runs and what it reports may change.
 FIXED = (
-    *(
-        "dataset",
-        "text_field",
-        "tokenizer",
-        "seq_len",
-        "pack",
-        "model",
-        "init",
-        "dtype",
-        "optimizer",
-        "optimizer_args",
-        "lr",
-    ),
-    *("weight_decay", "grad_clip", "batch_size", "accumulate", "seed"),
+    *("dataset", "text_field", "tokenizer", "seq_len", "pack", "model", "init", "dtype", "optimizer", "optimizer_args"),
+    *("lr", "weight_decay", "grad_clip", "batch_size", "accumulate", "seed"),
     *("parameterization", "parameterization_args", "restarts", "restart_args", "per_layer", "weights"),
     *("accumulate_dtype", "ranks"),
 )
@@ -246,10 +235,8 @@ def read_fingerprint(path: Path) -> Any:
     Raises:
         UserError: the file cannot be read.
     """
-    try:
+    with _reading(path):
         return _read(path)["fingerprint"]
-    except (OSError, *UNREADABLE) as error:
-        raise UserError(f"Broken checkpoint: {path / STATE} ({error!r})") from error
 
 
 def accumulation(path: Path, run: Resolved, *, processes: int) -> int:
@@ -258,15 +245,13 @@ def accumulation(path: Path, run: Resolved, *, processes: int) -> int:
     Raises:
         UserError: they cannot share the sequences of an update, or the file cannot be read.
     """
-    try:
+    with _reading(path):
         state = _read(path)
         before, size, accumulate = state["processes"], *(state["options"][name] for name in OF_PROCESSES)
         if before == processes:
             return run.accumulate
         sequences, together = size * accumulate * before, run.batch_size * processes
         now, rest = divmod(sequences, together)
-    except (OSError, *UNREADABLE) as error:
-        raise UserError(f"Broken checkpoint: {path / STATE} ({error!r})") from error
     if rest:
         sizes = [n for n in range(1, sequences + 1) if sequences % (n * processes) == 0]
         way = f"--batch-size {' or '.join(map(str, sizes))}" if sizes else "another number of processes"
@@ -288,7 +273,7 @@ def read_state(path: Path, options: Resolved, *, processes: int) -> Progress:
     Raises:
         UserError: an option that shapes the run differs, or the file cannot be read.
     """
-    try:
+    with _reading(path):
         state = _read(path)
         # An older version may not have known an option.
         saved, now = {**asdict(Options()), **state["options"]}, json.loads(json.dumps(asdict(options)))
@@ -296,8 +281,6 @@ def read_state(path: Path, options: Resolved, *, processes: int) -> Progress:
         if state["processes"] != processes:
             changed = {name: values for name, values in changed.items() if name not in OF_PROCESSES}
         progress = _progress(state["progress"])
-    except (OSError, *UNREADABLE) as error:
-        raise UserError(f"Broken checkpoint: {path / STATE} ({error!r})") from error
     if changed:
         what = ", ".join(f"{name} was {old!r} and is now {new!r}" for name, (old, new) in changed.items())
         raise UserError(f"Cannot resume {path}: {what}")
@@ -365,6 +348,14 @@ def _reason(error: BaseException) -> str:
     while first is not None and not isinstance(first, OSError):
         first = first.__context__
     return " ".join(str(first or error).split())
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, *UNREADABLE) as error:
+        raise UserError(f"Broken checkpoint: {path / STATE} ({error!r})") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
