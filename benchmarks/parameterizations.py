@@ -85,7 +85,7 @@ class PublishedSLTrain(nn.Module):
 def candidates(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
     """The layers of one shape by name; the two SLTrain layers share their parameters."""
     made: dict[str, nn.Module] = {"dense": nn.Linear(shape.n, shape.m, bias=False, device=device, dtype=dtype)}
-    sltrain = SLTrain(shape.rank, 0.03, 32).build(shape.n, shape.m, device=device, dtype=dtype)
+    sltrain = SLTrainLinear(shape.n, shape.m, SLTrain(shape.rank, 0.03, 32), device=device, dtype=dtype)
     # Not zero as at the start, so that every gradient is a general one.
     nn.init.normal_(sltrain.B, std=0.02)
     made["sltrain published"] = PublishedSLTrain(sltrain)
