@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lowrank_kernels.compile import Usage, markdown
 
-from benchmarks.common import read_result
+from benchmarks.common import needed_result
 
 PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
 BEGIN = "<!-- table:aot -->"
@@ -18,9 +18,7 @@ def usages() -> dict[str, list[Usage]]:
     Raises:
         ValueError: nothing was compiled.
     """
-    result = read_result("aot")
-    if result is None:
-        raise ValueError("Invalid results: no aot.json, run python -m lowrank_kernels.compile --json")
+    result = needed_result("aot", "lowrank_kernels.compile --json")
     return {version: [Usage(**row) for row in rows] for version, rows in sorted(result["kernels"].items())}
 
 

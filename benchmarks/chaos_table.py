@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import read_result
+from benchmarks.common import needed_result
 
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
 BEGIN = "<!-- table:chaos -->"
@@ -17,9 +17,7 @@ def current() -> str:
     Raises:
         ValueError: no faults were tried.
     """
-    result = read_result("chaos")
-    if result is None:
-        raise ValueError("Invalid results: no chaos.json, run python -m tests.chaos")
+    result = needed_result("chaos", "tests.chaos")
     return table(result)
 
 

@@ -14,8 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.common import RESULTS, read_result
-from benchmarks.converge import CPU, results
+from benchmarks.common import RESULTS, markdown, read_result
+from benchmarks.converge_runs import CPU, results
 from benchmarks.converge_table import COMMAND, Row, rows
 from lowrank_optim.memory.published import FULL, GALORE, LOW_RANK, RANKS, counts
 
@@ -353,5 +353,4 @@ def current() -> str:
         ours, judged = claim.ours() or NOT_RUN
         command = "–" if claim.command == "none" else f"`{claim.command}`"
         cells.append([claim.source, claim.claim, claim.published, ours, judged, command])
-    lines = [f"| {' | '.join(row)} |" for row in (header, *cells)]
-    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+    return markdown(header, cells, right=())

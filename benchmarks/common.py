@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,26 @@ def read_result(name: str) -> dict[str, Any] | None:
     return result
 
 
+def needed_result(name: str, command: str | None = None) -> dict[str, Any]:
+    """What :func:`write_result` wrote.
+
+    Raises:
+        ValueError: it has not been measured, by ``command``.
+    """
+    result = read_result(name)
+    if result is None:
+        raise ValueError(f"Invalid results: no {name}.json, run python -m {command or f'benchmarks.{name}'}")
+    return result
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], right: Container[int] | None = None) -> str:
+    """A table; columns are aligned to the right where ``right`` holds their number, by default all but the first."""
+    ends = ["---:" if (i if right is None else i in right) else "---" for i in range(len(header))]
+    return "\n".join([f"| {' | '.join(header)} |", f"|{'|'.join(ends)}|", *(f"| {' | '.join(row)} |" for row in rows)])
+
+
 def interleave(
-    contestants: Mapping[str, Callable[[], None]],
+    candidates: Mapping[str, Callable[[], None]],
     device: torch.device,
     *,
     budget: float,
@@ -103,7 +121,7 @@ def interleave(
     most: int = 100,
     warmup: int = 1,
 ) -> dict[str, list[float]]:
-    """Seconds of every contestant in every round, A B C A B C ..., so that a busy moment hits all of them alike.
+    """Seconds of every candidate in every round, A B C A B C ..., so that a busy moment hits all of them alike.
 
     Args:
         budget: seconds after which no further round starts.
@@ -111,7 +129,7 @@ def interleave(
         most: rounds at most.
         warmup: rounds before, which do not count.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
     gc.collect()
     gc.disable()
     start = time.perf_counter()
@@ -119,7 +137,7 @@ def interleave(
         for turn in range(-warmup, most):
             if turn >= least and time.perf_counter() - start > budget:
                 break
-            for name, run in contestants.items():
+            for name, run in candidates.items():
                 taken = timed(run, device)
                 if turn >= 0:
                     seconds[name].append(taken)

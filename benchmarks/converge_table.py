@@ -14,7 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.converge import CPU, DIVERGED, PILOT_SEED, Results, Suite, best_rate, ladder, losses, rest_rate, results
+from benchmarks.common import markdown
+from benchmarks.converge import DIVERGED
+from benchmarks.converge_runs import CPU, PILOT_SEED, Results, Suite, best_rate, ladder, losses, rest_rate, results
 from benchmarks.methods import MAIN, OTHERS
 
 BEGIN, CHOOSING = "<!-- table:converge -->", "<!-- table:choosing -->"
@@ -139,8 +141,7 @@ def _table(found: Sequence[Row]) -> str:
         ]
         for row in found
     ]  # fmt: skip
-    lines = [f"| {' | '.join(row)} |" for row in (header, *cells)]
-    return "\n".join([lines[0], f"|---{'|---:' * (len(header) - 1)}|", *lines[1:]])
+    return markdown(header, cells)
 
 
 def _perplexity(row: Row) -> str:

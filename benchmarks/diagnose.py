@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import common
-from benchmarks.converge import CPU, HIDDEN, Run, Suite, build, load_tokens
+from benchmarks.converge import HIDDEN, build, load_tokens
+from benchmarks.converge_runs import CPU, Run, Suite
 from benchmarks.methods import METHODS
 from lowrank_optim.pretrain.batches import shuffled_windows
 from lowrank_optim.pretrain.steps import loss_sum

@@ -21,8 +21,10 @@ import torch
 from safetensors.torch import save_model
 from torch import nn
 
-from benchmarks.common import read_result, spread, write_result
+from benchmarks.common import needed_result, spread, write_result
 from lowrank_optim.pretrain import checkpoint, manifest
+from lowrank_optim.pretrain.random_state import random_state
+from lowrank_optim.pretrain.weight_files import WEIGHTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
 BEGIN = "<!-- table:digests -->"
@@ -52,10 +54,10 @@ def _random() -> torch.Tensor:
 
 
 def write(folder: Path, loaded: Loaded) -> None:
-    save_model(loaded.model, str(folder / checkpoint.WEIGHTS))
+    save_model(loaded.model, str(folder / WEIGHTS))
     # Copies, because what is shared is saved once.
     torch.save({"states": [loaded.state.clone() for _ in range(loaded.number)]}, folder / "optimizer.pt")
-    process = {"random": checkpoint.random_state(), "data": None}
+    process = {"random": random_state(), "data": None}
     torch.save([process], folder / "processes.pt")
     state = {"format": checkpoint.FORMAT, "progress": {"step": 1}, "files": manifest.of_folder(folder)}
     state["digest"] = manifest.of_values(state)
@@ -92,9 +94,7 @@ def current() -> str:
     Raises:
         ValueError: nothing was measured.
     """
-    result = read_result("digests")
-    if result is None:
-        raise ValueError("Invalid results: no digests.json, run python -m benchmarks.digests")
+    result = needed_result("digests")
     lines = ["| a checkpoint | seconds without | with digests | more, of a load at 1 GB/s |", "|---|---:|---:|---:|"]
     for name in ("from disk", "from memory"):
         row = result[name]

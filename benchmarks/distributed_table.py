@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import read_result
+from benchmarks.common import markdown, read_result
 
 PAGE = Path(__file__).parents[1] / "docs" / "distributed.md"
 BEGIN = "<!-- table:distributed -->"
@@ -37,15 +37,15 @@ def table(result: Mapping[str, Any]) -> str:
         saved[name] = max(saved[name], *row["errors"])
     chains = dict.fromkeys(" → ".join(map(str, row["processes"])) for row in result["checkpoints"])
     heads = ["optimizer", "rows", *columns, *chains]
-    lines = [f"| {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    lines = []
     for name in rows:
         cells = [f"{worst[name, column]:.0e}" if (name, column) in worst else "–" for column in columns]
         cells += [f"{saved[name]:.0e}"] if chains else []
-        lines.append(f"| `{name}` | {len(rows[name])} | {' | '.join(cells)} |")
+        lines.append([f"`{name}`", str(len(rows[name])), *cells])
     skipped = [row["skipped"] for row in result["table"] if row["skipped"] is not None]
     return "\n".join(
         [
-            *lines,
+            markdown(heads, lines),
             "",
             f"{len(result['table'])} runs, {sum(skipped)} of {len(skipped)} leave out an update that is not finite on "
             f"one process on all. Refused: {', '.join(sorted(refused)) or 'none'}.",

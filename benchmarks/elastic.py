@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import read_result, write_result
+from benchmarks.common import needed_result, read_result, write_result
 
 PAGE = Path(__file__).parents[1] / "docs" / "distributed.md"
 BEGIN = "<!-- table:elastic -->"
@@ -67,9 +67,7 @@ def current() -> str:
     Raises:
         ValueError: nothing was measured.
     """
-    figures = read_result("elastic")
-    if figures is None:
-        raise ValueError("Invalid results: no elastic.json, run python -m benchmarks.elastic")
+    figures = needed_result("elastic")
     return table(figures)
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, read_result, write_result
+from benchmarks.common import RESULTS, markdown, needed_result, read_result, write_result
 from lowrank_optim.memory.estimate import estimate
 from lowrank_optim.memory.job import MEMORY_OPTIONS, Job
 from lowrank_optim.memory.simulate import simulate
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def current() -> str:
     """The table of peaks."""
-    front, ours, measured = result(), result("memory_7b"), on_a_card()
+    front, ours, measured = needed_result("front_table"), needed_result("memory_7b"), on_a_card()
     rows = [[text, "bf16", *_sizes(front["peaks"][name]), "–"] for name, text in BASELINES.items()]
     rows += [
         [f"`{row['method']}`", row["weights"], *_sizes(row), measured.get((row["method"], row["weights"]), "–")]
@@ -87,22 +87,22 @@ def current() -> str:
         "10⁹ bytes. Made by\n"
         f"`{front['command']}`, `{ours['command']}`, `python -m benchmarks.gpu` and `python -m benchmarks.table`."
     )
-    return f"{_markdown(header, rows, range(2, len(header)))}\n\n{caption}"
+    return f"{markdown(header, rows, range(2, len(header)))}\n\n{caption}"
 
 
 def choices() -> str:
     """The six first choices, with the bytes of state by the planner's count."""
-    states = result()["states"]
+    states = needed_result("front_table")["states"]
     rows = []
     for wish, name, args, cost in CHOICES:
         given = ", ".join(f"{key}={value!r}" for key, value in args.items())
         rows.append([wish, f"`{name}({given})`", f"{states[name] / 1e9:.1f}", cost])
-    return _markdown(("you want", "take", "state at 7B, GB", "what it costs"), rows, {2})
+    return markdown(("you want", "take", "state at 7B, GB", "what it costs"), rows, {2})
 
 
 def settings() -> str:
     """The settings that come with the package, with the peak of the whole job."""
-    front = result()
+    front = needed_result("front_table")
     rows = []
     for name in SETTINGS:
         job, peak = setting(name), front["peaks"].get(name)
@@ -111,19 +111,7 @@ def settings() -> str:
         size = "–" if peak is None else f"{peak['peak_bytes'] / 1e9:.1f} ({peak['peak_bytes'] / 2**30:.1f} GiB)"
         rows.append([f"{card} GB", f"`{name}`", f"`{job.optimizer}`", job.weights or job.dtype, tokens, size])
     header = ("card", "setting", "optimizer", "weights in", "tokens per update", "simulated peak, GB")
-    return f"{_markdown(header, rows, {4, 5})}\n\nMade by `{front['command']}` and `python -m benchmarks.table`."
-
-
-def result(name: str = "front_table") -> dict[str, Any]:
-    """A file of results.
-
-    Raises:
-        ValueError: it has not been made.
-    """
-    found = read_result(name)
-    if found is None:
-        raise ValueError(f"Invalid results: no {name}.json, run python -m benchmarks.{name}")
-    return found
+    return f"{markdown(header, rows, {4, 5})}\n\nMade by `{front['command']}` and `python -m benchmarks.table`."
 
 
 def on_a_card() -> dict[tuple[str, str], str]:
@@ -139,12 +127,6 @@ def on_a_card() -> dict[tuple[str, str], str]:
 def _sizes(row: Mapping[str, Any]) -> list[str]:
     sizes = [row["peak_bytes"], *(row["by_category"][part] for part in PARTS)]
     return [f"{size / 1e9:.2f}" for size in sizes]
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]], right: Container[int]) -> str:
-    rule = "".join("---:|" if i in right else "---|" for i in range(len(header)))
-    lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
-    return "\n".join([lines[0], f"|{rule}", *lines[1:]])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import lowrank_optim
-from benchmarks.contestants import LR, NEVER
+from benchmarks.baselines import LR, NEVER
 from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.pretrain.llama import PRESETS
 

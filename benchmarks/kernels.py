@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 import torch
 
 from benchmarks import common
-from benchmarks.interpreter import mend_bfloat16
 from benchmarks.kernel_cases import SIZES, TINY, Case, cases
 from benchmarks.kernel_steps import (
     ADAMW,
@@ -36,6 +35,7 @@ from benchmarks.kernel_steps import (
     step_row,
     targets,
 )
+from benchmarks.triton_interpreter import mend_bfloat16
 
 T = TypeVar("T")
 

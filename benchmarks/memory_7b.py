@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import read_result, write_result
+from benchmarks.common import markdown, needed_result, read_result, write_result
 from lowrank_optim.memory.job import Job
 from lowrank_optim.memory.simulate import simulate
 
@@ -65,21 +65,15 @@ def current() -> str:
     Raises:
         ValueError: it has not been made.
     """
-    result = read_result("memory_7b")
-    if result is None:
-        raise ValueError("Invalid results: no memory_7b.json, run python -m benchmarks.memory_7b")
+    result = needed_result("memory_7b")
     parts = ("weights", "optimizer", "gradients", "activations", "other")
-    lines = [
-        f"| model | optimizer | weights stored in | peak, GB | {' | '.join(parts)} |",
-        f"|---|---|---|---:{'|---:' * len(parts)}|",
-    ]
+    header = ["model", "optimizer", "weights stored in", "peak, GB", *parts]
+    rows = []
     for row in result["rows"]:
         sizes = [row["peak_bytes"], *(row["by_category"][part] for part in parts)]
         model = row["model"].removeprefix("llama_").upper()
-        lines.append(
-            f"| {model} | `{row['method']}` | {row['weights']} | {' | '.join(f'{size / 1e9:.2f}' for size in sizes)} |"
-        )
-    return "\n".join([*lines, "", CAPTION])
+        rows.append([model, f"`{row['method']}`", row["weights"], *(f"{size / 1e9:.2f}" for size in sizes)])
+    return f"{markdown(header, rows, range(3, len(header)))}\n\n{CAPTION}"
 
 
 if __name__ == "__main__":

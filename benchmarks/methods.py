@@ -12,17 +12,17 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 REACH = 3
-# Values that stand for those of the suite, see ``benchmarks.converge.Suite``.
+# Values that stand for those of the suite, see ``benchmarks.converge_runs.Suite``.
 RANK, DOUBLE, HALF, QUARTER = "$rank", "$rank * 2", "$rank / 2", "$rank / 4"
 GAP, LATE, REST_LR = "$gap", "$late", "$rest"
 
 
 class Method(NamedTuple):
-    """One contestant.
+    """One method of the comparison.
 
     Attributes:
         name: in tables; the part before a comma is its family.
-        optimizer: a class of lowrank_optim, "AdamW" for torch's, or a key of ``benchmarks.contestants.PEERS``.
+        optimizer: a class of lowrank_optim, "AdamW" for torch's, or a key of ``benchmarks.baselines.PEERS``.
         args: of the optimizer; see also :data:`RANK` and its neighbours.
         start: the rate to try first; None where it ``follows``.
         follows: the method whose best rate is tried first.

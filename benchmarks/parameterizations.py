@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.common import interleave, ratio, spread, write_result
-from benchmarks.peak import peak_bytes
+from benchmarks.memory_probe import peak_bytes
 from lowrank_optim.nn import LOST, SST, LowRank, SLTrain, SLTrainLinear
 
 
@@ -82,10 +82,10 @@ class PublishedSLTrain(nn.Module):
         return y
 
 
-def contestants(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
+def candidates(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
     """The layers of one shape by name; the two SLTrain layers share their parameters."""
     made: dict[str, nn.Module] = {"dense": nn.Linear(shape.n, shape.m, bias=False, device=device, dtype=dtype)}
-    sltrain = SLTrain(shape.rank, 0.03, 32).build(shape.n, shape.m, device=device, dtype=dtype)
+    sltrain = SLTrainLinear(shape.n, shape.m, SLTrain(shape.rank, 0.03, 32), device=device, dtype=dtype)
     # Not zero as at the start, so that every gradient is a general one.
     nn.init.normal_(sltrain.B, std=0.02)
     made["sltrain published"] = PublishedSLTrain(sltrain)
@@ -128,7 +128,7 @@ def measure(shape: Shape, tokens: int, budget: float, device: torch.device, dtyp
     """The figures of one shape."""
     x = torch.randn(tokens, shape.n, device=device, dtype=dtype, requires_grad=True)
     direction = torch.randn(tokens, shape.m, device=device, dtype=dtype)
-    layers = contestants(shape, device, dtype)
+    layers = candidates(shape, device, dtype)
     steps = {name: step_of(layer, x, direction) for name, layer in layers.items()}
     seconds = interleave(steps, device, budget=budget, least=3)
     rows = {}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.common import read_result
+from benchmarks.common import markdown, needed_result
 
 BEGIN = "<!-- table:parameterizations -->"
 
@@ -23,7 +23,7 @@ def layer_table(result: Mapping[str, Any]) -> str:
         "sltrain published: W and a dense G rebuilt, as in the paper's code; sst: a quarter of the rank. "
         f"Made by `{result['command']}`."
     )
-    return f"{_markdown(header, rows)}\n\n{caption}"
+    return f"{markdown(header, rows)}\n\n{caption}"
 
 
 def current() -> str:
@@ -32,16 +32,9 @@ def current() -> str:
     Raises:
         ValueError: it has not been measured.
     """
-    layers = read_result("parameterizations_cpu")
-    if layers is None:
-        raise ValueError("Invalid results: expected parameterizations_cpu.json")
+    layers = needed_result("parameterizations_cpu", "benchmarks.parameterizations")
     return layer_table(layers)
 
 
 def _costs(row: Mapping[str, Any]) -> str:
     return f"{row['times_dense']:.2f} / {row['peak_bytes'] / 2**20:.1f}"
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
-    return "\n".join([lines[0], f"|---{'|---:' * (len(header) - 1)}|", *lines[1:]])

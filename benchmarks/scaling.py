@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import read_result, write_result
+from benchmarks.common import markdown, needed_result, write_result
 from lowrank_optim.memory.devices import Devices, footprint
 from lowrank_optim.memory.job import Job
 from lowrank_optim.memory.simulate_devices import simulate_sharded
@@ -89,9 +89,7 @@ def current() -> str:
     Raises:
         ValueError: nothing was computed.
     """
-    result = read_result("scaling")
-    if result is None:
-        raise ValueError("Invalid results: no scaling.json, run python -m benchmarks.scaling")
+    result = needed_result("scaling")
     return table(result)
 
 
@@ -102,13 +100,8 @@ def table(result: dict[str, Any]) -> str:
     lines = []
     for model in dict.fromkeys(r["model"] for r in result["rows"]):
         first = next(r for r in result["rows"] if r["model"] == model and r["rank"])
-        heads = ["copies", "low-rank sums", *(f"{number} parts" for number in numbers)]
-        lines += [
-            f"{model}, rank {first['rank']}:",
-            "",
-            f"| method | {' | '.join(heads)} |",
-            "|---" + "|---:" * len(heads) + "|",
-        ]
+        heads = ["method", "copies", "low-rank sums", *(f"{number} parts" for number in numbers)]
+        table = []
         for method in dict.fromkeys(r["method"] for r in result["rows"]):
             one = rows[model, method, numbers[0]]
             cells = [_cell(one["copies_stored"], one["copies_sent"])]
@@ -116,8 +109,8 @@ def table(result: dict[str, Any]) -> str:
             cells.append(f"{one['low_rank_sent'] / 1e9:.2f}" if saves else "–")
             parts = [rows[model, method, number] for number in numbers]
             cells += [_cell(part["stored"], part["sent"]) for part in parts]
-            lines.append(f"| `{method}` | {' | '.join(cells)} |")
-        lines.append("")
+            table.append([f"`{method}`", *cells])
+        lines += [f"{model}, rank {first['rank']}:", "", markdown(heads, table), ""]
     lines.append("Stored / sent, GB a device; one micro-batch an update, refreshes in the mean. Copies: of 8 devices.")
     known = [r for r in result["rows"] if "simulated" in r]
     if known:

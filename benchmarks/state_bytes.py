@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.baselines import built
 from benchmarks.common import held_bytes
-from benchmarks.contestants import built
 from lowrank_optim.memory.estimate import init_state_
 from lowrank_optim.pretrain.llama import PRESETS
 

@@ -2,11 +2,11 @@
 
     python -m benchmarks.step [--models llama_60m] [--threads 2] [--budget 30]
 
-writes ``results/step.json``: for every contestant the step time between refreshes (contestants take turns, so that a
+writes ``results/step.json``: for every candidate the step time between refreshes (candidates take turns, so that a
 busy moment hits all), its ratio to the floor of two bare GEMMs (project, back-project into the weight) and to
 galore-torch, the state's bytes, those a parameter with moments of each dtype, and how many full-size tensors a step
 creates for a matrix. For GaLoreAdamW also a refresh of each kind, and the slowest step of a staggered run. What is held
-to a target is printed beside it.
+to a budget is printed beside it.
 
 The published packages: ``pip install --no-deps --target .peers galore-torch==1.0 apollo-torch==1.0.3 fira==1.0.2`` and
 ``.peers`` on PYTHONPATH; who cannot be imported is left out.
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from benchmarks import common, state_bytes
-from benchmarks.contestants import LR, Contestant, contestants, every_svd_once, own_names
-from benchmarks.targets import targets
+from benchmarks.baselines import LR, Candidate, candidates, every_svd_once, own_names
+from benchmarks.budgets import budgets
 from lowrank_optim import GaLoreAdamW
 from lowrank_optim.optim.parts import Which
 from lowrank_optim.optim.schedule import scheduled
@@ -98,9 +98,9 @@ def two_gemms(work: Problem) -> Callable[[], None]:
 
 
 class Running(NamedTuple):
-    """A contestant after its first step, which took so many seconds and created so many full-size tensors."""
+    """A candidate after its first step, which took so many seconds and created so many full-size tensors."""
 
-    contestant: Contestant
+    candidate: Candidate
     optimizer: Optimizer
     seconds: float
     created: int
@@ -109,7 +109,7 @@ class Running(NamedTuple):
         self.optimizer.step()
 
 
-def start(work: Problem, everyone: Sequence[Contestant]) -> tuple[list[Running], dict[str, str]]:
+def start(work: Problem, everyone: Sequence[Candidate]) -> tuple[list[Running], dict[str, str]]:
     """Build all and take the first step, which refreshes; who cannot is named with the reason.
 
     Raises:
@@ -119,24 +119,24 @@ def start(work: Problem, everyone: Sequence[Contestant]) -> tuple[list[Running],
     memo: dict[Any, tuple[Tensor, ...]] = {}
     given = [grad.clone() for grad in work.grads[:LAYER]]
     with every_svd_once(memo):
-        for contestant in everyone:
+        for candidate in everyone:
             work.give_gradients()
             try:
-                optimizer = contestant.build(work.params[:LAYER] if contestant.once else work.params, work.rank)
+                optimizer = candidate.build(work.params[:LAYER] if candidate.once else work.params, work.rank)
                 with common.NewTensors(_full_size(work)) as created:
                     seconds = common.timed(optimizer.step, work.device)
             except (ImportError, RuntimeError, TypeError, ValueError) as error:
-                left_out[contestant.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                left_out[candidate.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 continue
             if not all(torch.equal(a, b) for a, b in zip(given, work.grads)):
-                raise RuntimeError(f"{contestant.name} wrote into the gradients, which all others read")
-            running.append(Running(contestant, optimizer, seconds, created.count))
+                raise RuntimeError(f"{candidate.name} wrote into the gradients, which all others read")
+            running.append(Running(candidate, optimizer, seconds, created.count))
     return running, left_out
 
 
 def full_size_temporaries(work: Problem, one: Running) -> float:
     """New tensors of a weight's size or more, a matrix and step."""
-    if one.contestant.once:
+    if one.candidate.once:
         return one.created / LAYER
     work.give_gradients()
     with common.NewTensors(_full_size(work)) as created:
@@ -149,37 +149,37 @@ def _full_size(work: Problem) -> int:
     return min(p.numel() for p in work.params)
 
 
-def measure_steps(work: Problem, everyone: Sequence[Contestant], budget: float) -> dict[str, Any]:
+def measure_steps(work: Problem, everyone: Sequence[Candidate], budget: float) -> dict[str, Any]:
     running, left_out = start(work, everyone)
     turns: dict[str, Callable[[], None]] = {FLOOR: two_gemms(work)}
     temporaries, state, planned = {}, {}, {}
     shapes, dtype = [p.shape for p in work.params], work.params[0].dtype
     stored, numel = str(dtype).removeprefix("torch."), sum(p.numel() for p in work.params)
     for one in running:
-        name = one.contestant.name
+        name = one.candidate.name
         temporaries[name] = full_size_temporaries(work, one)
         state[name] = common.held_bytes(one.optimizer.state, exclude=[*work.params, *work.grads])
         if (own := name.partition("(")[0]) in own_names():
-            planned[name] = state_bytes.planned(own, one.contestant.arguments, shapes, work.rank, dtype)
-        if not one.contestant.once:
+            planned[name] = state_bytes.planned(own, one.candidate.arguments, shapes, work.rank, dtype)
+        if not one.candidate.once:
             turns[name] = one.step
     work.give_gradients()
     seconds = common.interleave(turns, work.device, budget=budget, least=LEAST)
     for one in running:
-        if one.contestant.once:
-            state[one.contestant.name] *= work.layers
-            seconds[one.contestant.name] = [one.seconds * work.layers]
+        if one.candidate.once:
+            state[one.candidate.name] *= work.layers
+            seconds[one.candidate.name] = [one.seconds * work.layers]
     floor, galore = seconds.pop(FLOOR), seconds.get(GALORE_TORCH)
     methods = {
-        one.contestant.name: {
-            "arguments": dict(one.contestant.arguments),
-            "seconds": common.spread(seconds[one.contestant.name]),
-            "to_floor": common.ratio(seconds[one.contestant.name], floor),
-            "to_galore_torch": common.ratio(seconds[one.contestant.name], galore) if galore else None,
-            "state_bytes": state[one.contestant.name],
+        one.candidate.name: {
+            "arguments": dict(one.candidate.arguments),
+            "seconds": common.spread(seconds[one.candidate.name]),
+            "to_floor": common.ratio(seconds[one.candidate.name], floor),
+            "to_galore_torch": common.ratio(seconds[one.candidate.name], galore) if galore else None,
+            "state_bytes": state[one.candidate.name],
             # Of another package, as it is.
-            "state_bytes_a_parameter": planned.get(one.contestant.name, {stored: state[one.contestant.name] / numel}),
-            "full_size_temporaries": temporaries[one.contestant.name],
+            "state_bytes_a_parameter": planned.get(one.candidate.name, {stored: state[one.candidate.name] / numel}),
+            "full_size_temporaries": temporaries[one.candidate.name],
         }
         for one in running
     }
@@ -265,7 +265,7 @@ def measure_stagger(work: Problem, budget: float) -> dict[str, Any]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", choices=list(PRESETS), default=["llama_60m"])
-    parser.add_argument("--only", nargs="+", default=[], help="contestants whose names contain one of these")
+    parser.add_argument("--only", nargs="+", default=[], help="candidates whose names contain one of these")
     parser.add_argument("--rank", type=int, help="default: the published rank of the size")
     parser.add_argument(
         "--budget",
@@ -285,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     device = torch.device(options.device)
-    everyone = [one for one in contestants() if not options.only or any(word in one.name for word in options.only)]
+    everyone = [one for one in candidates() if not options.only or any(word in one.name for word in options.only)]
     models = {}
     for model in options.models:
         work = problem(model, options.rank, device, DTYPES[options.dtype])
@@ -324,7 +324,7 @@ def sheet(model: str, figures: dict[str, Any]) -> str:
         lines.append(f"{name:52} left out: {reason}")
     for kind, row in figures["refresh"].items():
         lines.append(f"refresh {kind:44}{1e3 * row['seconds']['median']:9.1f} ms, SVD / this {row['svd_to_this']:.1f}")
-    lines += ["", *(target.line() for target in targets(figures)), ""]
+    lines += ["", *(budget.line() for budget in budgets(figures)), ""]
     return "\n".join(lines)
 
 

@@ -30,8 +30,8 @@ from benchmarks import (
     scaling,
     state_bytes,
 )
-from benchmarks.common import read_result
-from benchmarks.contestants import ARGUMENTS, own_names
+from benchmarks.baselines import ARGUMENTS, own_names
+from benchmarks.common import markdown, read_result
 from benchmarks.gpu import table as gpu_table
 from lowrank_optim.memory.estimate import estimate
 from lowrank_optim.memory.job import Job
@@ -78,8 +78,7 @@ def table(step: Mapping[str, Any], reference: Mapping[str, Any] | None) -> str:
             *((name, name, NONE) for name in methods if name.split()[0] in ("galore-torch", "apollo-torch", "fira")),
         )
     ]
-    lines = [f"| {' | '.join(row)} |" for row in (HEADER, *rows)]
-    return "\n".join([lines[0], f"|---{'|---:' * (len(HEADER) - 1)}|", *lines[1:], "", _caption(step, figures)])
+    return f"{markdown(HEADER, rows)}\n\n{_caption(step, figures)}"
 
 
 def _state(name: str) -> str:

@@ -27,12 +27,16 @@ FP32_AND_SLOW_BF16 = [torch.float32, *nightly(torch.bfloat16)]
 
 
 def rows() -> Iterator[Any]:
-    """Every row of the table; one whose class and options stand in rows before it is for the slow suite."""
-    seen: set[str] = set()
-    for (name, kwargs), row_id in zip(VARIANTS, IDS):
-        brings = {name, *kwargs} - seen
-        seen |= brings
-        yield pytest.param(name, kwargs, id=row_id, marks=() if brings else pytest.mark.slow)
+    """Every row of the table: by default the first of each class, and few others that have all options together."""
+    chosen = {name: number for number, (name, _) in reversed([*enumerate(VARIANTS)])}
+    fast = {*chosen.values()}
+    missing = {key for _, kwargs in VARIANTS for key in kwargs} - {key for i in fast for key in VARIANTS[i][1]}
+    while missing:
+        best = max(range(len(VARIANTS)), key=lambda i: len(missing & VARIANTS[i][1].keys()))
+        fast.add(best)
+        missing -= VARIANTS[best][1].keys()
+    for number, (name, kwargs) in enumerate(VARIANTS):
+        yield pytest.param(name, kwargs, id=IDS[number], marks=() if number in fast else pytest.mark.slow)
 
 
 every_variant = pytest.mark.parametrize(("name", "kwargs"), list(rows()))

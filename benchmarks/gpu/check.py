@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.contestants import own_names
+from benchmarks.baselines import own_names
 from benchmarks.gpu.cases import Check, checks
 from benchmarks.gpu.record import Task
 from benchmarks.gpu.setting import Setting

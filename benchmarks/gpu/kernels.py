@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.contestants import LR
+from benchmarks.baselines import LR
 from benchmarks.gpu.cases import (
     MAKER,
     Change,

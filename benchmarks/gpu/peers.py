@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.baselines import Candidate, candidates, every_svd_once
 from benchmarks.common import held_bytes
-from benchmarks.contestants import Contestant, contestants, every_svd_once
 from benchmarks.gpu.record import Task
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.steps import timed
@@ -24,7 +24,7 @@ EIGHT_BIT = "bitsandbytes AdamW8bit, bf16"
 
 
 def tasks(setting: Setting) -> list[Task]:
-    everyone = list(contestants())
+    everyone = list(candidates())
     chosen = [one for one in everyone if one.name in OURS]
     chosen += [one for peer in PEERS for one in everyone if one.name.split()[0] == peer]
     found = [Task(one.name, partial(measured, setting, one)) for one in chosen]
@@ -35,7 +35,7 @@ def _shapes(setting: Setting) -> list[tuple[int, int]]:
     return layer_shapes("llama_7b") if setting.cuda else [(24, 40)] * 2
 
 
-def measured(setting: Setting, one: Contestant) -> dict[str, Any]:
+def measured(setting: Setting, one: Candidate) -> dict[str, Any]:
     """Milliseconds of a step between refreshes, weights in bf16, and the bytes of the state."""
     params = parameters(_shapes(setting), setting.device, torch.bfloat16)
     grads = [p.grad for p in params]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import lowrank_optim
-from benchmarks.contestants import LR, NEVER
+from benchmarks.baselines import LR, NEVER
 from benchmarks.gpu.record import Task
 from benchmarks.gpu.setting import Setting
 from benchmarks.kernel_steps import GAP, layer_shapes, parameters

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS
+from benchmarks.common import RESULTS, markdown
 from benchmarks.gpu import record
 
 PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
@@ -38,10 +38,7 @@ def _of(rows: Sequence[Row], piece: str) -> list[Row]:
 
 
 def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    if not body:
-        return ""
-    rule = f"|---|{'---:|' * (len(head) - 1)}"
-    return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(line)} |" for line in body)])
+    return markdown(head, body) if body else ""
 
 
 def _number(value: float | None, form: str = ".3g") -> str:

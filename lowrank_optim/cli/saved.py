@@ -87,6 +87,7 @@ def load(path: str) -> tuple[Any, Any, Resolved | None]:
     from lowrank_optim.pretrain.build import DTYPES, build_network, settle
     from lowrank_optim.pretrain.llama import build_config, load_pretrained
     from lowrank_optim.pretrain.tokenization import load_tokenizer
+    from lowrank_optim.pretrain.weight_files import FACTORED, WEIGHTS
 
     if not Path(path).is_dir():
         raise UserError(f"Invalid RUN: {path} is no folder, expected a run, a checkpoint or a model")
@@ -97,7 +98,7 @@ def load(path: str) -> tuple[Any, Any, Resolved | None]:
     if (found / "state.json").is_file():
         run = _options(found)
     with user_errors(ImportError):
-        if run is None or (found / "model.safetensors").is_file() or not (found / checkpoint.FACTORED).is_file():
+        if run is None or (found / WEIGHTS).is_file() or not (found / FACTORED).is_file():
             config = build_config(str(found))
             model = load_pretrained(str(found), config, dtype=DTYPES[run.dtype if run else "fp32"])
         else:
@@ -107,7 +108,7 @@ def load(path: str) -> tuple[Any, Any, Resolved | None]:
             options = replace(run, init=None)
             settled, config = settle(options, config=build_config(str(found)))
             model = build_network(settled, config, "cpu")
-            load_model(model, found / checkpoint.FACTORED)
+            load_model(model, found / FACTORED)
     return model, load_tokenizer(str(found)), run
 
 

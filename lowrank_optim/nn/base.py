@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,9 +15,13 @@ from lowrank_optim.optim.validation import check_positive_int
 class Parameterization(ABC):
     """The options of one parameterization; subclasses are frozen dataclasses that check them on construction."""
 
+    @property
     @abstractmethod
+    def layer(self) -> Callable[..., FactoredLinear]:
+        """The class of its layers."""
+
     def build(
-        self, in_features: int, out_features: int, *, bias: bool,
+        self, in_features: int, out_features: int, *, bias: bool = False,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
     ) -> FactoredLinear:  # fmt: skip
@@ -32,6 +37,7 @@ class Parameterization(ABC):
         Raises:
             ValueError: options that do not fit the shape.
         """
+        return self.layer(in_features, out_features, self, bias=bias, device=device, dtype=dtype, generator=generator)
 
 
 class FactoredLinear(nn.Module):
@@ -97,6 +103,24 @@ class FactoredLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
+class ParameterizedLinear(FactoredLinear):
+    """A layer that its options describe."""
+
+    def __init__(
+        self, in_features: int, out_features: int, options: Any, *, bias: bool = False,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.options = options
+        self.make_parts_(device, dtype)
+        self.reset_parameters(generator)
+
+    def make_parts_(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Create what the layer holds beside its bias, without values."""
+        raise NotImplementedError
+
+
 def check_rank(rank: int, in_features: int, out_features: int) -> None:
     """Raise ValueError where a layer is too small for ``rank``."""
     if rank > min(in_features, out_features):
@@ -104,6 +128,16 @@ def check_rank(rank: int, in_features: int, out_features: int) -> None:
             f"Invalid rank: {rank}, expected at most {min(in_features, out_features)}, "
             f"the smaller side of a {out_features} x {in_features} weight"
         )
+
+
+def empty_factors(
+    layer: FactoredLinear, rank: int, device: torch.device | str | None, dtype: torch.dtype | None
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """A (rank, n) and B (m, rank) of a layer, without values; ValueError where it is too small for the rank."""
+    check_rank(rank, layer.in_features, layer.out_features)
+    shapes = (rank, layer.in_features), (layer.out_features, rank)
+    a, b = (nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in shapes)
+    return a, b
 
 
 def check_weight(weight: Tensor, layer: FactoredLinear) -> None:

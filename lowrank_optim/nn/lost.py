@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim.nn.base import (
-    FactoredLinear,
     Parameterization,
+    ParameterizedLinear,
     check_rank,
     check_weight,
+    empty_factors,
     normal_,
     working_dtype,
 )
@@ -64,15 +65,12 @@ class LOST(Parameterization):
         check_positive_int("tail_rank", self.tail_rank)
         check_range("std", self.std, low=0.0)
 
-    def build(
-        self, in_features: int, out_features: int, *, bias: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> LOSTLinear:  # fmt: skip
-        return LOSTLinear(in_features, out_features, self, bias=bias, device=device, dtype=dtype, generator=generator)
+    @property
+    def layer(self) -> type[LOSTLinear]:
+        return LOSTLinear
 
 
-class LOSTLinear(FactoredLinear):
+class LOSTLinear(ParameterizedLinear):
     """The layer of :class:`LOST`.
 
     Parameters ``A`` (r, n), ``B`` (m, r), ``C`` (m, k), ``bias`` (m,); buffer ``channels`` I, int32 (k,), sorted.
@@ -80,26 +78,20 @@ class LOSTLinear(FactoredLinear):
 
     channels: Tensor
 
-    def __init__(
-        self, in_features: int, out_features: int, options: LOST, *, bias: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        check_rank(options.rank, in_features, out_features)
-        if options.rank == min(in_features, out_features):
+    options: LOST
+
+    def make_parts_(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        check_rank(self.options.rank, self.in_features, self.out_features)
+        if self.options.rank == min(self.in_features, self.out_features):
             raise ValueError(
-                f"Invalid rank: {options.rank}, expected less than the smaller side of a {out_features} x "
-                f"{in_features} weight: the remaining singular values choose the channels"
+                f"Invalid rank: {self.options.rank}, expected less than the smaller side of a {self.out_features} x "
+                f"{self.in_features} weight: the remaining singular values choose the channels"
             )
-        self.options = options
-        self.nonlinear = options.act != "none"
-        count = max(1, int(options.sparsity * in_features))
-        self.A = nn.Parameter(torch.empty(options.rank, in_features, device=device, dtype=dtype))
-        self.B = nn.Parameter(torch.empty(out_features, options.rank, device=device, dtype=dtype))
-        self.C = nn.Parameter(torch.empty(out_features, count, device=device, dtype=dtype))
+        self.nonlinear = self.options.act != "none"
+        count = max(1, int(self.options.sparsity * self.in_features))
+        self.A, self.B = empty_factors(self, self.options.rank, device, dtype)
+        self.C = nn.Parameter(torch.empty(self.out_features, count, device=device, dtype=dtype))
         self.register_buffer("channels", torch.empty(count, dtype=torch.int32, device=device))
-        self.reset_parameters(generator)
 
     def forward(self, x: Tensor) -> Tensor:
         return lost_linear(

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, linear, silu
 
 from lowrank_optim.nn.base import (
-    FactoredLinear,
     Parameterization,
-    check_rank,
+    ParameterizedLinear,
     check_weight,
+    empty_factors,
     normal_,
     uniform_,
     working_dtype,
@@ -56,14 +56,9 @@ class LowRank(Parameterization):
         check_choice("init", self.init, INITS)
         check_range("std", self.std, low=0.0)
 
-    def build(
-        self, in_features: int, out_features: int, *, bias: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> LowRankLinear:  # fmt: skip
-        return LowRankLinear(
-            in_features, out_features, self, bias=bias, device=device, dtype=dtype, generator=generator
-        )
+    @property
+    def layer(self) -> type[LowRankLinear]:
+        return LowRankLinear
 
 
 @dataclass(frozen=True)
@@ -98,12 +93,9 @@ class CoLA(Parameterization):
         check_positive_int("rank", self.rank)
         check_choice("act", self.act, ("silu", "none"))
 
-    def build(
-        self, in_features: int, out_features: int, *, bias: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> CoLALinear:  # fmt: skip
-        return CoLALinear(in_features, out_features, self, bias=bias, device=device, dtype=dtype, generator=generator)
+    @property
+    def layer(self) -> type[CoLALinear]:
+        return CoLALinear
 
 
 @dataclass(frozen=True)
@@ -133,12 +125,9 @@ class LoRA(Parameterization):
         check_range("dropout", self.dropout, low=0.0, high=1.0, high_open=True)
         check_range("std", self.std, low=0.0)
 
-    def build(
-        self, in_features: int, out_features: int, *, bias: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> LoRALinear:  # fmt: skip
-        return LoRALinear(in_features, out_features, self, bias=bias, device=device, dtype=dtype, generator=generator)
+    @property
+    def layer(self) -> type[LoRALinear]:
+        return LoRALinear
 
 
 @dataclass(frozen=True)
@@ -148,29 +137,19 @@ class ReLoRA(LoRA):
     The restarts are :class:`lowrank_optim.nn.MergeAndRestart`'s; without it this is LoRA.
     """
 
-    def build(
-        self, in_features: int, out_features: int, *, bias: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> ReLoRALinear:  # fmt: skip
-        return ReLoRALinear(in_features, out_features, self, bias=bias, device=device, dtype=dtype, generator=generator)
+    @property
+    def layer(self) -> type[ReLoRALinear]:
+        return ReLoRALinear
 
 
-class LowRankLinear(FactoredLinear):
+class LowRankLinear(ParameterizedLinear):
     """The layer of :class:`LowRank`: parameters ``A`` (r, n), ``B`` (m, r), ``bias`` (m,)."""
 
-    def __init__(
-        self, in_features: int, out_features: int, options: LowRank, *, bias: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        check_rank(options.rank, in_features, out_features)
-        self.options = options
-        self.scale = scale_of(options.alpha, options.rank)
-        self.A = nn.Parameter(torch.empty(options.rank, in_features, device=device, dtype=dtype))
-        self.B = nn.Parameter(torch.empty(out_features, options.rank, device=device, dtype=dtype))
-        self.reset_parameters(generator)
+    options: LowRank
+
+    def make_parts_(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        self.scale = scale_of(self.options.alpha, self.options.rank)
+        self.A, self.B = empty_factors(self, self.options.rank, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(scaled(linear(x, self.A), self.scale), self.B, self.bias)
@@ -212,21 +191,14 @@ class LowRankLinear(FactoredLinear):
         return f"{super().extra_repr()}, rank={self.options.rank}, scale={self.scale:g}"
 
 
-class CoLALinear(FactoredLinear):
+class CoLALinear(ParameterizedLinear):
     """The layer of :class:`CoLA`: parameters ``A`` (r, n), ``B`` (m, r), ``bias`` (m,)."""
 
-    def __init__(
-        self, in_features: int, out_features: int, options: CoLA, *, bias: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        check_rank(options.rank, in_features, out_features)
-        self.options = options
-        self.nonlinear = options.act != "none"
-        self.A = nn.Parameter(torch.empty(options.rank, in_features, device=device, dtype=dtype))
-        self.B = nn.Parameter(torch.empty(out_features, options.rank, device=device, dtype=dtype))
-        self.reset_parameters(generator)
+    options: CoLA
+
+    def make_parts_(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        self.nonlinear = self.options.act != "none"
+        self.A, self.B = empty_factors(self, self.options.rank, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = linear(x, self.A)
@@ -259,23 +231,16 @@ class CoLALinear(FactoredLinear):
         return f"{super().extra_repr()}, rank={self.options.rank}, act={self.options.act!r}"
 
 
-class LoRALinear(FactoredLinear):
+class LoRALinear(ParameterizedLinear):
     """The layer of :class:`LoRA`: ``weight`` (m, n) without gradient, ``A`` (r, n), ``B`` (m, r), ``bias`` (m,)."""
 
-    def __init__(
-        self, in_features: int, out_features: int, options: LoRA, *, bias: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        check_rank(options.rank, in_features, out_features)
-        self.options = options
-        self.scale = scale_of(options.alpha, options.rank)
-        weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
+    options: LoRA
+
+    def make_parts_(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        self.scale = scale_of(self.options.alpha, self.options.rank)
+        weight = torch.empty(self.out_features, self.in_features, device=device, dtype=dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.A = nn.Parameter(torch.empty(options.rank, in_features, device=device, dtype=dtype))
-        self.B = nn.Parameter(torch.empty(out_features, options.rank, device=device, dtype=dtype))
-        self.reset_parameters(generator)
+        self.A, self.B = empty_factors(self, self.options.rank, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = linear(dropout(x, self.options.dropout, self.training), self.A)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.optim import Optimizer
 
-from lowrank_optim.nn.base import FactoredLinear, Parameterization, check_rank, check_weight, normal_
+from lowrank_optim.nn.base import Parameterization, ParameterizedLinear, check_weight, empty_factors, normal_
 from lowrank_optim.nn.convert import factored_layers, layer_generator
 from lowrank_optim.nn.lowrank import balanced_factors, scaled_product
 from lowrank_optim.nn.restarts import Restart
@@ -40,17 +40,12 @@ class Maestro(Parameterization):
         check_positive_int("rank", self.rank, optional=True)
         check_range("std", self.std, low=0.0)
 
-    def build(
-        self, in_features: int, out_features: int, *, bias: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> MaestroLinear:  # fmt: skip
-        return MaestroLinear(
-            in_features, out_features, self, bias=bias, device=device, dtype=dtype, generator=generator
-        )
+    @property
+    def layer(self) -> type[MaestroLinear]:
+        return MaestroLinear
 
 
-class MaestroLinear(FactoredLinear):
+class MaestroLinear(ParameterizedLinear):
     """The layer of :class:`Maestro`: parameters ``A`` (r, n), ``B`` (m, r), ``bias`` (m,).
 
     Buffer ``kept``, int32 (): how many components are left of the r. Those that were cut off take no part in a product,
@@ -63,20 +58,13 @@ class MaestroLinear(FactoredLinear):
 
     kept: Tensor
 
-    def __init__(
-        self, in_features: int, out_features: int, options: Maestro, *, bias: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        rank = min(in_features, out_features) if options.rank is None else options.rank
-        check_rank(rank, in_features, out_features)
-        self.options = options
+    options: Maestro
+
+    def make_parts_(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        rank = min(self.in_features, self.out_features) if self.options.rank is None else self.options.rank
         self.rank = self.width = rank
-        self.A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
-        self.B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
+        self.A, self.B = empty_factors(self, rank, device, dtype)
         self.register_buffer("kept", torch.tensor(rank, dtype=torch.int32, device=device))
-        self.reset_parameters(generator)
 
     def forward(self, x: Tensor) -> Tensor:
         width = self.width if self.training else self.rank

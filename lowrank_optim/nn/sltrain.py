@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim.nn.base import (
-    FactoredLinear,
     Parameterization,
-    check_rank,
+    ParameterizedLinear,
     check_weight,
+    empty_factors,
     uniform_,
     working_dtype,
 )
@@ -52,17 +52,12 @@ class SLTrain(Parameterization):
         check_sparsity(self.sparsity)
         check_alpha(self.alpha)
 
-    def build(
-        self, in_features: int, out_features: int, *, bias: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> SLTrainLinear:  # fmt: skip
-        return SLTrainLinear(
-            in_features, out_features, self, bias=bias, device=device, dtype=dtype, generator=generator
-        )
+    @property
+    def layer(self) -> type[SLTrainLinear]:
+        return SLTrainLinear
 
 
-class SLTrainLinear(FactoredLinear):
+class SLTrainLinear(ParameterizedLinear):
     """The layer of :class:`SLTrain`.
 
     Parameters ``A`` (r, n), ``B`` (m, r), ``values`` (count,) in the order of their positions, ``bias`` (m,).
@@ -72,23 +67,16 @@ class SLTrainLinear(FactoredLinear):
     index: Tensor
     row_pointers: Tensor
 
-    def __init__(
-        self, in_features: int, out_features: int, options: SLTrain, *, bias: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        check_rank(options.rank, in_features, out_features)
-        self.options = options
-        self.scale = scale_of(options.alpha, options.rank)
-        count = int(options.sparsity * out_features * in_features)
-        self.A = nn.Parameter(torch.empty(options.rank, in_features, device=device, dtype=dtype))
-        self.B = nn.Parameter(torch.empty(out_features, options.rank, device=device, dtype=dtype))
+    options: SLTrain
+
+    def make_parts_(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        self.scale = scale_of(self.options.alpha, self.options.rank)
+        count = int(self.options.sparsity * self.out_features * self.in_features)
+        self.A, self.B = empty_factors(self, self.options.rank, device, dtype)
         self.values = nn.Parameter(torch.empty(count, device=device, dtype=dtype))
-        index, row_pointers = empty_support((out_features, in_features), count, device)
+        index, row_pointers = empty_support((self.out_features, self.in_features), count, device)
         self.register_buffer("index", index)
         self.register_buffer("row_pointers", row_pointers)
-        self.reset_parameters(generator)
 
     def forward(self, x: Tensor) -> Tensor:
         return sltrain_linear(

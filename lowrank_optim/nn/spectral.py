@@ -7,7 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim.nn.base import FactoredLinear, Parameterization, check_rank, check_weight, normal_, working_dtype
+from lowrank_optim.nn.base import (
+    Parameterization,
+    ParameterizedLinear,
+    check_rank,
+    check_weight,
+    normal_,
+    working_dtype,
+)
 from lowrank_optim.ops.spectral_linear import spectral_linear
 from lowrank_optim.ops.triplets import Triplets, activate_, compose, decompose_, draw_slots
 from lowrank_optim.optim.validation import check_positive_int, check_range
@@ -40,15 +47,12 @@ class SST(Parameterization):
         check_positive_int("rank", self.rank)
         check_range("std", self.std, low=0.0)
 
-    def build(
-        self, in_features: int, out_features: int, *, bias: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> SSTLinear:  # fmt: skip
-        return SSTLinear(in_features, out_features, self, bias=bias, device=device, dtype=dtype, generator=generator)
+    @property
+    def layer(self) -> type[SSTLinear]:
+        return SSTLinear
 
 
-class SSTLinear(FactoredLinear):
+class SSTLinear(ParameterizedLinear):
     """The layer of :class:`SST`.
 
     Column i of [u u_frozen], entry i of s and column i of [v v_frozen] are one triplet; drawing another sample swaps
@@ -56,15 +60,11 @@ class SSTLinear(FactoredLinear):
     (m,), and without gradient ``u_frozen`` (m, q - r), ``v_frozen`` (n, q - r), with q = min(m, n).
     """
 
-    def __init__(
-        self, in_features: int, out_features: int, options: SST, *, bias: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        check_rank(options.rank, in_features, out_features)
-        self.options = options
-        m, n, r, q = out_features, in_features, options.rank, min(in_features, out_features)
+    options: SST
+
+    def make_parts_(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        check_rank(self.options.rank, self.in_features, self.out_features)
+        m, n, r, q = self.out_features, self.in_features, self.options.rank, min(self.in_features, self.out_features)
 
         def parameter(*shape: int, trained: bool = True) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype), requires_grad=trained)
@@ -72,7 +72,6 @@ class SSTLinear(FactoredLinear):
         self.u, self.s, self.v = parameter(m, r), parameter(q), parameter(n, r)
         self.u_frozen = parameter(m, q - r, trained=False)
         self.v_frozen = parameter(n, q - r, trained=False)
-        self.reset_parameters(generator)
 
     @property
     def parts(self) -> Triplets:

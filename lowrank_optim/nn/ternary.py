@@ -12,10 +12,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from lowrank_optim.nn.base import (
-    FactoredLinear,
     Parameterization,
-    check_rank,
+    ParameterizedLinear,
     check_weight,
+    empty_factors,
     normal_,
     uniform_,
     working_dtype,
@@ -57,35 +57,23 @@ class TernaryLowRank(Parameterization):
         if isinstance(self.gate, bool) or not isinstance(self.gate, (int, float)) or not -1 < self.gate < 1:
             raise ValueError(f"Invalid gate: {self.gate!r}, expected a number in (-1, 1)")
 
-    def build(
-        self, in_features: int, out_features: int, *, bias: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> TernaryLowRankLinear:  # fmt: skip
-        return TernaryLowRankLinear(
-            in_features, out_features, self, bias=bias, device=device, dtype=dtype, generator=generator
-        )
+    @property
+    def layer(self) -> type[TernaryLowRankLinear]:
+        return TernaryLowRankLinear
 
 
-class TernaryLowRankLinear(FactoredLinear):
+class TernaryLowRankLinear(ParameterizedLinear):
     """The layer of :class:`TernaryLowRank`.
 
     Parameters ``weight`` W (m, n), ``A`` (r, n), ``B`` (m, r), ``gate`` θ (), ``bias`` (m,).
     """
 
-    def __init__(
-        self, in_features: int, out_features: int, options: TernaryLowRank, *, bias: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        check_rank(options.rank, in_features, out_features)
-        self.options = options
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        self.A = nn.Parameter(torch.empty(options.rank, in_features, device=device, dtype=dtype))
-        self.B = nn.Parameter(torch.empty(out_features, options.rank, device=device, dtype=dtype))
+    options: TernaryLowRank
+
+    def make_parts_(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        self.weight = nn.Parameter(torch.empty(self.out_features, self.in_features, device=device, dtype=dtype))
+        self.A, self.B = empty_factors(self, self.options.rank, device, dtype)
         self.gate = nn.Parameter(torch.empty((), device=device, dtype=dtype))
-        self.reset_parameters(generator)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _TernaryLinear.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]

@@ -5,64 +5,45 @@
 others and of itself. A parameterized model is resumed from its parts in ``factored.safetensors``; ``model.safetensors``
 holds its merged weights, and is absent where activations between the factors leave nothing to merge.
 
-Of a run with ``--fsdp`` every process writes its part of the optimizer's tensors into ``shards`` by
-torch.distributed.checkpoint, named ``<parameter>/<key>``, as safetensors, because its own format is a pickle;
-``optimizer.pt`` then has meta tensors in their places. Either kind continues in either way, on any number of processes.
+Of a run with ``--fsdp`` the optimizer's tensors are in ``shards`` (:mod:`lowrank_optim.pretrain.sharded_checkpoint`).
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
-import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch.optim import Optimizer
 
-from lowrank_optim.nn.base import FactoredLinear
 from lowrank_optim.nn.convert import factored_layers
-from lowrank_optim.optim.views import is_sharded
 from lowrank_optim.pretrain import manifest
-from lowrank_optim.pretrain.cache import TEMPORARY, remove_folder, write_folder
-from lowrank_optim.pretrain.config import Options, Resolved, UserError
+from lowrank_optim.pretrain.cache import remove_folder, write_folder
+from lowrank_optim.pretrain.config import Options, Resolved, UserError, line_of
 from lowrank_optim.pretrain.divergence import Guard
+from lowrank_optim.pretrain.random_state import seed_of, set_random_state
+from lowrank_optim.pretrain.sharded_checkpoint import SHARDS, Gathered, join
 from lowrank_optim.pretrain.update import Updater
+from lowrank_optim.pretrain.weight_files import FACTORED, WEIGHTS, load_weights_, save_weights
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 # 1 (release 0.1) has no digests.
 FORMAT = 2
 STATE = "state.json"
 # What resuming reads beside it, whatever the model.
 NEEDED = ("optimizer.pt", "processes.pt")
-SHARDS = "shards"
-FACTORED = "factored.safetensors"
-WEIGHTS = "model.safetensors"
 # A resumed run must continue the one that was saved; how long it runs and what it reports may change.
 FIXED = (
-    *(
-        "dataset",
-        "text_field",
-        "tokenizer",
-        "seq_len",
-        "pack",
-        "model",
-        "init",
-        "dtype",
-        "optimizer",
-        "optimizer_args",
-        "lr",
-    ),
-    *("weight_decay", "grad_clip", "batch_size", "accumulate", "seed"),
+    *("dataset", "text_field", "tokenizer", "seq_len", "pack", "model", "init", "dtype", "optimizer", "optimizer_args"),
+    *("lr", "weight_decay", "grad_clip", "batch_size", "accumulate", "seed"),
     *("parameterization", "parameterization_args", "restarts", "restart_args", "per_layer", "weights"),
     *("accumulate_dtype", "ranks"),
 )
@@ -93,92 +74,6 @@ class Progress:
     guard: Guard = field(default_factory=Guard)
 
 
-class Gathered(NamedTuple):
-    """What the first process of a sharded run saves: whole weights, and the rest of the states beside their shards."""
-
-    model: PreTrainedModel
-    states: dict[str, Any]
-    shards: Path
-
-
-def gather(folder: Path, progress: Progress, update: Updater, skeleton: PreTrainedModel, *, leads: bool) -> Gathered:
-    """Collect a sharded run for :func:`save`, on all its processes; the first must have room for all weights.
-
-    Args:
-        folder, progress, update: as for :func:`save`.
-        skeleton: the model on the meta device.
-        leads: whether this is the first process.
-
-    Raises:
-        UserError: a process cannot write its part; all of them raise it.
-    """
-    import torch.distributed.checkpoint as dcp
-
-    from lowrank_optim.optim.sharding import whole
-
-    # Cleared with what killed writes leave.
-    into = folder / f"{TEMPORARY}checkpoint-{progress.step}-shards"
-    weights = {}
-    for name, tensor in update.model.state_dict().items():
-        values = whole(tensor)
-        if leads:
-            # A copy: of an uneven split the whole is a view of something larger.
-            weights[name] = values.to("cpu", copy=True)
-    model = skeleton
-    if leads:
-        model = copy.deepcopy(skeleton)
-        model.load_state_dict(weights, assign=True)
-        model.tie_weights()
-    states, shards = _split(update.state_dict())
-    try:
-        writer = dcp.HuggingFaceStorageWriter(str(into), save_distributed=True)  # type: ignore[attr-defined]
-        dcp.save(shards, storage_writer=writer)  # type: ignore[attr-defined]
-    # One that knows the errors of all processes.
-    except Exception as error:
-        raise UserError(f"Cannot save checkpoint-{progress.step}: {_line(error)}") from error
-    return Gathered(model, states, into)
-
-
-def _split(states: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """States with meta tensors in place of sharded ones, and these by name."""
-    optimizer = states["optimizer"]
-    shards = {}
-    rest = {number: dict(of_param) for number, of_param in optimizer["state"].items()}
-    for group in optimizer["param_groups"]:
-        for number, name in zip(group["params"], group["param_names"], strict=True):
-            for key, value in rest.get(number, {}).items():
-                if is_sharded(value):
-                    shards[f"{name}/{key}"] = value
-                    rest[number][key] = torch.empty(value.shape, dtype=value.dtype, device="meta")
-    return {**states, "optimizer": {**optimizer, "state": rest}}, shards
-
-
-def _join(states: dict[str, Any], path: Path, optimizer: Optimizer) -> dict[str, Any]:
-    """The states that :func:`_split` took apart, with the tensors that this process needs."""
-    if not (path / SHARDS).is_dir():
-        return states
-    import torch.distributed as dist
-    import torch.distributed.checkpoint as dcp
-
-    from lowrank_optim.optim.sharding import room_for
-
-    params: dict[str, torch.Tensor] = {}
-    for group in optimizer.param_groups:
-        params.update(zip(group["param_names"], group["params"], strict=True))
-    wanted, places = {}, {}
-    for group in states["optimizer"]["param_groups"]:
-        for number, name in zip(group["params"], group["param_names"], strict=True):
-            for key, value in states["optimizer"]["state"].get(number, {}).items():
-                if isinstance(value, torch.Tensor) and value.is_meta:
-                    wanted[f"{name}/{key}"] = room_for(value, params[name])
-                    places[f"{name}/{key}"] = number, key
-    reader = dcp.HuggingFaceStorageReader(str(path / SHARDS))  # type: ignore[attr-defined]
-    dcp.load(wanted, storage_reader=reader, no_dist=not dist.is_initialized())  # type: ignore[attr-defined]
-    for name, (number, key) in places.items():
-        states["optimizer"]["state"][number][key] = wanted[name]
-    return states
-
-
 def save(
     folder: Path,
     progress: Progress,
@@ -200,7 +95,7 @@ def save(
     model = gathered.model if gathered else update.model
 
     def fill(into: Path) -> None:
-        _save_model(model, into)
+        save_weights(model, into)
         tokenizer.save_pretrained(into)
         _save(gathered.states if gathered else update.state_dict(), into / "optimizer.pt")
         if gathered:
@@ -236,44 +131,6 @@ def save(
             if old not in newest_good:
                 remove_folder(old)
     return target
-
-
-def _save_model(model: PreTrainedModel, into: Path) -> None:
-    from safetensors.torch import save_model
-
-    layers = factored_layers(model)
-    if not layers:
-        # One file whatever the size, because resuming loads it in place.
-        model.save_pretrained(into, max_shard_size="1000TB")
-        return
-    save_model(model, str(into / FACTORED))
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(into)
-    if not any(layer.nonlinear for layer in layers.values()):
-        _export(model, layers, into)
-
-
-def _export(model: PreTrainedModel, layers: Mapping[str, FactoredLinear], into: Path) -> None:
-    """Write the merged weights, of which one file of 2 GB at a time is in memory."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-
-    with torch.device("meta"):
-        dense = type(model)(model.config).to(model.dtype)
-    # Tied weights are one parameter.
-    split = split_torch_state_dict_into_shards(dict(dense.named_parameters()), max_shard_size="2GB")
-    state = model.state_dict()
-
-    def merged(name: str) -> torch.Tensor:
-        layer = layers.get(name.removesuffix(".weight"))
-        return (state[name] if layer is None else layer.dense_weight()).cpu().contiguous()
-
-    for file, names in split.filename_to_tensors.items():
-        save_file({name: merged(name) for name in names}, str(into / file), metadata={"format": "pt"})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (into / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -352,7 +209,7 @@ def damage(path: Path, *, digests: bool = True, most: float = math.inf) -> str |
     except OSError as error:
         return f"{Path(error.filename or path).name} cannot be read ({error.strerror or error})"
     except UNREADABLE as error:
-        return f"{STATE} is not what was written ({_line(error)})"
+        return f"{STATE} is not what was written ({line_of(error)})"
 
 
 def set_aside(folder: Path, step: int, mark: str) -> list[Path]:
@@ -378,10 +235,8 @@ def read_fingerprint(path: Path) -> Any:
     Raises:
         UserError: the file cannot be read.
     """
-    try:
+    with _reading(path):
         return _read(path)["fingerprint"]
-    except (OSError, *UNREADABLE) as error:
-        raise UserError(f"Broken checkpoint: {path / STATE} ({error!r})") from error
 
 
 def accumulation(path: Path, run: Resolved, *, processes: int) -> int:
@@ -390,15 +245,13 @@ def accumulation(path: Path, run: Resolved, *, processes: int) -> int:
     Raises:
         UserError: they cannot share the sequences of an update, or the file cannot be read.
     """
-    try:
+    with _reading(path):
         state = _read(path)
         before, size, accumulate = state["processes"], *(state["options"][name] for name in OF_PROCESSES)
         if before == processes:
             return run.accumulate
         sequences, together = size * accumulate * before, run.batch_size * processes
         now, rest = divmod(sequences, together)
-    except (OSError, *UNREADABLE) as error:
-        raise UserError(f"Broken checkpoint: {path / STATE} ({error!r})") from error
     if rest:
         sizes = [n for n in range(1, sequences + 1) if sequences % (n * processes) == 0]
         way = f"--batch-size {' or '.join(map(str, sizes))}" if sizes else "another number of processes"
@@ -420,7 +273,7 @@ def read_state(path: Path, options: Resolved, *, processes: int) -> Progress:
     Raises:
         UserError: an option that shapes the run differs, or the file cannot be read.
     """
-    try:
+    with _reading(path):
         state = _read(path)
         # An older version may not have known an option.
         saved, now = {**asdict(Options()), **state["options"]}, json.loads(json.dumps(asdict(options)))
@@ -428,8 +281,6 @@ def read_state(path: Path, options: Resolved, *, processes: int) -> Progress:
         if state["processes"] != processes:
             changed = {name: values for name, values in changed.items() if name not in OF_PROCESSES}
         progress = _progress(state["progress"])
-    except (OSError, *UNREADABLE) as error:
-        raise UserError(f"Broken checkpoint: {path / STATE} ({error!r})") from error
     if changed:
         what = ", ".join(f"{name} was {old!r} and is now {new!r}" for name, (old, new) in changed.items())
         raise UserError(f"Cannot resume {path}: {what}")
@@ -461,104 +312,27 @@ def load_(
         verdict = pool.submit(damage, path) if digests else None
         reason = None
         try:
-            _load_weights_(update.model, path)
+            load_weights_(update.model, path)
             saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
             processes = torch.load(path / "processes.pt", map_location="cpu", weights_only=True)
             # Between two updates the same on all processes.
             position = processes[0]["data"]
         except Exception as error:
-            reason = _line(error)
+            reason = line_of(error)
         # From here on processes may need each other.
         if not any_(reason is not None):
             try:
-                update.load_state_dict(_join(saved, path, update.optimizer))
+                update.load_state_dict(join(saved, path, update.optimizer))
                 if len(processes) == world:
                     set_random_state(processes[rank]["random"])
                 else:
                     torch.manual_seed(seed_of(update.run.seed, rank, _read(path)["progress"]["step"]))
             except Exception as error:
-                reason = _line(error)
+                reason = line_of(error)
     reason = (verdict and verdict.result()) or reason
     if reason:
         raise BrokenCheckpointError(path, reason)
     return position
-
-
-def seed_of(seed: int, rank: int, step: int = 0) -> int:
-    """The seed of a process that has no random state of its own after ``step`` updates."""
-    return (seed + rank + (step << 20)) % 2**63
-
-
-def _load_weights_(model: PreTrainedModel, path: Path) -> None:
-    from safetensors.torch import load_model
-
-    if any(is_sharded(p) for p in model.parameters()):
-        _load_parts(model, path)
-    elif factored_layers(model):
-        load_model(model, path / FACTORED, device="cpu")
-    else:
-        _load_exported(model, path)
-
-
-def _load_parts(model: PreTrainedModel, path: Path) -> None:
-    """Every process takes its parts of the weights."""
-    from safetensors import safe_open
-
-    from lowrank_optim.optim.sharding import part_of
-
-    targets = model.state_dict(keep_vars=True)
-    with safe_open(path / (FACTORED if factored_layers(model) else WEIGHTS), framework="pt") as file:
-        names = set(file.keys())
-        if names <= targets.keys():
-            parts = {name: part_of(file.get_tensor(name), targets[name]) for name in names}
-        else:
-            loaded = type(model).from_pretrained(path, dtype=model.dtype).state_dict()
-            parts = {name: part_of(values, targets[name]) for name, values in loaded.items()}
-    found = {id(targets[name]) for name in parts}
-    # Tied weights are saved once.
-    lacking = [name for name, target in targets.items() if id(target) not in found]
-    if lacking:
-        raise ValueError(f"{lacking[0]} is missing")
-    model.load_state_dict(parts, strict=False)
-
-
-def _load_exported(model: PreTrainedModel, path: Path) -> None:
-    from safetensors import safe_open
-    from safetensors.torch import load_model
-
-    file = path / WEIGHTS
-    with safe_open(file, framework="pt") as exported:
-        same_names = set(exported.keys()) <= model.state_dict().keys()
-    if same_names:
-        # Mapped files, copied tensor by tensor: a card without room for two of everything can resume.
-        load_model(model, file, device="cpu")
-    else:
-        # Of some models, those with experts for one, transformers exports tensors under the names of the hub.
-        loaded = type(model).from_pretrained(path, dtype=model.dtype)
-        model.load_state_dict(loaded.state_dict())
-
-
-def random_state() -> dict[str, Any]:
-    """States of every generator of this process, in types that ``weights_only`` loads."""
-    legacy: Any = np.random.get_state(legacy=True)
-    name, keys, *rest = legacy
-    return {
-        "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Restore what :func:`random_state` returned."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _save(value: Any, path: Path) -> None:
@@ -576,8 +350,12 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(first or error).split())
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, *UNREADABLE) as error:
+        raise UserError(f"Broken checkpoint: {path / STATE} ({error!r})") from error
 
 
 def _read(path: Path) -> dict[str, Any]:

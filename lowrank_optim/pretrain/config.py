@@ -19,6 +19,11 @@ class UserError(Exception):
     """Something that the person at the keyboard can correct: one clear line and exit status 2, no traceback."""
 
 
+def line_of(error: BaseException) -> str:
+    """Kind and message of an error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
 @contextmanager
 def user_errors(*more: type[Exception]) -> Iterator[None]:
     """Turn the ``ValueError`` and ``RuntimeError`` of set-up code (and ``more``) into one :class:`UserError`."""

@@ -42,23 +42,30 @@ class LossSum(nn.Module):
 def clip_gradients_(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
     """The norm of all gradients together, in fp32; scales them to ``largest`` where it exceeds that (0: never).
 
-    Of a sharded model it is the norm over all processes.
+    Of a sharded model it is the norm over all processes; parameters that ``fully_shard`` ignores count once.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    shards = None
-    if is_sharded(grads[0]):
+    grads: list[Tensor] = []
+    parts: list[Tensor] = []
+    for p in parameters:
+        if p.grad is not None:
+            (parts if is_sharded(p.grad) else grads).append(p.grad)
+    norm = _norm(grads)
+    if parts:
         from lowrank_optim.optim.sharding import local, shards_of
 
         # One mesh for all.
-        shards, grads = shards_of(grads[0]), [local(grad) for grad in grads]
-    norm = torch.stack([vector_norm(g) for g in grads]).norm()
-    if shards is not None:
-        norm = shards.sum_(norm.square()).sqrt()
-    if largest > 0:
+        shards, parts = shards_of(parts[0]), [local(part) for part in parts]
+        norm = norm.hypot(shards.sum_(_norm(parts).square()).sqrt())
+        grads += parts
+    if largest > 0 and grads:
         # A norm that is not finite scales nothing: such an update is skipped as a whole.
         factor = torch.where(norm.isfinite(), (largest / norm).clamp(max=1.0), 1.0)
         torch._foreach_mul_(grads, factor)
     return norm
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([vector_norm(tensor) for tensor in tensors]).norm() if tensors else torch.zeros(())
 
 
 def share_of(batches: int, *, rank: int, world: int) -> int:

@@ -25,6 +25,8 @@ from lowrank_optim.pretrain.energy import captured_energy
 from lowrank_optim.pretrain.launch import Stop, Stopped, start_accelerator
 from lowrank_optim.pretrain.metrics import Metrics
 from lowrank_optim.pretrain.parallel import replicate
+from lowrank_optim.pretrain.random_state import random_state, seed_of, set_random_state
+from lowrank_optim.pretrain.sharded_checkpoint import Gathered, gather
 from lowrank_optim.pretrain.sizes import kept_bytes
 from lowrank_optim.pretrain.sources import Saved
 from lowrank_optim.pretrain.steps import evaluate, in_step, share_of
@@ -79,7 +81,7 @@ class Trainer:
         self.watch = Watch(self.rank, self.world, self.run.process_timeout)
         if self.rank:
             # The first process goes on with the numbers that one alone would draw.
-            torch.manual_seed(checkpoint.seed_of(self.run.seed, self.rank))
+            torch.manual_seed(seed_of(self.run.seed, self.rank))
         device = report.device_name(self.device)
         self.say(report.banner(self.run, self.config, self.model, world=self.world, device=device))
         self.say(f"data       {self.text.description}\nfolder     {self.folder}")
@@ -191,11 +193,11 @@ class Trainer:
         """
         run, progress = self.run, self.progress
         update, tokens = self._next(stream)
-        random_state = checkpoint.random_state()
+        before = random_state()
         try:
             made = self.update([batch for batch, _ in update], tokens, stepped=self._measure, between=self._look)
         except Stopped:
-            checkpoint.set_random_state(random_state)
+            set_random_state(before)
             raise
         epoch = update[-1][1]["epoch"]
         self._say_epoch(epoch)
@@ -388,18 +390,18 @@ class Trainer:
     def _save(self) -> None:
         from accelerate.utils import gather_object
 
-        processes = gather_object([{"data": self.position, "random": checkpoint.random_state()}])
+        processes = gather_object([{"data": self.position, "random": random_state()}])
         is_there, gathered = self.folder.is_dir(), None
         with self.stop.saving(), self.watch.away():
             self.metrics.sync()
             if self.sharded:
-                gathered = checkpoint.gather(self.folder, self.progress, self.update, self.skeleton, leads=self.leads)
+                gathered = gather(self.folder, self.progress.step, self.update, self.skeleton, leads=self.leads)
             if self.leads:
                 self._write(processes, gathered, is_there=is_there)
         self.saved, self.postponed = self.progress.step, False
         self.accelerator.wait_for_everyone()
 
-    def _write(self, processes: list[dict[str, Any]], gathered: checkpoint.Gathered | None, *, is_there: bool) -> None:
+    def _write(self, processes: list[dict[str, Any]], gathered: Gathered | None, *, is_there: bool) -> None:
         if is_there and not os.path.samestat(self.folder.stat(), self.folder_is):
             raise UserError(f"{self.folder} has been replaced during the run; nothing was written into the new one")
         path = checkpoint.save(

@@ -13,13 +13,13 @@ from benchmarks import common
 CPU = torch.device("cpu")
 
 
-def test_contestants_take_turns_and_the_budget_ends_them() -> None:
+def test_candidates_take_turns_and_the_budget_ends_them() -> None:
     order: list[str] = []
-    contestants = {name: (lambda name=name: order.append(name)) for name in "AB"}
-    seconds = common.interleave(contestants, CPU, budget=0.0, least=3, warmup=1)
+    candidates = {name: (lambda name=name: order.append(name)) for name in "AB"}
+    seconds = common.interleave(candidates, CPU, budget=0.0, least=3, warmup=1)
     assert "".join(order) == "AB" * 4
     assert {name: len(values) for name, values in seconds.items()} == {"A": 3, "B": 3}
-    assert len(common.interleave(contestants, CPU, budget=60.0, least=1, most=2, warmup=0)["A"]) == 2
+    assert len(common.interleave(candidates, CPU, budget=60.0, least=1, most=2, warmup=0)["A"]) == 2
 
 
 def test_ratio_is_taken_within_rounds() -> None:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from benchmarks import claims, common, converge, converge_gpu, converge_table, table
-from benchmarks.converge import CPU, Run, Suite, Tokens
+from benchmarks.converge import Tokens
+from benchmarks.converge_runs import CPU, Run, Suite
 from benchmarks.methods import MAIN, METHODS, OTHERS, PILOTS
 from tests.pretrain.conftest import documents, write_shard
 

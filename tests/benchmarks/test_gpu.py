@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 pytest.importorskip("transformers")
 
 from benchmarks import table as readme
-from benchmarks.contestants import own_names
+from benchmarks.baselines import own_names
 from benchmarks.gpu import cases, check, limits, record, runner, sanitizer, table, throughput, train, worker
 from benchmarks.gpu.record import Task
 from benchmarks.gpu.setting import Setting

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.parameterizations import PublishedSLTrain, Shape, contestants, measure
-from benchmarks.peak import peak_bytes
+from benchmarks.memory_probe import peak_bytes
+from benchmarks.parameterizations import PublishedSLTrain, Shape, candidates, measure
 from lowrank_optim.nn import SLTrainLinear
 
 CPU = torch.device("cpu")
 
 
 def test_the_published_formulation_computes_what_ours_does() -> None:
-    layers = contestants(Shape("odd", 37, 29, 4), CPU, torch.float64)
+    layers = candidates(Shape("odd", 37, 29, 4), CPU, torch.float64)
     ours, published = layers["sltrain"], layers["sltrain published"]
     assert isinstance(ours, SLTrainLinear)
     assert isinstance(published, PublishedSLTrain)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks import common, state_bytes, step
-from benchmarks.contestants import ARGUMENTS, VARIANTS, contestants, every_svd_once, own_names
-from benchmarks.targets import Target, targets
+from benchmarks.baselines import ARGUMENTS, VARIANTS, candidates, every_svd_once, own_names
+from benchmarks.budgets import Budget, budgets
 from tests.optimizers import OPTIMIZERS
 from tests.pretrain.conftest import documents, write_shard
 
@@ -23,7 +23,7 @@ def _results_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_public_optimizer_is_a_contestant() -> None:
-    names = {one.name for one in contestants()}
+    names = {one.name for one in candidates()}
     assert set(own_names()) <= names
     assert set(own_names()) <= set(OPTIMIZERS)
 
@@ -37,7 +37,7 @@ def test_every_public_optimizer_is_measured(tmp_path: Path) -> None:
     # The published packages are optional; nothing of ours may be left out.
     assert not set(own_names()) & set(figures["left_out"])
     methods = figures["methods"]
-    assert set(own_names()) <= set(methods) <= {one.name for one in contestants()}
+    assert set(own_names()) <= set(methods) <= {one.name for one in candidates()}
     assert all(row["seconds"]["median"] > 0 and row["to_floor"] > 0 for row in methods.values())
     assert methods["GaLoreAdamW"]["full_size_temporaries"] == 0
     assert methods["torch AdamW foreach"]["full_size_temporaries"] >= 1
@@ -51,7 +51,7 @@ def test_every_public_optimizer_is_measured(tmp_path: Path) -> None:
     assert set(figures["refresh"]) == {"svd", "randomized", "power"}
     refreshed = figures["stagger"]["refreshed_parameters"]
     assert refreshed["slowest"] >= refreshed["median"]
-    held = {target.name: target for target in targets(figures)}
+    held = {budget.name: budget for budget in budgets(figures)}
     assert held["GaLoreAdamW / two GEMMs"].measured == methods["GaLoreAdamW"]["to_floor"]
     assert held["full-size tensors a matrix: GaLore"].met
 
@@ -67,10 +67,10 @@ def test_planned_bytes_a_parameter() -> None:
     assert state_bytes.cell(None) == "–"
 
 
-def test_a_target_says_whether_it_is_met_and_what_two_gemms_would_measure() -> None:
-    assert Target("a", 1.2, 1.2).met and not Target("a", 1.21, 1.2).met
-    assert Target("a", 20.0, 20.0, least=True).met and not Target("a", 19.9, 20.0, least=True).met
-    assert Target("a / b", 0.5, 0.45, two_gemms=0.449).line().endswith("0.50 <= 0.45 MISSED, two GEMMs alone 0.45")
+def test_a_budget_says_whether_it_is_met_and_what_two_gemms_would_measure() -> None:
+    assert Budget("a", 1.2, 1.2).met and not Budget("a", 1.21, 1.2).met
+    assert Budget("a", 20.0, 20.0, least=True).met and not Budget("a", 19.9, 20.0, least=True).met
+    assert Budget("a / b", 0.5, 0.45, two_gemms=0.449).line().endswith("0.50 <= 0.45 MISSED, two GEMMs alone 0.45")
 
 
 def test_who_cannot_run_is_named_with_the_reason() -> None:
@@ -78,7 +78,7 @@ def test_who_cannot_run_is_named_with_the_reason() -> None:
         raise ImportError("No module named 'galore_torch'")
 
     work = step.problem("llama_9m", 8, torch.device("cpu"), torch.float32)
-    missing = step.Contestant("peer", absent, {})
+    missing = step.Candidate("peer", absent, {})
     running, left_out = step.start(work, [missing])
     assert running == [] and left_out == {"peer": "ImportError: No module named 'galore_torch'"}
 
@@ -90,7 +90,7 @@ def test_who_writes_into_the_gradients_stops_the_run() -> None:
                 p.grad.zero_()
 
     work = step.problem("llama_9m", 8, torch.device("cpu"), torch.float32)
-    vandal = step.Contestant("vandal", lambda params, rank: Vandal(params), {})
+    vandal = step.Candidate("vandal", lambda params, rank: Vandal(params), {})
     with pytest.raises(RuntimeError, match="vandal wrote into the gradients"):
         step.start(work, [vandal])
 
@@ -116,7 +116,7 @@ def test_arguments_name_existing_classes_once_they_are_public() -> None:
 def test_energy_of_a_refresh_on_recorded_gradients(tmp_path: Path) -> None:
     for package in ("transformers", "tokenizers", "datasets"):
         pytest.importorskip(package)
-    from benchmarks import energy
+    from benchmarks import refresh_energy
 
     shards = tmp_path / "shards"
     shards.mkdir()
@@ -125,8 +125,8 @@ def test_energy_of_a_refresh_on_recorded_gradients(tmp_path: Path) -> None:
     fields = {"hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2, "num_attention_heads": 2}
     config.write_text(json.dumps({"model_type": "llama", "vocab_size": 320, "max_position_embeddings": 64, **fields}))
     line = f"--model {config} --dataset {shards} --steps 7 --gap 3 --rank 8 --batch-size 4 --seq-len 24 --threads 1"
-    energy.main([*line.split(), "--budget", "0"])
-    result = json.loads((tmp_path / "energy.json").read_text())
+    refresh_energy.main([*line.split(), "--budget", "0"])
+    result = json.loads((tmp_path / "refresh_energy.json").read_text())
     assert result["run"]["dataset"] == "shards" and result["run"]["rank"] == 8
     assert [row["step"] for row in result["refreshes"]] == [4, 7]
     for row in result["refreshes"]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import chaos_table, digests, reference, table
-from benchmarks.contestants import own_names
+from benchmarks.baselines import own_names
 
 pytest.importorskip("transformers")
 

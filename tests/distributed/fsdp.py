@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 import lowrank_optim
 from lowrank_optim.optim import state_storage
-from lowrank_optim.optim.sharding import shards_of
+from lowrank_optim.optim.sharding import part_of
 from tests.distributed.model import Model, distance, model, train, whole
 from tests.optimizers import IDS, VARIANTS, build
 
@@ -109,15 +108,7 @@ def given(name: str, param: Tensor, update: int) -> Tensor:
     if param.ndim > 1:
         sides = [torch.randn(*param.shape[:-2], side, 3, generator=generator) for side in param.shape[-2:]]
         grad = (0.3 * grad + sides[0] @ sides[1].mT).contiguous()
-    grad = grad.to(param.dtype)
-    if not isinstance(param, DTensor):
-        return grad
-    shards = shards_of(param)
-    part = shards.take(grad, shards.axis).contiguous()
-    placed: Tensor = DTensor.from_local(
-        part, shards.mesh, shards.placements, run_check=False, shape=grad.shape, stride=grad.stride()
-    )
-    return placed
+    return part_of(grad.to(param.dtype), param)
 
 
 @contextmanager
@@ -130,13 +121,13 @@ def small_moments_too() -> Iterator[None]:
         state_storage.MIN_8BIT_SIZE = before
 
 
-def alone(row: int, dtype: str, folder: Path) -> dict[int, list[Tensor]]:
-    """The parameters that one process has at every number of updates in :data:`CHAIN`."""
+def alone(row: int, dtype: str, folder: Path, last: int = UPDATES) -> dict[int, list[Tensor]]:
+    """The parameters that one process has at every number of updates in :data:`CHAIN` up to ``last``."""
     file = folder / f"{row} {dtype}.pt"
     if not file.exists():
         trained, options = made(row, dtype)
         optimizer, found, done = build(VARIANTS[row][0], trained.named_parameters(), **options), {}, 0
-        for updates in CHAIN:
+        for updates in (end for end in CHAIN if end <= last):
             advance(row, trained, optimizer, range(done, updates), dtype)
             done, found[updates] = updates, [p.detach().clone() for p in trained.parameters()]
         torch.save(found, file)
@@ -144,21 +135,22 @@ def alone(row: int, dtype: str, folder: Path) -> dict[int, list[Tensor]]:
     return loaded
 
 
-def share(rank: int, world: int, rows: list[int], dtype: str, folder: Path) -> None:
+def share(rank: int, world: int, rows: list[int], dtype: str, folder: Path, last: int = UPDATES) -> None:
     """Let every process run some of the rows alone, for all."""
     for row in rows[rank::world]:
-        alone(row, dtype, folder)
+        alone(row, dtype, folder, last)
     dist.barrier()
 
 
 def compare(
-    rank: int, world: int, rows: list[int], dtype: str, placement: str, folder: str, show: bool = False
-) -> list[Result]:
+    rank: int, world: int, rows: list[int], dtype: str, placement: str, folder: str, show: bool = False,
+    updates: int = UPDATES,
+) -> list[Result]:  # fmt: skip
     """Rows against one process, whose runs are kept in ``folder``."""
     kept, found = Path(folder), []
-    share(rank, world, rows, dtype, kept)
+    share(rank, world, rows, dtype, kept, updates)
     for row in rows:
-        result = compared(rank, row, dtype, placement, kept)
+        result = compared(rank, row, dtype, placement, kept, updates)
         found.append(result)
         if show and rank == 0:
             bound = limit(row, dtype)
@@ -168,18 +160,18 @@ def compare(
     return found
 
 
-def compared(rank: int, row: int, dtype: str, placement: str, folder: Path) -> Result:
+def compared(rank: int, row: int, dtype: str, placement: str, folder: Path, updates: int) -> Result:
     """One row."""
     shared, options = made(row, dtype)
     shard(shared, placement)
     second = build(VARIANTS[row][0], shared.named_parameters(), **options)
     try:
-        advance(row, shared, second, range(UPDATES), dtype)
+        advance(row, shared, second, range(updates), dtype)
     except ValueError as error:
         return Result(None, str(error).partition(",")[0])
     splits = [second.plan_of(p, second.entry(p).group).layout.split for p in shared.parameters()]
     kinds = ", ".join(f"{splits.count(kind)} {kind}" for kind in sorted(set(splits)))
-    error = distance(alone(row, dtype, folder)[UPDATES], shared.parameters())
+    error = distance(alone(row, dtype, folder)[updates], shared.parameters())
     return Result(error, kinds, one_bad_shard(rank, shared, second) if dtype == "float64" else None)
 
 

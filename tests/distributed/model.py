@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lowrank_optim.optim import sharding
+
 # Examples of a batch: more than any side, so that no gradient has a null space for rounding errors to fill.
 EXAMPLES = 64
 
@@ -56,8 +58,7 @@ def train(trained: nn.Module, optimizer: Optimizer, updates: range, dtype: torch
 
 def whole(tensor: Tensor) -> Tensor:
     """A plain tensor with all values."""
-    gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
-    return gathered.detach()
+    return sharding.whole(tensor).detach()
 
 
 def difference(one: nn.Module, other: nn.Module) -> float:

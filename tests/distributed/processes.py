@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import tempfile
 import traceback
 import warnings
@@ -14,15 +15,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run(function: Callable[..., Any], world: int, *arguments: Any, start: str = "spawn") -> list[Any]:
+def run(function: Callable[..., Any], world: int, *arguments: Any, start: str = "forkserver") -> list[Any]:
     """What ``function(rank, world, *arguments)`` returns on every process.
 
     Args:
-        start: "fork" saves the imports; nothing may have gone backward in this process before.
+        start: "forkserver" imports once for all processes; "fork" needs no import, but nothing may have gone backward
+            in this process before.
 
     Raises:
         AssertionError: one of them failed, with its traceback.
     """
+    multiprocessing.set_forkserver_preload([function.__module__])
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_enter, (function, world, folder, arguments), nprocs=world, start_method=start)
         results = [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world)]

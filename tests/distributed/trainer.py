@@ -315,9 +315,10 @@ def c4(runs: Runs) -> dict[str, Any]:
 
 def smoke(runs: Runs) -> dict[str, Any]:
     """A sharded run of two processes, continued by one."""
-    runs.run("two", 2, *GALORE, "--fsdp")
-    runs.continued("one", "two", 1, *GALORE)
-    return runs.differ("one", "two", after=4)
+    line = [*GALORE, "--max-steps", "6", "--save-every", "4", "--eval-every", "6", "--eval-batches", "1"]
+    runs.run("two", 2, *line, "--fsdp")
+    runs.continued("one", "two", 1, *line)
+    return runs.differ("one", "two", after=4, step=6)
 
 
 CASES: dict[str, Callable[[Runs], Any]] = {

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks.interpreter import mend_bfloat16
+from benchmarks.triton_interpreter import mend_bfloat16
 
 HAS_GPU = torch.cuda.is_available()
 

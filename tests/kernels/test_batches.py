@@ -11,12 +11,13 @@ import torch
 from lowrank_optim.ops import pick
 from lowrank_optim.ops.gaussian import gaussian
 from lowrank_optim.ops.lowrank_update import lowrank_update_
+from tests.conformance import nightly
 from tests.ops.batches import with_kernels
 
 NAMES = sorted(with_kernels((), torch.device("cpu"), torch.float32))
 
 
-@pytest.mark.parametrize("batch", [(3,), (2, 2)], ids=str)
+@pytest.mark.parametrize("batch", [(2, 2), *nightly(((3,),))], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_against_single_matrices(

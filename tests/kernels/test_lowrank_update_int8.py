@@ -53,7 +53,7 @@ def check_alike(eagerly: tuple[Tensor, Tensor], by_kernel: tuple[Tensor, Tensor]
 
 @pytest.mark.parametrize("dtype", FP32_AND_SLOW_BF16, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("terms", ["product", "gradient", "both"])
+@pytest.mark.parametrize("terms", ["both", *nightly("product", "gradient")])
 def test_the_codes_of_the_eager_operation(
     shape: tuple[int, int, int], dtype: torch.dtype, terms: str, device: torch.device
 ) -> None:

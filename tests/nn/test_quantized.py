@@ -316,14 +316,14 @@ def test_save_load_continue_is_bit_identical(assign: bool, bits: int) -> None:
 def test_a_checkpoint_of_transformers_resumes_from_codes_and_exports_floats(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     safetensors = pytest.importorskip("safetensors.torch")
-    from lowrank_optim.pretrain.checkpoint import FACTORED, _save_model
     from lowrank_optim.pretrain.llama import build_config, build_model
+    from lowrank_optim.pretrain.weight_files import FACTORED, save_weights
 
     config = build_config("llama_9m", vocab_size=64)
     config.num_hidden_layers = 1
     model, again = (build_model(config, dtype=torch.bfloat16) for _ in range(2))
     quantize_weights(model)
-    _save_model(model, tmp_path)
+    save_weights(model, tmp_path)
     exported = safetensors.load_file(tmp_path / "model.safetensors")
     quantize_weights(again)
     safetensors.load_model(again, tmp_path / FACTORED)

@@ -28,13 +28,13 @@ def reference(x: Tensor, parts: Triplets) -> Tensor:
 
 SHAPES = pytest.mark.parametrize(("n", "m", "rank"), [(7, 5, 2), (5, 7, 3), (6, 6, 6), (9, 1, 1)], ids=str)
 # By the parts alone, and with W in between.
-TOKENS = pytest.mark.parametrize("tokens", [(2, 3), (3, 20)], ids=["few tokens", "many tokens"])
+TOKENS = pytest.mark.parametrize("tokens", [(2, 3), (2, 7)], ids=["few tokens", "many tokens"])
 
 
 @SHAPES
 @TOKENS
 def test_gradcheck(n: int, m: int, rank: int, tokens: tuple[int, int]) -> None:
-    assert through_weight(tokens[0] * tokens[1], m, n, min(m, n)) == (tokens == (3, 20))
+    assert through_weight(tokens[0] * tokens[1], m, n, min(m, n)) == (tokens == (2, 7))
     parts = [p.detach().clone().requires_grad_(p.requires_grad) for p in layer(n, m, rank).parts]
     x = torch.randn(*tokens, n, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *ps: spectral_linear(x, *ps, enhanced=False), (x, *parts))

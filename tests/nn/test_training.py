@@ -102,7 +102,7 @@ def test_accumulated_updates_in_backward_equal_a_step_at_the_end(name: str, opti
     step = make(optimizer, at_end.named_parameters())
     tell = in_backward(hooked, optimizer)
     losses = []
-    for update in range(5):
+    for update in range(4):
         batches = range(MICRO_BATCHES * update, MICRO_BATCHES * (update + 1))
         for micro_batch, batch in enumerate(batches):
             loss = loss_of(at_end, batch) / MICRO_BATCHES
@@ -113,7 +113,7 @@ def test_accumulated_updates_in_backward_equal_a_step_at_the_end(name: str, opti
         assert all(p.grad is None for p in hooked.parameters())
         step.step()
         step.zero_grad()
-    # Five updates along a sketch of rank 1 may lead anywhere.
+    # Four updates along a sketch of rank 1 may lead anywhere.
     assert optimizer == "APOLLOMini" or sum(losses[-4:]) < sum(losses[:4])
     for (key, p), q in zip(at_end.named_parameters(), hooked.parameters(), strict=True):
         assert torch.equal(p, q), key
@@ -124,14 +124,14 @@ def test_galore_compresses_the_factors(name: str) -> None:
     model = block()
     convert(model, VARIANTS[name].options)
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    optimizer = GaLoreAdamW(trained, lr=1e-2, rank=2, update_proj_gap=10, scale=1.0)
+    optimizer = GaLoreAdamW(trained, lr=1e-2, rank=2, update_proj_gap=5, scale=1.0)
     # The factors, whose smaller side is their rank 4, a weight that is trained beside them, and no vector.
     compressed = [row.name for row in optimizer.explain() if row.method == "rank 2"]
     matrices = [n for n, p in trained if p.ndim == 2 and min(p.shape) > 2 and n.startswith("attn.q_proj.")]
     assert [n for n in compressed if n.startswith("attn.q_proj.")] == matrices and len(matrices) >= 2
     assert all(model.get_parameter(n).ndim == 2 for n in compressed)
-    losses = train(model, optimizer, 0, 60)
-    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    losses = train(model, optimizer, 0, 30)
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
 @every_variant
@@ -143,7 +143,7 @@ def test_integer_buffers_keep_their_dtype_in_bf16(name: str) -> None:
     after = {key: value.dtype for key, value in model.state_dict().items() if not value.is_floating_point()}
     assert after == before
     assert torch.int64 not in after.values()
-    first, *_, last = train(model, torch.optim.AdamW(model.parameters(), lr=1e-2), 0, 30)
+    first, *_, last = train(model, torch.optim.AdamW(model.parameters(), lr=1e-2), 0, 10)
     assert last < first
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from benchmarks.peak import peak_bytes
+from benchmarks.memory_probe import peak_bytes
 from lowrank_optim.ops.linear_cross_entropy import linear_cross_entropy
 from tests.ops.products import Sizes
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.peak import peak_bytes
+from benchmarks.memory_probe import peak_bytes
 from lowrank_optim.ops.sltrain import (
     BLOCKS,
     sddmm_operator,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from tests.conformance import nightly
 from tests.optimizers import IDS, OPTIMIZERS, VARIANTS, build
 
 SHAPES = [(32, 48), (40,), (1100, 8)]
@@ -46,7 +47,9 @@ def compiled_and_plain(
 
 
 @pytest.mark.skipif(torch.__version__ < "2.7", reason="the compiler of torch 2.6 makes a graph for every step count")
-@pytest.mark.parametrize("kwargs", [{}, {"state_dtype": "int8", "weight_decay": 0.1}], ids=["float32", "int8"])
+@pytest.mark.parametrize(
+    "kwargs", [{}, *nightly({"state_dtype": "int8", "weight_decay": 0.1})], ids=["float32", "int8"]
+)
 def test_a_compiled_step_is_the_eager_one_and_is_compiled_once(kwargs: dict[str, Any]) -> None:
     """Once for the second step, once more for a step count that varies, and what surrounds a refresh."""
     distance, graphs = compiled_and_plain("aot_eager", torch.float32, **kwargs)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.conformance import every_variant
+from tests.conformance import every_variant, nightly
 from tests.optimizers import OPTIMIZERS, VARIANTS, WITHOUT_RANK, build
 
 pytestmark = pytest.mark.filterwarnings(
@@ -106,9 +106,8 @@ def test_empty_parameters_are_left_alone(name: str) -> None:
     ("name", "kwargs"),
     [
         ("GaLoreAdamW", {}),
-        ("FiraAdamW", {"moments": "rotate"}),
         ("LDAdamW", {}),
-        ("LDAdamW", {"error_feedback": False}),
+        *nightly(("FiraAdamW", {"moments": "rotate"}), ("LDAdamW", {"error_feedback": False})),
     ],
 )
 def test_a_basis_stays_orthonormal_over_a_thousand_refreshes(name: str, kwargs: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from lowrank_optim.pretrain import checkpoint
 from lowrank_optim.pretrain.config import Options, Resolved, UserError
+from lowrank_optim.pretrain.random_state import random_state, set_random_state
 
 # How long a run is, what it reports, saves and costs in memory. All other options shape what it trains.
 MAY_CHANGE = {
@@ -146,8 +147,8 @@ def test_random_states_come_back(tmp_path: Path) -> None:
     # An odd number of Gaussians leaves one behind in Python's and in numpy's generator.
     random.gauss(0, 1)
     np.random.randn()
-    torch.save(checkpoint.random_state(), tmp_path / "state.pt")
+    torch.save(random_state(), tmp_path / "state.pt")
     expected = (drawn(), random.gauss(0, 1), float(np.random.randn()))
     drawn()
-    checkpoint.set_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    set_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
     assert (drawn(), random.gauss(0, 1), float(np.random.randn())) == expected

@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
+from lowrank_optim.optim.sharding import part_of
 from lowrank_optim.pretrain.batches import Batch
 from lowrank_optim.pretrain.llama import build_config, build_model
 from lowrank_optim.pretrain.steps import clip_gradients_, evaluate, loss_sum
@@ -69,3 +73,20 @@ def test_clipping(dtype: torch.dtype) -> None:
     assert clip_gradients_(weights, 9.0).item() == pytest.approx(0.5, rel=1e-2)
     weights[0].grad[0, 0] = math.inf  # type: ignore[index]
     assert clip_gradients_(weights, 0.5).item() == math.inf
+    assert clip_gradients_(weights[2:], 0.5).item() == 0.0
+
+
+def test_clipping_where_some_parameters_are_not_split() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        weights = [torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(3)]
+        for weight, value in zip(weights, (1.0, 2.0, 4.0), strict=True):
+            weight.grad = torch.full((2, 3), value)
+        # The first and the last are ignored by fully_shard.
+        split = torch.nn.Parameter(distribute_tensor(weights[1].data, init_device_mesh("cpu", (1,)), [Shard(0)]))
+        split.grad = part_of(torch.full((2, 3), 2.0), split)
+        weights[1] = split
+        assert clip_gradients_(weights, 1.0).item() == pytest.approx(math.sqrt(6 * 21))
+        assert clip_gradients_(weights, 0.0).item() == pytest.approx(1.0)
+    finally:
+        dist.destroy_process_group()

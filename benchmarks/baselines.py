@@ -38,7 +38,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-class Contestant(NamedTuple):
+class Candidate(NamedTuple):
     """``build`` takes parameters and a rank; ``arguments`` are what tells it from others of its class.
 
     once: its first step on the matrices of one layer stands for all: a step on all takes minutes.
@@ -50,19 +50,19 @@ class Contestant(NamedTuple):
     once: bool = False
 
 
-def contestants() -> Iterator[Contestant]:
+def candidates() -> Iterator[Candidate]:
     """Everyone; building or stepping one may fail where a package is missing."""
     for optimizer in own_names():
         variants = [ARGUMENTS.get(optimizer, {}), *(args for name, args in VARIANTS if name == optimizer)]
         for i, arguments in enumerate(variants):
             label = optimizer if i == 0 else f"{optimizer}({', '.join(f'{k}={v}' for k, v in arguments.items())})"
-            yield Contestant(label, built(optimizer, arguments), arguments)
+            yield Candidate(label, built(optimizer, arguments), arguments)
     for way in ("foreach", "fused"):
-        yield Contestant(f"torch AdamW {way}", _torch_adamw(way), {way: True})
+        yield Candidate(f"torch AdamW {way}", _torch_adamw(way), {way: True})
     # It multiplies in bf16, which most CPUs do not.
-    yield Contestant("torch Muon", _torch_muon, {}, once=True)
+    yield Candidate("torch Muon", _torch_muon, {}, once=True)
     for label, (module, cls, group, arguments) in PEERS.items():
-        yield Contestant(label, _peer(module, cls, group, arguments), {**group, **arguments})
+        yield Candidate(label, _peer(module, cls, group, arguments), {**group, **arguments})
 
 
 def own_names() -> list[str]:

@@ -1,10 +1,10 @@
 """How much of real gradients a refreshed basis captures, relative to the exact SVD, and at what time.
 
-    python -m benchmarks.energy [--dataset FOLDER --tokenizer FOLDER] [--model llama_20m] [--steps 61] [--gap 20]
+    python -m benchmarks.refresh_energy [--dataset FOLDER --tokenizer FOLDER] [--model llama_20m] [--gap 20]
 
 trains a LLaMA with GaLoreAdamW, keeps the gradients of every refresh but the first together with the bases that stood
-before it, and writes ``results/energy.json``: for each kind of refresh |G P|² / |G|² relative to the SVD's, mean and
-worst matrix, and its time; "stale" is the old basis without a refresh.
+before it, and writes ``results/refresh_energy.json``: for each kind of refresh |G P|² / |G|² relative to the SVD's,
+mean and worst matrix, and its time; "stale" is the old basis without a refresh.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def times(recorded: Sequence[Recorded], group: Group, budget: float) -> dict[str
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.energy", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.refresh_energy", description=__doc__.partition("\n")[0])
     parser.add_argument("--dataset", default=training.default_dataset(), help="as train_llama.py takes it")
     parser.add_argument("--tokenizer", help="as train_llama.py takes it")
     parser.add_argument("--model", default="llama_20m", help="a preset or a LLaMA config.json")
@@ -128,7 +128,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--budget", type=float, default=30.0, help="seconds of timing")
-    parser.add_argument("--name", default="energy", help="of the JSON file")
+    parser.add_argument("--name", default="refresh_energy", help="of the JSON file")
     options = parser.parse_args(argv)
     if not 0 < options.gap < options.steps:
         parser.error(f"Invalid gap: {options.gap}, expected one in [1, steps), or there is no second refresh")
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         about, group, recorded = record(options)
     except (UserError, RuntimeError, ValueError) as error:
-        raise SystemExit(f"benchmarks.energy: error: {error}") from error
+        raise SystemExit(f"benchmarks.refresh_energy: error: {error}") from error
     with torch.no_grad():
         rows = energies(recorded, group)
         timed = times(recorded, group, options.budget)

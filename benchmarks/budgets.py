@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 
-class Target(NamedTuple):
+class Budget(NamedTuple):
     """``measured`` is to be at most ``limit``, or at least that where ``least``.
 
     two_gemms: what projecting and back-projecting alone would measure, where that says how far the limit is away.
@@ -29,15 +29,15 @@ class Target(NamedTuple):
         return f"{self.name:52}{self.measured:9.2f} {sign} {self.limit:g} {'met' if self.met else 'MISSED'}{bound}"
 
 
-def targets(figures: Mapping[str, Any]) -> Iterator[Target]:
-    """Every target that the figures of one model say something about."""
+def budgets(figures: Mapping[str, Any]) -> Iterator[Budget]:
+    """Every budget that the figures of one model say something about."""
     methods = figures["methods"]
     to_floor = {name: row["to_floor"] for name, row in methods.items()}
 
-    def step(ours: str, theirs: str | None, limit: float) -> Iterator[Target]:
+    def step(ours: str, theirs: str | None, limit: float) -> Iterator[Budget]:
         if ours in to_floor and (theirs is None or theirs in to_floor):
             base = 1.0 if theirs is None else to_floor[theirs]
-            yield Target(f"{ours} / {theirs or 'two GEMMs'}", to_floor[ours] / base, limit, two_gemms=1 / base)
+            yield Budget(f"{ours} / {theirs or 'two GEMMs'}", to_floor[ours] / base, limit, two_gemms=1 / base)
 
     yield from step("GaLoreAdamW", None, 1.12)
     yield from step("GaLoreAdamW", "galore-torch GaLoreAdamW", 0.85)
@@ -48,9 +48,9 @@ def targets(figures: Mapping[str, Any]) -> Iterator[Target]:
     # A subspace iteration projects and back-projects once as well.
     svd, power = (figures["refresh"][kind] for kind in ("svd", "power"))
     bound = svd["seconds"]["median"] / figures["floor_seconds"]["median"]
-    yield Target("SVD / power refresh", power["svd_to_this"], 12.0, least=True, two_gemms=bound)
-    yield Target("staggered, slowest / median step", figures["stagger"]["slowest_to_median"], 1.2)
+    yield Budget("SVD / power refresh", power["svd_to_this"], 12.0, least=True, two_gemms=bound)
+    yield Budget("staggered, slowest / median step", figures["stagger"]["slowest_to_median"], 1.2)
     for families, limit in ((("GaLore",), 0.0), (("Fira", "APOLLO", "DCT"), 1.0)):
         counts = [row["full_size_temporaries"] for name, row in methods.items() if name.startswith(families)]
         if counts:
-            yield Target(f"full-size tensors a matrix: {', '.join(families)}", max(counts), limit)
+            yield Budget(f"full-size tensors a matrix: {', '.join(families)}", max(counts), limit)

@@ -1,0 +1,108 @@
+"""The weights in a checkpoint: a folder that transformers loads, and the factors of a parameterized model beside it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lowrank_optim.nn.base import FactoredLinear
+from lowrank_optim.nn.convert import factored_layers
+from lowrank_optim.optim.views import is_sharded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FACTORED = "factored.safetensors"
+WEIGHTS = "model.safetensors"
+
+
+def save_weights(model: PreTrainedModel, into: Path) -> None:
+    from safetensors.torch import save_model
+
+    layers = factored_layers(model)
+    if not layers:
+        # One file whatever the size, because resuming loads it in place.
+        model.save_pretrained(into, max_shard_size="1000TB")
+        return
+    save_model(model, str(into / FACTORED))
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(into)
+    if not any(layer.nonlinear for layer in layers.values()):
+        _export(model, layers, into)
+
+
+def _export(model: PreTrainedModel, layers: Mapping[str, FactoredLinear], into: Path) -> None:
+    """Write the merged weights, of which one file of 2 GB at a time is in memory."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    with torch.device("meta"):
+        dense = type(model)(model.config).to(model.dtype)
+    # Tied weights are one parameter.
+    split = split_torch_state_dict_into_shards(dict(dense.named_parameters()), max_shard_size="2GB")
+    state = model.state_dict()
+
+    def merged(name: str) -> torch.Tensor:
+        layer = layers.get(name.removesuffix(".weight"))
+        return (state[name] if layer is None else layer.dense_weight()).cpu().contiguous()
+
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: merged(name) for name in names}, str(into / file), metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (into / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def load_weights_(model: PreTrainedModel, path: Path) -> None:
+    from safetensors.torch import load_model
+
+    if any(is_sharded(p) for p in model.parameters()):
+        _load_parts(model, path)
+    elif factored_layers(model):
+        load_model(model, path / FACTORED, device="cpu")
+    else:
+        _load_exported(model, path)
+
+
+def _load_parts(model: PreTrainedModel, path: Path) -> None:
+    """Every process takes its parts of the weights."""
+    from safetensors import safe_open
+
+    from lowrank_optim.optim.sharding import part_of
+
+    targets = model.state_dict(keep_vars=True)
+    with safe_open(path / (FACTORED if factored_layers(model) else WEIGHTS), framework="pt") as file:
+        names = set(file.keys())
+        if names <= targets.keys():
+            parts = {name: part_of(file.get_tensor(name), targets[name]) for name in names}
+        else:
+            loaded = type(model).from_pretrained(path, dtype=model.dtype).state_dict()
+            parts = {name: part_of(values, targets[name]) for name, values in loaded.items()}
+    found = {id(targets[name]) for name in parts}
+    # Tied weights are saved once.
+    lacking = [name for name, target in targets.items() if id(target) not in found]
+    if lacking:
+        raise ValueError(f"{lacking[0]} is missing")
+    model.load_state_dict(parts, strict=False)
+
+
+def _load_exported(model: PreTrainedModel, path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_model
+
+    file = path / WEIGHTS
+    with safe_open(file, framework="pt") as exported:
+        same_names = set(exported.keys()) <= model.state_dict().keys()
+    if same_names:
+        # Mapped files, copied tensor by tensor: a card without room for two of everything can resume.
+        load_model(model, file, device="cpu")
+    else:
+        # Of some models, those with experts for one, transformers exports tensors under the names of the hub.
+        loaded = type(model).from_pretrained(path, dtype=model.dtype)
+        model.load_state_dict(loaded.state_dict())
