@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -37,6 +38,8 @@ def _warn(message: Warning | str, *_: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; 0 on success, 2 with one line on stderr where the input is wrong."""
+    # What was imported stays: the garbage collector need not go through it again.
+    gc.freeze()
     try:
         parser = _parser()
         options = parse_known(parser, argv, MEMORY_OPTIONS)
