@@ -354,21 +354,22 @@ def _bytes(sizes: Sizes, job: Job, profile: Profile) -> int:
     """Closed form of the peak; the activations' coefficients are those of transformers' LLaMA in bf16."""
     tokens = job.batch_size * job.seq_len
     hidden, inner, layers, vocabulary = sizes
+    # What the loss finds, and what the layers make in their turn.
+    stay, come = layers * (24 * hidden + 8 * inner), 25 * hidden
     if job.checkpointing:
-        activations = tokens * (2 * hidden * layers + 37 * hidden + 12 * inner)
-    else:
-        activations = tokens * (layers * (24 * hidden + 8 * inner) + 25 * hidden)
+        stay, come = 2 * hidden * layers, 37 * hidden + 12 * inner
     if not job.per_layer:
-        gradients = profile.gradients
+        held, late = profile.gradients, 0
     elif job.accumulate == 1:
-        gradients = profile.largest_gradient
+        held, late = profile.largest_gradient, 0
     else:
-        gradients = profile.sums + profile.refresh + profile.whole
-    # The loss takes fp32 logits, their gradient, and both in bf16, beside the gradient of the head; an update takes
-    # about as much for itself as the largest gradient.
-    loss = 10 * min(tokens, CHUNK) * vocabulary
-    kept = profile.weights + profile.optimizer + profile.device.gathered + activations
-    return int(kept + profile.largest_gradient + max(gradients, loss))
+        held, late = profile.sums + profile.whole, profile.refresh
+    # The loss takes fp32 logits, their gradient, and both in bf16, beside the gradient of the head and sums of earlier
+    # micro-batches; an update takes about as much for itself as the largest gradient.
+    loss = tokens * stay + 10 * min(tokens, CHUNK) * vocabulary
+    loss += held if job.accumulate > 1 else profile.largest_gradient
+    update = tokens * (stay + come) + held + late + profile.largest_gradient
+    return int(profile.weights + profile.optimizer + profile.device.gathered + max(loss, update))
 
 
 def _inner(config: Any) -> int:
