@@ -192,6 +192,9 @@ def search(
         )
     if check and devices > 1 and "fsdp" in strategies:
         raise ValueError("Invalid --simulate: with --strategy fsdp, expected --strategy ddp or one device")
+    for name in optimizers:
+        # An unknown one is known before any plan is made.
+        accepted_arguments(name)
     room = available(gpu_bytes)
     every: list[Plan] = []
     for strategy in strategies if devices > 1 else strategies[:1]:

@@ -115,6 +115,7 @@ def test_predictions_are_near_the_simulation(optimizer, args, per_layer):
     [
         ("--gpu 24MB", "expected a size such as 24, 24GB"),
         ("--gpu RTX4091", "did you mean RTX 4090?"),
+        ("--gpu 24GB --optimizer Galor", "expected FOAM, "),
         ("--gpu 24GB --tokens 100", "at least one sequence of 256"),
     ],
 )
