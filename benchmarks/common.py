@@ -70,7 +70,7 @@ def versions() -> dict[str, str]:
 def write_result(name: str, device: torch.device, figures: Mapping[str, Any]) -> Path:
     """Write ``results/name.json`` with the figures and everything needed to repeat them; returns its path."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
-    program = f"-m {module.name}" if module is not None else Path(sys.argv[0]).name
+    program = f"-m {module.name.removesuffix('.__main__')}" if module is not None else Path(sys.argv[0]).name
     result = {
         "name": name,
         "command": f"python {program} {shlex.join(sys.argv[1:])}".strip(),

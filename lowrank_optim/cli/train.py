@@ -29,17 +29,23 @@ def dry_run(options: Options) -> int:
     from lowrank_optim.pretrain.build import build
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    parts = world if options.fsdp else 1
     with user_errors(ImportError):
         settled, config, model, optimizer = build(options, "meta", processes=world)
         expected = estimate(options)
-        reference = adamw_sizes(options)
+        kept, reference = kept_bytes(options, parts), adamw_sizes(options, parts)
+    if os.environ.get("RANK", "0") != "0":
+        return 0
     print(report.banner(settled, config, model, world=world, device="meta (dry run)"))
     print("\n" + report.method_table(optimizer, model) + "\n")
-    print(report.memory_table([(settled.optimizer, expected.state_dtype, expected.by_category), *reference]))
-    if len(expected.gradients_by_kind) > 1:
+    print(report.memory_table([(settled.optimizer, expected.state_dtype, kept), *reference]))
+    if len(expected.gradients_by_kind) > 1 and parts == 1:
         kinds = (f"{kind} {size / 2**20:,.1f} MiB" for kind, size in expected.gradients_by_kind.items() if size)
         print(f"Gradients: {', '.join(kinds)}.")
-    print("Predicted to the byte; activations are not included.")
+    if parts == 1:
+        print("Predicted to the byte; activations are not included.")
+    else:
+        print(f"Predicted for one of {parts} processes; activations and what is gathered for them are not included.")
     return 0
 
 
@@ -61,7 +67,7 @@ def run(options: Options) -> int:
         from lowrank_optim.memory.estimate import state_dtype
 
         measured = (f"{settled.optimizer}, measured", state_dtype(trainer.optimizer), trainer.sizes)
-        memory = report.memory_table([measured, *adamw_sizes(options)])
+        memory = report.memory_table([measured, *adamw_sizes(options, trainer.world if trainer.sharded else 1)])
         seconds = time.perf_counter() - started
         summary = report.summary(trainer.progress, trainer.evaluated, trainer.folder, seconds=seconds)
         trainer.say(f"\n{memory}\n\n{summary}")
@@ -78,7 +84,18 @@ def run(options: Options) -> int:
     return status
 
 
-def adamw_sizes(options: Options) -> list[Sizes]:
+def kept_bytes(options: Options, parts: int) -> Mapping[str, int]:
+    """Weights, gradients and optimizer state, predicted, of the first of the processes that a model is split over."""
+    from lowrank_optim.memory.devices import Devices, footprint
+    from lowrank_optim.memory.estimate import estimate
+
+    if parts == 1:
+        return estimate(options).by_category
+    part = footprint(options, Devices(parts, "fsdp"))
+    return {"weights": part.weights, "gradients": part.gradients, "optimizer": part.optimizer}
+
+
+def adamw_sizes(options: Options, parts: int = 1) -> list[Sizes]:
     """What AdamW keeps, predicted, for the same model with dense weights: states as torch has them, and in fp32."""
     from lowrank_optim.memory.estimate import estimate
 
@@ -89,5 +106,4 @@ def adamw_sizes(options: Options) -> list[Sizes]:
     rows = [] if options.optimizer == "AdamW" else [plain]
     if options.dtype == "bf16":
         rows.append(replace(plain, optimizer="GaLoreAdamW", optimizer_args=["rank=none", "state_dtype=float32"]))
-    found = [estimate(row) for row in rows]
-    return [("AdamW, same model", row.state_dtype, row.by_category) for row in found]
+    return [("AdamW, same model", estimate(row).state_dtype, kept_bytes(row, parts)) for row in rows]

@@ -51,7 +51,8 @@ class DCTAdamW(LowRankOptimizer):
             docs/choosing.md, as is error feedback.
         ell_norm: the norm that scores columns, 2 (keeps the most energy) or 1.
         rotate: move the moments with their columns; False leaves them where they are.
-        error_feedback: None, "full" (E stored as the moments are) or "int8" (E in int8, one fp32 scale for 128 values).
+        error_feedback: None, "full" (E stored as the moments are) or "int8" (E in int8, an fp32 scale for 128 values of
+            a row).
         similarity: how S is computed: "matmul", "fft" (a DCT basis only) or "auto", the faster by measurement.
         common: stagger, state_dtype, weight_rounding, maximize, capturable, backend; see
             :class:`lowrank_optim.optim.options.Common`.

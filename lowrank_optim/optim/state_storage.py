@@ -168,8 +168,8 @@ def replace_moment_(state: State, key: str, values: Tensor, ok: bool | Tensor) -
 
 def scale_slot(codes: Slot) -> Slot:
     """The scales of the codes of a moment, or of an error in linear int8."""
-    block = BLOCK if codes.dtype == torch.uint8 else int8_blocks.BLOCK
-    return Slot((-(-math.prod(codes.shape) // block),), torch.float32)
+    count = -(-math.prod(codes.shape) // BLOCK) if codes.dtype == torch.uint8 else int8_blocks.blocks(codes.shape)
+    return Slot((count,), torch.float32)
 
 
 def decode(state: Mapping[str, Any], key: str) -> Tensor:

@@ -58,7 +58,7 @@ class Watch:
         self._say(0)
         # Until everybody has left its first number; the first process may be reading a checkpoint.
         self._store.wait([str(rank) for rank in range(self.world)], timedelta(minutes=30))
-        thread = threading.Thread(target=self._watch, daemon=True)
+        thread = threading.Thread(target=self._watch, name=f"watch of process {self.rank}", daemon=True)
         thread.start()
         try:
             yield
@@ -73,6 +73,8 @@ class Watch:
             self._look.set()
             with suppress(RuntimeError):
                 self._say(0)
+            # A thread inside the store must not outlive the interpreter, which would abort the process.
+            thread.join(timeout=self.timeout)
         # Nobody ends, perhaps with the store, while another still watches.
         with suppress(RuntimeError):
             self._store.set(f"left {self.rank}", "")

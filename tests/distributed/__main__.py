@@ -3,8 +3,9 @@
 The table has, for every row of ``tests/optimizers.py``, how far the parameters are from those of one process after 20
 updates, a refresh in every third, as a share of the largest value: with ``long_side``; in float64 also as
 ``fully_shard`` splits by itself, and on a mesh of two copies (HSDP). Weights in float64 and float32 train end to end.
-With bfloat16 weights, with float32 weights and all moments in int8, and for FRUGAL, whose signs turn a rounding into a
-step, the gradients are given, so that only optimizers are compared. In float64 an update follows whose gradient is not
+With bfloat16 weights, with float32 weights and all moments in int8, for FRUGAL, whose signs turn a rounding into a
+step, and for SVDs in float32, whose signs a rounding may turn, the gradients are given, so that only optimizers are
+compared. In float64 an update follows whose gradient is not
 finite on one process.
 
 Checkpoints are runs that torch.distributed.checkpoint saves on 2 processes and that go on on 1, then 4, then 2, against
@@ -61,12 +62,18 @@ def main() -> int:
 
 
 def write(options: argparse.Namespace, figures: dict[str, Any]) -> None:
-    """Keep what is known so far."""
-    if options.write:
-        # Only a checkout has it.
-        from benchmarks.common import write_result
+    """Keep what is known so far, and what earlier calls have found of other rows."""
+    if not options.write:
+        return
+    # Only a checkout has it.
+    from benchmarks.common import read_result, write_result
 
-        write_result("distributed", torch.device("cpu"), figures)
+    before = read_result("distributed") or {}
+    kept = {}
+    for part, keys in (("table", ("row", "processes", "dtype", "placement")), ("checkpoints", ("row",))):
+        rows = [row for row in [*before.get(part, []), *figures[part]] if row["row"] in IDS]
+        kept[part] = [*{tuple(row[key] for key in keys): row for row in rows}.values()]
+    write_result("distributed", torch.device("cpu"), figures | kept)
 
 
 def table(options: argparse.Namespace, rows: list[int], folder: str) -> Iterator[list[dict[str, Any]]]:

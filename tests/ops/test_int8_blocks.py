@@ -14,16 +14,31 @@ def test_half_a_step_of_error_and_exact_zeros(shape: tuple[int, ...], dtype: tor
     values = torch.randn(shape, dtype=dtype) ** 3
     values[torch.rand(shape) < 0.3] = 0
     codes = torch.full(shape, 99, dtype=torch.int8)
-    scale = torch.full((blocks(values.numel()),), float("nan"))
+    scale = torch.full((blocks(shape),), float("nan"))
     original = values.clone()
     quantize_(codes, scale, values, where=TRUE)
     assert torch.equal(values, original)
     back = dequantize(codes, scale, dtype)
     assert back.dtype == dtype and back.shape == values.shape
-    steps = scale.to(dtype).repeat_interleave(BLOCK)[: values.numel()].view(shape)
+    by_row = scale.to(dtype).view(values[..., 0].numel(), -1)
+    steps = by_row.repeat_interleave(BLOCK, -1)[:, : shape[-1]].view(shape)
     assert bool(((back - values).abs() <= 0.5 * steps * (1 + 1e-5)).all())
     assert bool((back[values == 0] == 0).all())
     assert int(codes.abs().max()) == (127 if values.any() else 0)
+
+
+@pytest.mark.parametrize("length", [5, 128, 300])
+def test_some_rows_are_stored_as_they_are_among_others(length: int) -> None:
+    """What a process of several keeps, or a matrix of a stack."""
+    values = torch.randn(2, 9, length)
+    codes, scale = torch.zeros(values.shape, dtype=torch.int8), torch.zeros(blocks(values.shape))
+    quantize_(codes, scale, values)
+    some, its = torch.zeros(4, length, dtype=torch.int8), torch.zeros(blocks((4, length)))
+    quantize_(some, its, values[1, 3:7].contiguous())
+    assert torch.equal(some, codes[1, 3:7]) and torch.equal(its, scale.view(2, 9, -1)[1, 3:7].flatten())
+    none = torch.zeros(0, length, dtype=torch.int8)
+    quantize_(none, torch.zeros(0), torch.zeros(0, length))
+    assert dequantize(none, torch.zeros(0), torch.float32).shape == (0, length)
 
 
 def test_zeros_huge_and_tiny_values() -> None:
@@ -34,7 +49,7 @@ def test_zeros_huge_and_tiny_values() -> None:
 
 
 def test_a_false_condition_keeps_what_was_there() -> None:
-    codes, scale = torch.randint(-127, 128, (300,), dtype=torch.int8), torch.rand(blocks(300))
+    codes, scale = torch.randint(-127, 128, (300,), dtype=torch.int8), torch.rand(blocks((300,)))
     old = codes.clone(), scale.clone()
     quantize_(codes, scale, torch.full((300,), float("nan")), where=torch.tensor(False))
     assert torch.equal(codes, old[0]) and torch.equal(scale, old[1])

@@ -49,6 +49,17 @@ def test_degenerate_matrices_have_a_basis() -> None:
     assert not bool(orthonormalize(torch.full((9, 4), float("nan"))).isfinite().all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
+def test_a_rounding_turns_no_direction_around(dtype: torch.dtype) -> None:
+    for seed in range(20):
+        a = torch.randn(30, 20, dtype=dtype) * torch.logspace(0, -1, 20)
+        near = a * (1 + 1e-7 * torch.randn(30, 20))
+        one, other = (range_finder(m, 4, torch.Generator().manual_seed(seed)) for m in (a, near))
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=0)
+        largest = one.gather(0, one.abs().argmax(0, keepdim=True))
+        torch.testing.assert_close(largest, largest.abs().to(dtype))
+
+
 def test_a_basis_that_follows_a_thousand_gradients_stays_orthonormal() -> None:
     start = torch.randn(48, 24)
     basis = range_finder(start, 6, torch.Generator().manual_seed(0))

@@ -82,7 +82,7 @@ def four_bits() -> list[Tensor]:
 
 
 def eight_bit_error() -> list[Tensor]:
-    codes, scale = filled((10, 40), torch.int8), filled((4,), torch.float32)
+    codes, scale = filled((10, 40), torch.int8), filled((10,), torch.float32)
     int8_blocks.quantize_(codes, scale, values(10, 40))
     return [codes, scale, int8_blocks.dequantize(codes, scale, torch.float32)]
 

@@ -262,6 +262,21 @@ def test_dry_run_writes_nothing(arguments: list[str], tmp_path: Path, capsys: An
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_of_a_split_model_counts_the_part_of_a_process_and_speaks_once(
+    tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    line = ["--model", "llama_9m", "--seq-len", "32", "--output-dir", str(tmp_path / "run"), "--fsdp", "--dry-run"]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert train_llama.main(line) == 0
+    out = capsys.readouterr().out
+    # 8,995,968 fp32 values over four.
+    assert re.search(r"AdamW, same model +float32 +8\.6 +8\.6 +17\.2 +34\.3", out)
+    assert re.search(r"GaLoreAdamW +float32 +8\.6 +8\.6 +1", out) and "one of 4 processes" in out
+    monkeypatch.setenv("RANK", "1")
+    assert train_llama.main(line) == 0
+    assert not capsys.readouterr().out
+
+
 def test_predicted_memory_is_measured(arguments: list[str], tmp_path: Path, capsys: Any) -> None:
     line = [*arguments, "--max-steps", "1", "--dtype", "bf16", "--output-dir", str(tmp_path)]
     assert train_llama.main([*line, "--dry-run"]) == 0

@@ -51,10 +51,10 @@ class ErrorFeedback(Lift):
         if group["error_feedback"] == "full":
             return moment_slots("error", shape, view.wide, group["state_dtype"], "elements")
         # A complex number is two values.
-        shape = (*shape, 2) if view.wide.is_complex else shape
+        shape = (*shape[:-1], 2 * shape[-1]) if view.wide.is_complex else shape
         return {
             "error.codes": Slot(shape, torch.int8, "elements"),
-            "error.scale": Slot((blocks(torch.Size(shape).numel()),), torch.float32),
+            "error.scale": Slot((blocks(shape),), torch.float32),
         }
 
     def before(self, grad: Tensor, state: State, group: Group) -> Tensor:
@@ -68,7 +68,7 @@ class ErrorFeedback(Lift):
             total = load_moment(state, "error", grad.dtype).clone()
         else:
             total = dequantize(state["error.codes"], state["error.scale"], dtype.to_real())
-            total = torch.view_as_complex(total) if dtype.is_complex else total
+            total = torch.view_as_complex(total.view(*total.shape[:-1], -1, 2)) if dtype.is_complex else total
         add_coefficients_(total, grad, group["basis"], group["similarity"])
         return total
 
@@ -84,6 +84,6 @@ class ErrorFeedback(Lift):
         if group["error_feedback"] == "full":
             replace_moment_(state, "error", error, step.ok)
         else:
-            values = torch.view_as_real(error) if error.is_complex() else error
+            values = torch.view_as_real(error).flatten(-2) if error.is_complex() else error
             where = is_finite(step.ok) if isinstance(step.ok, Tensor) else None
             quantize_(state["error.codes"], state["error.scale"], values, where=where)
