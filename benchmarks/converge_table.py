@@ -1,6 +1,6 @@
 """The tables and plots of ``benchmarks.converge`` from the runs that exist; ``python -m benchmarks.table`` writes them.
 
-README.md has the methods of :data:`SHOWN`, docs/choosing.md all of them. The plots carry a digest of what they show,
+docs/choosing.md has all methods. The plots carry a digest of what they show,
 by which ``--check`` tells whether they are up to date.
 """
 
@@ -19,10 +19,11 @@ from benchmarks.converge import DIVERGED
 from benchmarks.converge_runs import CPU, PILOT_SEED, Results, Suite, best_rate, ladder, losses, rest_rate, results
 from benchmarks.methods import MAIN, OTHERS
 
-BEGIN, CHOOSING = "<!-- table:converge -->", "<!-- table:choosing -->"
+CHOOSING = "<!-- table:choosing -->"
 PAGE = Path(__file__).parents[1] / "docs" / "choosing.md"
-PLOTS = Path(__file__).parents[1] / "docs" / "assets"
+# The plots name these.
 SHOWN = (*(method.name for method in MAIN), "8-bit AdamW", "APOLLO-Mini", "SinkGD", "SLTrain")
+PLOTS = Path(__file__).parents[1] / "docs" / "assets"
 COMMAND = "python -m benchmarks.converge --suite cpu"
 
 
@@ -75,17 +76,22 @@ def dense_weights(suite: Suite = CPU) -> int:
     return int(shape["num_hidden_layers"] * width * (4 * width + 3 * shape["intermediate_size"]))
 
 
-def current() -> str:
-    """README's table.
+def perplexities(names: Sequence[str]) -> tuple[dict[str, float], str]:
+    """Of some methods over the seeds that all of them have, and of what, in words.
 
     Raises:
-        ValueError: no runs.
+        ValueError: a method without runs.
     """
     known = results(CPU)
-    found = [row for row in rows(known) if row.name in SHOWN]
-    if not found:
-        raise ValueError(f"Invalid results: no runs, expected those of {COMMAND}")
-    return f"{_table(found)}\n\n{_caption(known, found)}"
+    found = {row.name: row for row in rows(known) if row.name in names}
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(f"Invalid results: no runs of {missing[0]}, expected those of {COMMAND}")
+    seeds = sorted(set.intersection(*(set(row.seeds) for row in found.values())))
+    means = {name: statistics.mean(found[name].seeds[seed] for seed in seeds) for name in names}
+    parameters = next(iter(known.values()))["parameters"]
+    words = f"a LLaMA of {parameters / 1e6:.1f} million parameters after {CPU.tokens / 1e6:.1f} million tokens "
+    words += f"({len(seeds)} seed{'s' * (len(seeds) > 1)})"
+    return {name: math.exp(loss) for name, loss in means.items()}, words
 
 
 def choosing() -> str:

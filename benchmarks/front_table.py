@@ -1,8 +1,9 @@
-"""The README's tables: LLaMA-7B's peak with AdamW, 8-bit AdamW and the methods here, and the six first choices.
+"""The README's tables: LLaMA-7B's peak with AdamW, 8-bit AdamW and ours, a small model's loss, and the first choices.
 
 ``python -m benchmarks.front_table`` simulates the two baselines and the three settings that come with the package,
 counts the states of the six choices, and writes ``results/front_table.json``. Our rows of peaks come from
-``benchmarks.memory_7b``, what a card allocated from ``benchmarks.gpu``; ``benchmarks.table`` draws the tables.
+``benchmarks.memory_7b``, what a card allocated from ``benchmarks.gpu``, perplexities from ``benchmarks.converge``;
+``benchmarks.table`` draws the tables.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import converge_table
 from benchmarks.common import RESULTS, markdown, needed_result, read_result, write_result
 from lowrank_optim.memory.estimate import estimate
 from lowrank_optim.memory.job import MEMORY_OPTIONS, Job
@@ -25,6 +27,12 @@ BEGIN_CHOICES = "<!-- table:choices -->"
 BEGIN_SETTINGS = "<!-- table:settings -->"
 MODEL = "llama_7b"
 BASELINES = {"AdamW": "`torch.optim.AdamW`", "AdamW8bit": "`bitsandbytes.optim.AdamW8bit`"}
+# What the convergence runs call the optimizers of the table.
+TRAINED = {
+    **{"AdamW": "AdamW", "AdamW8bit": "8-bit AdamW", "GaLoreAdamW8bit": "GaLore", "QGaLoreAdamW8bit": "Q-GaLore"},
+    **{"DCTAdamW": "DCT", "APOLLOMini": "APOLLO-Mini"},
+}
+CONTROL = "low rank"
 SETTINGS = ("llama_7b_24gb", "llama_7b_16gb", "llama_7b_12gb")
 PARTS = ("weights", "gradients", "optimizer")
 # What is wanted, the class, its arguments in the column of memory, and what it costs.
@@ -74,18 +82,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 def current() -> str:
     """The table of peaks."""
     front, ours, measured = needed_result("front_table"), needed_result("memory_7b"), on_a_card()
-    rows = [[text, "bf16", *_sizes(front["peaks"][name]), "–"] for name, text in BASELINES.items()]
-    rows += [
-        [f"`{row['method']}`", row["weights"], *_sizes(row), measured.get((row["method"], row["weights"]), "–")]
-        for row in ours["rows"]
-        if row["model"] == MODEL
+    trained, setup = converge_table.perplexities([*TRAINED.values(), CONTROL])
+    rows = [
+        [text, "bf16", *_sizes(front["peaks"][name]), "–", f"{trained[TRAINED[name]]:.1f}"]
+        for name, text in BASELINES.items()
     ]
-    header = ("optimizer", "weights in", "peak, GB", *PARTS, "on a card")
+    for row in ours["rows"]:
+        if row["model"] == MODEL:
+            allocated = measured.get((row["method"], row["weights"]), "–")
+            # No run has weights in int4.
+            loss = "–" if row["weights"] == "int4" else f"{trained[TRAINED[row['method'].partition('(')[0]]]:.1f}"
+            rows.append([f"`{row['method']}`", row["weights"], *_sizes(row), allocated, loss])
+    header = ("LLaMA-7B with", "weights in", "peak, GB", *PARTS, "on a card", "perplexity")
     caption = (
-        "Simulated peaks of 1 × 2048 tokens with recomputed activations and chunked loss; ours update each matrix in "
-        "the backward pass\nand keep one gradient. On a card: what an H200 limited to 24, 16 or 12 GB allocated. GB = "
-        "10⁹ bytes. Made by\n"
-        f"`{front['command']}`, `{ours['command']}`, `python -m benchmarks.gpu` and `python -m benchmarks.table`."
+        "Simulated peaks of 1 × 2048 tokens with recomputed activations; ours update each matrix in the backward pass. "
+        "On a card: what an H200\nlimited to 24, 16 or 12 GB allocated. Perplexity: on C4, "
+        f"{setup}, which says little\nabout 7B; states of GaLore, DCT and APOLLO in fp32 there, plain low-rank factors "
+        f"{trained[CONTROL]:.1f}.\n[All methods and seeds](docs/choosing.md); [more on the peaks](docs/memory.md#7b)."
     )
     return f"{markdown(header, rows, range(2, len(header)))}\n\n{caption}"
 

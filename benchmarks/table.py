@@ -166,7 +166,6 @@ def current() -> str:
 # Where each table stands, its marker, and what makes it.
 TABLES: tuple[tuple[Path, str, Callable[[], str]], ...] = (
     (README, front_table.BEGIN, front_table.current),
-    (README, converge_table.BEGIN, converge_table.current),
     (README, front_table.BEGIN_CHOICES, front_table.choices),
     (converge_table.PAGE, converge_table.CHOOSING, converge_table.choosing),
     (claims.PAGE, claims.BEGIN, claims.current),

@@ -14,6 +14,7 @@ from typing import Any
 from lowrank_optim import __version__
 from lowrank_optim.cli import quiet  # noqa: F401
 from lowrank_optim.pretrain.config import UserError
+from lowrank_optim.pretrain.optimizers import nearest
 
 PROG = "lowrank-train"
 # Subcommands: the module and the function, imported when called, and what they do.
@@ -38,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = say_warning  # type: ignore[assignment]
         try:
+            if command == "train" and line and not line[0].startswith("-"):
+                near = nearest(line[0], COMMANDS)
+                raise UserError(f"Invalid command: {line[0]!r}, expected one of {', '.join(COMMANDS)}{near}")
             module, _, function = COMMANDS[command][0].partition(":")
             status: int = getattr(importlib.import_module(module), function)(line)
             return status

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from lowrank_optim import __version__
@@ -37,6 +39,8 @@ def _warn(message: Warning | str, *_: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; 0 on success, 2 with one line on stderr where the input is wrong."""
+    # What was imported stays: the garbage collector need not go through it again.
+    gc.freeze()
     try:
         parser = _parser()
         options = parse_known(parser, argv, MEMORY_OPTIONS)
@@ -116,9 +120,15 @@ def _positive(text: str) -> int:
 def _job(options: argparse.Namespace, **more: str) -> Job:
     job = Job(**{**read_values(options), **more})
     check_ranges(job)
-    if job.parameterization_args and job.parameterization is None:
-        raise UserError("Invalid --parameterization-args: they need --parameterization")
     return job
+
+
+@contextmanager
+def _written_by(flag: str, path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"Invalid --{flag}: cannot write {path} ({error.strerror})") from error
 
 
 def _estimate(options: argparse.Namespace) -> Any:
@@ -136,6 +146,11 @@ def _measure(options: argparse.Namespace) -> Any:
     import torch
 
     job = _job(options)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("Invalid --device: 'cuda', expected 'cpu' where torch sees no GPU")
+    if options.checkpoint is not None:
+        with _written_by("checkpoint", options.checkpoint):
+            Path(options.checkpoint).mkdir(parents=True, exist_ok=True)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     expected, peak = estimate(job), simulate(job)
     runs = measure(job, updates=options.updates, device=device, checkpoint=options.checkpoint)
@@ -162,12 +177,9 @@ def _compare(options: argparse.Namespace) -> Any:
     rows = compare(options.models, methods, parse_optimizer_args(job.optimizer_args), job, simulated=options.simulate)
     what = "Simulated peak" if options.simulate else "Weights, gradients and optimizer state"
     for flag, write in (("png", write_png), ("html", write_html), ("csv", write_csv)):
-        path = getattr(options, flag)
-        try:
-            if path:
+        if path := getattr(options, flag):
+            with _written_by(flag, path):
                 write(path, rows, f"{what}, {job.setting}")
-        except OSError as error:
-            raise UserError(f"Invalid --{flag}: cannot write {path} ({error.strerror})") from error
     if options.json:
         return {"rows": [row._asdict() for row in rows]}
     return f"{what}, {job.setting}\n\n{table(rows)}\n\n{UNITS}."

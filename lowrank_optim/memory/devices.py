@@ -86,6 +86,8 @@ class Footprint:
 
     def sent(self, devices: Devices, accumulate: int = 1) -> int:
         """What a device sends in an update of so many micro-batches, in the mean over refreshes."""
+        if devices.number == 1:
+            return 0
         model = Moved().plus(self.model, accumulate if devices.splits else 1)
         return model.plus(self.update).plus(self.refresh, 1 / self.gap).sent(devices.number)
 

@@ -33,7 +33,8 @@ class Outline(nn.Module):
             }
             self.model = nn.ModuleDict(
                 {
-                    "embed_tokens": nn.Embedding(shape.vocab, hidden),
+                    # Its own initialisation would compile what it draws.
+                    "embed_tokens": nn.Embedding(shape.vocab, hidden, _weight=torch.empty(shape.vocab, hidden)),
                     "layers": nn.ModuleList([nn.ModuleDict(layer)]),
                     "norm": nn.RMSNorm(hidden),
                 }

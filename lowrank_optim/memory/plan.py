@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import inspect
 import math
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from lowrank_optim.memory.devices import ALONE, STRATEGIES, Devices, Footprint, footprint_of
 from lowrank_optim.memory.estimate import low_rank_sums
@@ -51,6 +54,11 @@ TIE = 0.02
 GAP = 200
 EVERY_UPDATE = ("Trion", "LDAdamW")
 STATES = ("float32", "bfloat16", "int8")
+# What torch and bitsandbytes keep is what ours keep without a rank, and ours are made in a fraction of the time.
+WITHOUT_RANK: dict[str, tuple[str, dict[str, Any]]] = {
+    "AdamW": ("GaLoreAdamW", {"rank": None, "state_dtype": "bfloat16"}),
+    "AdamW8bit": ("GaLoreAdamW8bit", {"rank": None}),
+}
 WEIGHTS = ("bf16", "int8")
 
 COST_MODEL = f"""Cost of an update of N tokens, in FLOPs; W matrices, H head, r rank; a byte of traffic is {BALANCE},
@@ -184,12 +192,16 @@ def search(
         )
     if check and devices > 1 and "fsdp" in strategies:
         raise ValueError("Invalid --simulate: with --strategy fsdp, expected --strategy ddp or one device")
+    for name in optimizers:
+        # An unknown one is known before any plan is made.
+        accepted_arguments(name)
     room = available(gpu_bytes)
     every: list[Plan] = []
     for strategy in strategies if devices > 1 else strategies[:1]:
         spread = Devices(devices, strategy)
         names = optimizers or _known(spread)
-        every += _plans(model, tokens // devices, seq_len, names, progress, spread)
+        with _without_compiler():
+            every += _plans(model, tokens // devices, seq_len, names, progress, spread)
     every.sort(key=lambda plan: plan.order)
     plans = [plan for plan in every if plan.predicted_bytes <= room]
     best_of = sorted({plan.job.optimizer: plan for plan in reversed(plans)}.values(), key=lambda plan: plan.order)
@@ -232,6 +244,17 @@ def _known(devices: Devices) -> list[str]:
     return ["AdamW", *eight_bit, *low_rank_names()]
 
 
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Let optimizers be made without torch's compiler, whose import takes longer than all plans."""
+    wrapped = Optimizer.add_param_group
+    Optimizer.add_param_group = inspect.unwrap(wrapped)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Optimizer.add_param_group = wrapped  # type: ignore[method-assign]
+
+
 def _order(cost: float, rank: float, state: str | None, weights: str) -> tuple[Any, ...]:
     """Cheap first; among equals the highest rank, full rank first of all, then the widest states and weights."""
     return (round(math.log(cost) / math.log1p(TIE)), -rank, STATES.index(state or "float32"), weights == "int8", cost)
@@ -249,8 +272,7 @@ def _plans(
     for number, name in enumerate(optimizers, 1):
         progress(f"{name} ({number} of {len(optimizers)})")
         own = name in low_rank_names()
-        # What bitsandbytes keeps is what ours keeps without a rank.
-        of_ours = {"AdamW8bit": "GaLoreAdamW8bit"}.get(name, name)
+        of_ours, without_rank = WITHOUT_RANK.get(name, (name, {}))
         accepted = accepted_arguments(name) if name == of_ours else []
         ranked = "rank" in accepted and name != "APOLLOMini"
         ranks = [sizes.hidden_size // part for part in (4, 8, 16)] if ranked else [None]
@@ -261,7 +283,7 @@ def _plans(
             if name == "DCTAdamW":
                 # Its default, a selection at every update, needs the whole gradient.
                 args["update_proj_gap"] = GAP
-            profile = _profile(sizes, network, of_ours, args if of_ours == name else {"rank": None}, devices)
+            profile = _profile(sizes, network, of_ours, args or without_rank, devices)
             whole = own and not devices.splits
             for weights in WEIGHTS if whole else ("bf16",):
                 this = profile if devices.splits else replace(profile, weights=weight_bytes[weights])
@@ -335,21 +357,22 @@ def _bytes(sizes: Sizes, job: Job, profile: Profile) -> int:
     """Closed form of the peak; the activations' coefficients are those of transformers' LLaMA in bf16."""
     tokens = job.batch_size * job.seq_len
     hidden, inner, layers, vocabulary = sizes
+    # What the loss finds, and what the layers make in their turn.
+    stay, come = layers * (24 * hidden + 8 * inner), 25 * hidden
     if job.checkpointing:
-        activations = tokens * (2 * hidden * layers + 37 * hidden + 12 * inner)
-    else:
-        activations = tokens * (layers * (24 * hidden + 8 * inner) + 25 * hidden)
+        stay, come = 2 * hidden * layers, 37 * hidden + 12 * inner
     if not job.per_layer:
-        gradients = profile.gradients
+        held, late = profile.gradients, 0
     elif job.accumulate == 1:
-        gradients = profile.largest_gradient
+        held, late = profile.largest_gradient, 0
     else:
-        gradients = profile.sums + profile.refresh + profile.whole
-    # The loss takes fp32 logits, their gradient, and both in bf16, beside the gradient of the head; an update takes
-    # about as much for itself as the largest gradient.
-    loss = 10 * min(tokens, CHUNK) * vocabulary
-    kept = profile.weights + profile.optimizer + profile.device.gathered + activations
-    return int(kept + profile.largest_gradient + max(gradients, loss))
+        held, late = profile.sums + profile.whole, profile.refresh
+    # The loss takes fp32 logits, their gradient, and both in bf16, beside the gradient of the head and sums of earlier
+    # micro-batches; an update takes about as much for itself as the largest gradient.
+    loss = tokens * stay + 10 * min(tokens, CHUNK) * vocabulary
+    loss += held if job.accumulate > 1 else profile.largest_gradient
+    update = tokens * (stay + come) + held + late + profile.largest_gradient
+    return int(profile.weights + profile.optimizer + profile.device.gathered + max(loss, update))
 
 
 def _inner(config: Any) -> int:

@@ -35,7 +35,7 @@ LAYERS = 3
 
 
 def simulate(options: Options, *, whole: bool = False) -> Peak:
-    """The peak of the bytes alive over three updates, one with a first basis, one with a new one, one between them.
+    """The peak of the bytes alive over an update of each kind: with a first basis, with a new one, between them.
 
     The training step is the real one, with its hooks, checkpoints and optimizer; no memory of the job's size is used.
     What an operation of a device allocates and frees inside of itself is not seen. What repeats is run a few times and
@@ -72,7 +72,7 @@ def simulate(options: Options, *, whole: bool = False) -> Peak:
         used = batches if whole else batches[:MICRO_BATCHES]
         if update.in_backward is not None:
             update.in_backward.accumulate = len(used)
-        for part in (*UPDATES, SECOND_HALF) if run.per_layer and run.accumulate > 1 else UPDATES:
+        for part in _parts(run, optimizer):
             tracker.part(part)
             update(used, run.accumulate * run.batch_size * (run.seq_len - 1))
             for name, p in model.named_parameters():
@@ -111,6 +111,19 @@ def with_layers(config: Any, number: int) -> Any:
             setattr(config, name, value[:number])
     config.num_hidden_layers = number
     return config
+
+
+def _parts(run: Resolved, optimizer: Optimizer) -> tuple[str, ...]:
+    """The updates that differ: where nothing is renewed, every one is like the second."""
+    subspaces = [
+        optimizer.parts_of(p, group).subspace
+        for group in optimizer.param_groups
+        if isinstance(optimizer, LowRankOptimizer) and group["update_proj_gap"] > 1
+        for p in group["params"]
+    ]
+    if not any(subspace is not None and subspace.refreshes for subspace in subspaces):
+        return UPDATES[:2]
+    return (*UPDATES, SECOND_HALF) if run.per_layer and run.accumulate > 1 else UPDATES
 
 
 def _shorten_gap_(optimizer: Optimizer) -> None:

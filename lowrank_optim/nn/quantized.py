@@ -129,7 +129,9 @@ class QuantizedLinear(FactoredLinear):
     def from_weight_(self, weight: Tensor) -> None:
         """Each value to the nearest code."""
         check_weight(weight, self)
-        self.format.quantize_(self.weight_codes, self.weight_scale, weight)
+        # Without data only the shapes count.
+        if not weight.is_meta:
+            self.format.quantize_(self.weight_codes, self.weight_scale, weight)
 
     def _bind(self) -> None:
         """Tie the parameter to this module: one element, on the device where the buffers are."""

@@ -14,12 +14,13 @@ NARROW = (torch.bfloat16, torch.float16)
 CHUNK = 2**17
 
 
-def chunks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same rows of several (..., rows, columns), in at least two parts; an eighth where every part is a launch."""
     *batch, rows, columns = tensors[0].shape
     cached = CHUNK // max(1, columns * math.prod(batch)) if tensors[0].device.type == "cpu" else rows // 8
     some = max(1, min(cached, -(-rows // 2)))
-    return list(zip(*[torch.split(tensor, some, dim=-2) for tensor in tensors]))
+    for first in range(0, rows, some):
+        yield tuple([tensor.narrow(-2, first, min(some, rows - first)) for tensor in tensors])
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

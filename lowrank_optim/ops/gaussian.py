@@ -26,6 +26,8 @@ def gaussian(
         batch: leading axes; matrix i of a key is the same numbers whatever stands beside it.
         first: number of the first matrix, where these are some of a larger batch.
     """
+    if device.type == "meta":
+        return torch.empty(*batch, rows, columns, dtype=dtype, device=device)
     size, matrices = rows * columns, math.prod(batch)
     half = (size + 1) // 2
     bits = random_bits(torch.empty(matrices, 2 * half, device=device), key, first * 2 * half)

@@ -58,6 +58,8 @@ def dequantize_int4(
     codes: Tensor, scale: Tensor, zero: Tensor, columns: int, *, group_size: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """The (..., rows, columns) values that :func:`quantize_int4_` wrote, computed in fp32."""
+    if codes.is_meta:
+        return codes.new_empty(*codes.shape[:-1], columns, dtype=dtype)
     code = unpack(codes, columns).to(torch.float32)
     count = code.shape[-2] * columns
     zeros, scales = (t.to(torch.float32).repeat_interleave(group_size, -1)[..., :count] for t in (zero, scale))

@@ -39,13 +39,12 @@ def row_column_pass(
     Returns:
         r (..., m, 1) and rᵀ P (..., 1, n).
     """
-    rows, sums = [], torch.zeros_like(columns)
-    for (part,) in chunks(matrix):
+    rows, sums = columns.new_empty((*matrix.shape[:-1], 1)), torch.zeros_like(columns)
+    for part, weights in chunks(matrix, rows):
         squares = (part.abs() if part.is_complex() else part).div(unit).square_()
-        weights = weigh(squares @ columns.mT)
+        weights.copy_(weigh(squares @ columns.mT))
         sums += weights.mT @ squares
-        rows.append(weights)
-    return torch.cat(rows, -2), sums
+    return rows, sums
 
 
 def sinkhorn_scales(matrix: Tensor, iterations: int) -> tuple[Tensor, Tensor]:

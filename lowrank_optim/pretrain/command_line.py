@@ -168,7 +168,7 @@ def check_ranges(options: Options) -> Options:
     """The same options.
 
     Raises:
-        UserError: a number out of range.
+        UserError: a number out of range, or arguments of nothing.
     """
     for name in (*POSITIVE, *NOT_NEGATIVE, "lr"):
         value, least = getattr(options, name), int(name in POSITIVE)
@@ -176,6 +176,9 @@ def check_ranges(options: Options) -> Options:
         if value is not None and not (least <= value < float("inf")):
             expected = "a positive number" if least else "a number that is not negative"
             raise UserError(f"Invalid {name}: {value}, expected {expected}")
+    for name, owner in (("parameterization_args", "parameterization"), ("restart_args", "restarts")):
+        if getattr(options, name) and getattr(options, owner) is None:
+            raise UserError(f"Invalid {_flag(name)}: they need {_flag(owner)}")
     return options
 
 
@@ -265,8 +268,10 @@ def _convert(key: str, value: Any, path: str) -> tuple[str, Any]:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else "; --help lists the options"
+    # Dashes alone are no likeness.
+    bare = {word.strip("-"): word for word in known}
+    near = difflib.get_close_matches(name.strip("-"), bare, n=1)
+    return f"; did you mean {bare[near[0]]}?" if near else "; --help lists the options"
 
 
 def _yaml() -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_optim.pretrain import tokens
-from lowrank_optim.pretrain.command_line import Parser, add_flags, check_ranges
+from lowrank_optim.pretrain.command_line import Parser, add_flags, check_ranges, parse_known
 from lowrank_optim.pretrain.config import Options, UserError
 from lowrank_optim.pretrain.sources import Saved, open_source
 from lowrank_optim.pretrain.tokenization import BPE_VOCAB
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "lowrank-train tokeni
     parser.add_argument("--output-dir", required=True, type=Path, metavar="DIR", help="folder to create")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="stop after about this many training tokens")
     try:
-        given = vars(parser.parse_args(argv))
+        given = vars(parse_known(parser, argv, (*FLAGS, "output_dir", "max_tokens")))
         made = run(given.pop("output_dir"), given.pop("max_tokens"), **given)
     except SystemExit as end:
         # --help
@@ -67,6 +67,10 @@ def run(folder: Path, limit: int | None, **values: Any) -> dict[str, Any]:
     # What was begun keeps its tokenizer and what it holds out.
     saved = Saved(begun["source"], partial) if begun else None
     source = open_source(options, vocab_size=BPE_VOCAB, show=True, saved=saved)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"Invalid output_dir: cannot write {folder} ({error.strerror})") from error
     print(source.description)
     splits = {"train": replace(source.training, loop=False), "validation": source.held_out}
     # Neither a file's time of change nor how many faults are allowed makes it another text.

@@ -140,7 +140,12 @@ def test_settings_that_come_with_the_package(name: str) -> None:
         ("--device cuda", "CUDA_VISIBLE_DEVICES"),
         ("--rank 128", "--optimizer-args rank=128"),
         ("--config nothing", "expected a file or one of llama_7b_12gb"),
-        ("trian --model x", "Invalid argument: 'trian'"),
+        ("trian --model x", "Invalid command: 'trian', expected one of train, generate"),
+        ("--foo", "--help lists the options"),
+        ("--parameterization-args rank=4", "they need --parameterization"),
+        ("--restart-args every=4", "they need --restarts"),
+        ("tokenize --data text --output-dir {tmp}/out", "did you mean --dataset?"),
+        ("tokenize --dataset {text} --output-dir {text}/out", "Invalid output_dir: cannot write"),
         ("generate nowhere", "nowhere is no folder"),
         ("generate nowhere --max-tokens 3", "did you mean --tokens?"),
         ("evaluate {tmp}", "holds neither a model nor a complete checkpoint"),
@@ -150,7 +155,9 @@ def test_settings_that_come_with_the_package(name: str) -> None:
     ],
 )
 def test_a_wrong_line_gets_one_line(line: str, message: str, tmp_path: Path, capsys: Any) -> None:
-    assert main(line.format(tmp=tmp_path).split()) == 2
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": f"Document {i}."}) for i in range(40)))
+    assert main(line.format(tmp=tmp_path, text=text).split()) == 2
     output = capsys.readouterr()
     assert message in output.err and output.err.count("\n") == 1 and not output.out
 

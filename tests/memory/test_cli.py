@@ -65,6 +65,8 @@ def test_sheet_shows_both_units_and_what_is_missing(capsys):
         ([*GALORE, "--bogus"], "--bogus"),
         (["compare", "--model", "llama_9m", "--optimizer", "AdamW", "--optimizer-args", "rank=1"], "'rank'"),
         (["compare", "--model", "llama_9m", "--optimizer-args", "rnk=1"], "did you mean rank?"),
+        (["measure", "--model", "llama_9m", "--checkpoint", f"{__file__}/x"], "Invalid --checkpoint: cannot write"),
+        (["measure", "--model", "llama_9m", "--learning-rate", "1"], "--learning-rate; --help lists"),
         (["weigh"], "'weigh'"),
         ([], "COMMAND"),
     ],

@@ -1,5 +1,7 @@
 import json
 import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from lowrank_optim.memory.cli import main
 from lowrank_optim.memory.estimate import estimate
 from lowrank_optim.memory.job import Job
 from lowrank_optim.memory.outline import Outline
-from lowrank_optim.memory.plan import _plans, needed, parse_size
+from lowrank_optim.memory.plan import WITHOUT_RANK, _plans, needed, parse_size
 from lowrank_optim.memory.simulate import simulate, with_layers
 from lowrank_optim.optim.roles import roles
 from lowrank_optim.pretrain.command_line import parse_options
@@ -45,12 +47,23 @@ def test_an_outline_has_the_parameters_of_the_model(name):
     assert known(Outline(PRESETS[name], torch.bfloat16)) == known(model)
 
 
-def test_eight_bit_adamw_keeps_what_ours_does_without_a_rank():
-    pytest.importorskip("bitsandbytes")
-    theirs, ours = Job(model="llama_9m", optimizer="AdamW8bit"), Job(model="llama_9m", optimizer="GaLoreAdamW8bit")
-    ours.optimizer_args = ["rank=none"]
-    # Its tables of codes are one for all of our parameters.
+@pytest.mark.parametrize("name", WITHOUT_RANK)
+def test_what_ours_keep_without_a_rank_is_what_is_planned_with(name):
+    pytest.importorskip("bitsandbytes" if name.endswith("8bit") else "torch")
+    ours, args = WITHOUT_RANK[name]
+    theirs, ours = Job(model="llama_9m", optimizer=name), Job(model="llama_9m", optimizer=ours, optimizer_args=args)
+    # Step counts are numbers of ours, and the tables of codes are one for all parameters.
     assert estimate(theirs).by_category["optimizer"] == pytest.approx(estimate(ours).by_category["optimizer"], rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_plan_imports_no_compiler():
+    code = f"""import sys
+from lowrank_optim.memory.cli import main
+main({[*LINE.split(), "--gpu", "1GB"]})
+print(sorted({{"torch._dynamo", "transformers", "bitsandbytes"}} & sys.modules.keys()), file=sys.stderr)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "[]"
 
 
 def test_more_memory_is_never_slower(capsys):
@@ -102,6 +115,7 @@ def test_predictions_are_near_the_simulation(optimizer, args, per_layer):
     [
         ("--gpu 24MB", "expected a size such as 24, 24GB"),
         ("--gpu RTX4091", "did you mean RTX 4090?"),
+        ("--gpu 24GB --optimizer Galor", "expected FOAM, "),
         ("--gpu 24GB --tokens 100", "at least one sequence of 256"),
     ],
 )

@@ -24,7 +24,7 @@ def test_column_norms(
 
 def test_parts_cover_the_rows_and_are_at_most_half() -> None:
     a, b = torch.arange(15.0).view(5, 3), torch.zeros(5, 2)
-    parts = chunks.chunks(a, b)
+    parts = list(chunks.chunks(a, b))
     assert torch.equal(torch.cat([part for part, _ in parts]), a)
     assert [len(part) for part, _ in parts] == [len(part) for _, part in parts] == [3, 2]
     with CountTemporaries(4096) as count:

@@ -123,7 +123,7 @@ def test_in_bf16_every_step_of_newton_schulz_has_a_gram_matrix_of_its_own(monkey
 
 def test_parts_are_eighths_where_every_part_is_a_launch() -> None:
     assert [len(part) for (part,) in chunks(torch.empty(64, 3, device="meta"))] == [8] * 8
-    assert len(chunks(torch.empty(64, 3))) == 2
+    assert len(list(chunks(torch.empty(64, 3)))) == 2
     weight = torch.empty(1, 64, 3, device="meta")
     assert [rows.stop - rows.start for _, rows in row_blocks(weight)] == [8] * 8
     assert len(list(row_blocks(torch.empty(1, 64, 3)))) == 2

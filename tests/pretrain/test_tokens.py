@@ -166,7 +166,7 @@ def test_a_limit(text: Path, tmp_path: Path) -> None:
         (["--dataset", "stdlib"], "Invalid dataset: stdlib, expected text"),
         (["--max-tokens", "0"], "Invalid max_tokens: 0, expected a positive number"),
         (["--output-dir", "."], r"Invalid output_dir: \. exists"),
-        (["--datset", "x"], "unrecognized arguments: --datset"),
+        (["--datset", "x"], "Invalid flag: --datset; did you mean --dataset"),
         (["--dataset", "./missing"], r"\./missing does not exist"),
     ],
 )

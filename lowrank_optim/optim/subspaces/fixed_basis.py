@@ -44,6 +44,8 @@ def basis_rows(basis: str, size: int, dtype: torch.dtype, device: torch.device) 
     memory.
     """
     key = (basis, size, dtype, device)
+    if device.type == "meta":
+        return torch.empty(size, size, dtype=dtype, device=device)
     if key not in BUILT:
         BUILT[key] = _exact_rows(basis, size).to(device=device, dtype=dtype)
     return BUILT[key]
