@@ -33,11 +33,12 @@ def column_norms(matrix: Tensor, order: int) -> Tensor:
 
     ``torch.linalg.vector_norm`` along columns takes 9 times as long on a CPU.
     """
-    parts = chunks(matrix)
+    parts = [part for (part,) in chunks(matrix)]
+    height = parts[0].shape[-2] if parts else 0
     wide = torch.promote_types(matrix.real.dtype, torch.float32)
     # Of rows with the same number within their part.
-    sums = torch.zeros(parts[0][0].shape, dtype=wide, device=matrix.device)
-    for (part,) in parts:
+    sums = torch.zeros(*matrix.shape[:-2], height, matrix.shape[-1], dtype=wide, device=matrix.device)
+    for part in parts:
         magnitude = cast(part.abs() if order == 1 or part.is_complex() else part, wide)
         some = sums[..., : part.shape[-2], :]
         some.add_(magnitude) if order == 1 else some.addcmul_(magnitude, magnitude)
