@@ -97,7 +97,7 @@ def test_a_second_interrupt_leaves_the_last_checkpoint(
     with monkeypatch.context() as patch:
         every(patch, Updater, "_backward", kill(signal.SIGINT, 7))
         # Within the write of the checkpoint that the first one asks for: after that of the second update.
-        every(patch, checkpoint, "_save_model", kill(signal.SIGINT, 2))
+        every(patch, checkpoint, "save_weights", kill(signal.SIGINT, 2))
         assert train_llama.main(line) == 128 + signal.SIGINT
     assert "interrupted; saved checkpoints are intact" in capfd.readouterr().err
     assert steps_of(tmp_path / "run") == [2]
