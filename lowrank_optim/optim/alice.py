@@ -49,8 +49,7 @@ class TrackedEigen(Oriented):
     def slots(self, view: View, group: Group) -> Slots:
         _, d, _, along = self.sides(view, group)
         rank = self.rank(view.shape, group)
-        basis = Slot((*view.batch, d, rank), view.dtype, along, by_columns=True)
-        slots = {**super().slots(view, group), "basis": basis}
+        slots = {**super().slots(view, group), "basis": Slot((*view.batch, d, rank), view.dtype, along)}
         # Without a memory the tracked part is zero.
         return {**slots, "covariance": Slot((*view.batch, rank, rank), view.wide)} if group["beta3"] > 0 else slots
 

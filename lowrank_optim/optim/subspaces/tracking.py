@@ -42,7 +42,7 @@ class Tracking(Oriented):
     def slots(self, view: View, group: Group) -> Slots:
         _, d, _, along = self.sides(view, group)
         shape = (*view.batch, d, self.rank(view.shape, group))
-        return {**super().slots(view, group), "basis": Slot(shape, view.dtype, along, by_columns=True)}
+        return {**super().slots(view, group), "basis": Slot(shape, view.dtype, along)}
 
     def refresh(self, grad: Tensor, state: State, group: Group, which: Which) -> Refresh:
         """Turn the basis towards rho P M̂ᵀ + (1 - rho) A; the first is taken from A alone by an SVD."""
