@@ -124,7 +124,8 @@ def settings() -> str:
         size = "–" if peak is None else f"{peak['peak_bytes'] / 1e9:.1f} ({peak['peak_bytes'] / 2**30:.1f} GiB)"
         rows.append([f"{card} GB", f"`{name}`", f"`{job.optimizer}`", job.weights or job.dtype, tokens, size])
     header = ("card", "setting", "optimizer", "weights in", "tokens per update", "simulated peak, GB")
-    return f"{_markdown(header, rows, {4, 5})}\n\nMade by `{front['command']}` and `python -m benchmarks.table`."
+    caption = "Made by `python -m benchmarks.front_table` and `python -m benchmarks.table`."
+    return f"{_markdown(header, rows, {4, 5})}\n\n{caption}"
 
 
 def result(name: str = "front_table") -> dict[str, Any]:
