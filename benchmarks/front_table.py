@@ -124,7 +124,10 @@ def settings() -> str:
         size = "–" if peak is None else f"{peak['peak_bytes'] / 1e9:.1f} ({peak['peak_bytes'] / 2**30:.1f} GiB)"
         rows.append([f"{card} GB", f"`{name}`", f"`{job.optimizer}`", job.weights or job.dtype, tokens, size])
     header = ("card", "setting", "optimizer", "weights in", "tokens per update", "simulated peak, GB")
-    return f"{markdown(header, rows, {4, 5})}\n\nMade by `{front['command']}` and `python -m benchmarks.table`."
+    caption = "Made by `python -m benchmarks.front_table` and `python -m benchmarks.table`."
+    return f"{markdown(header, rows, {4, 5})}
+
+{caption}"
 
 
 def on_a_card() -> dict[tuple[str, str], str]:

@@ -12,9 +12,11 @@ from lowrank_optim.memory.cli import main
 from lowrank_optim.memory.estimate import estimate
 from lowrank_optim.memory.job import Job
 from lowrank_optim.memory.measure import prepare, train_on_noise
-from lowrank_optim.memory.simulate import UPDATES, simulate
+from lowrank_optim.memory.simulate import UPDATES, simulate, two_parts_of_a_pass
 from lowrank_optim.memory.tracker import Tracker
+from lowrank_optim.ops import chunks
 from lowrank_optim.ops.dct import add_dct2_
+from lowrank_optim.ops.two_sided import sinkhorn_scales
 from lowrank_optim.pretrain.build import build
 from lowrank_optim.pretrain.optimizers import accepted_arguments, low_rank_names
 
@@ -118,6 +120,24 @@ def test_what_stays_is_the_estimate(name, small):
     # Tables that all parameters share are in no state; within the first update not every state is made yet.
     assert peak.update == UPDATES[0] or expected.by_category["optimizer"] <= peak.by_category["optimizer"]
     assert simulate(job) == peak
+
+
+def test_half_a_pass_has_the_shapes_of_a_whole_one():
+    matrix = torch.ones(2000, 300)
+    with two_parts_of_a_pass():
+        assert len(list(chunks.chunks(matrix))) == 2
+        rows, columns = sinkhorn_scales(matrix, 1)
+    assert rows.shape == (2000, 1) and columns.shape == (1, 300)
+    assert len(list(chunks.chunks(matrix))) > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", low_rank_names())
+def test_passes_of_many_parts_may_end_after_two(name, small, monkeypatch):
+    job = Job(model=small, optimizer=name, seq_len=16)
+    before = simulate(job).peak_bytes
+    monkeypatch.setattr(chunks, "CHUNK", 256)
+    assert simulate(job).peak_bytes <= before
 
 
 def allocated(job):
