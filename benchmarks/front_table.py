@@ -125,9 +125,7 @@ def settings() -> str:
         rows.append([f"{card} GB", f"`{name}`", f"`{job.optimizer}`", job.weights or job.dtype, tokens, size])
     header = ("card", "setting", "optimizer", "weights in", "tokens per update", "simulated peak, GB")
     caption = "Made by `python -m benchmarks.front_table` and `python -m benchmarks.table`."
-    return f"{markdown(header, rows, {4, 5})}
-
-{caption}"
+    return f"{markdown(header, rows, {4, 5})}\n\n{caption}"
 
 
 def on_a_card() -> dict[tuple[str, str], str]:
