@@ -14,7 +14,6 @@ from lowrank_optim.ops import pick
 from lowrank_optim.ops.gram import gram as eager
 from tests.conformance import nightly
 
-
 # Before the fixture.
 SYMMETRIC_FROM = importlib.import_module("lowrank_kernels.gram").SYMMETRIC_FROM
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu.jsonl"
@@ -81,5 +80,7 @@ def test_trion_is_the_same_on_both_backends(device: torch.device) -> None:
 
 def test_cublas_takes_every_size_at_which_it_was_faster() -> None:
     rows = [json.loads(line) for line in MEASURED.read_text().splitlines()]
-    lost = [int(row["name"].split()[-1]) for row in rows if row.get("cublas_ms", 0) > 0 and row["cublas_ms"] < row["ms"]]
+    lost = [
+        int(row["name"].split()[-1]) for row in rows if row.get("cublas_ms", 0) > 0 and row["cublas_ms"] < row["ms"]
+    ]
     assert lost and max(lost) < SYMMETRIC_FROM
