@@ -35,6 +35,9 @@ TENSOR = 1 << 27
 class Loaded:
     """What :func:`checkpoint.load_` loads into: a model, and the states of an optimizer."""
 
+    # Of a run that is spread over processes.
+    optimizer = None
+
     def __init__(self, size: float) -> None:
         self.model = nn.Module()
         for number in range(round(size * SHARE_OF_WEIGHTS / TENSOR)):

@@ -23,6 +23,7 @@ import lowrank_optim
 from lowrank_optim import nn as layers
 from lowrank_optim.cli.main import COMMANDS
 from lowrank_optim.memory import cli as memory_cli
+from lowrank_optim.pretrain.build import settle
 from lowrank_optim.pretrain.command_line import FIELDS, parse_known, parse_options
 from lowrank_optim.pretrain.config import UserError
 from lowrank_optim.pretrain.optimizers import accepted_arguments, parse_optimizer_args
@@ -144,6 +145,8 @@ def check(command: str) -> None:
         given = parse_known(memory_cli._parser(), words[1:], ())
         if "optimizer_args" in given:
             check_arguments(given.optimizer, given.optimizer_args)
+        if given.command in ("estimate", "simulate"):
+            settle(memory_cli._job(given))
     elif words[:2] == ["python", "-m"]:
         check_module(words[2], words[3:])
     else:
