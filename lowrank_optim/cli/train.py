@@ -26,12 +26,13 @@ def dry_run(options: Options) -> int:
     """``--dry-run``: what would be trained and how, without data, memory or files."""
     from lowrank_optim.memory.estimate import estimate
     from lowrank_optim.pretrain import report
-    from lowrank_optim.pretrain.build import build
+    from lowrank_optim.pretrain.build import build, restarts_for
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     parts = world if options.fsdp else 1
     with user_errors(ImportError):
         settled, config, model, optimizer = build(options, "meta", processes=world)
+        restarts_for(settled, model, optimizer)
         expected = estimate(options)
         kept, reference = kept_bytes(options, parts), adamw_sizes(options, parts)
     if os.environ.get("RANK", "0") != "0":

@@ -148,8 +148,7 @@ def range_finder(
         sums: where A is some rows of the whole.
 
     Returns:
-        Orthonormal (..., d, rank), dominant directions first, the largest entry of each positive; not finite for a
-        matrix that is not.
+        Orthonormal (..., d, rank), dominant directions first; not finite for a matrix that is not.
     """
     d = tall.shape[-1]
     rows = tall.shape[-2] if sums is None else sums.size
@@ -167,7 +166,7 @@ def range_finder(
     # Which would not converge, for the whole batch.
     broken = ~gram.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     _, vectors = torch.linalg.eigh(gram.masked_fill_(broken, 0))
-    basis = basis @ vectors[..., -rank:].flip(-1)
-    # Eigenvectors come with any sign, which the last bit of a sum may turn: a moment or a rounded basis would see it.
-    largest = basis.gather(-2, basis.abs().argmax(-2, keepdim=True))
-    return basis * largest.sgn().conj()
+    vectors = vectors[..., -rank:].flip(-1)
+    # They come with any sign, which the last bit of a sum may turn: a moment or a rounded basis would see it.
+    largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
+    return basis @ (vectors * largest.sgn().conj())

@@ -195,7 +195,7 @@ class Layout(NamedTuple):
         return found
 
     def _wrap(self, part: Tensor, axis: int | None) -> Tensor:
-        shape = list(part.shape)
+        part, shape = part.contiguous(), list(part.shape)
         if axis is not None:
             shape[axis] = self.shards.size
         whole = torch.empty(shape, device="meta")

@@ -176,9 +176,8 @@ def check_ranges(options: Options) -> Options:
         if value is not None and not (least <= value < float("inf")):
             expected = "a positive number" if least else "a number that is not negative"
             raise UserError(f"Invalid {name}: {value}, expected {expected}")
-    for name, owner in (("parameterization_args", "parameterization"), ("restart_args", "restarts")):
-        if getattr(options, name) and getattr(options, owner) is None:
-            raise UserError(f"Invalid {_flag(name)}: they need {_flag(owner)}")
+    if options.parameterization_args and options.parameterization is None:
+        raise UserError("Invalid --parameterization-args: they need --parameterization")
     return options
 
 

@@ -143,7 +143,7 @@ def test_settings_that_come_with_the_package(name: str) -> None:
         ("trian --model x", "Invalid command: 'trian', expected one of train, generate"),
         ("--foo", "--help lists the options"),
         ("--parameterization-args rank=4", "they need --parameterization"),
-        ("--restart-args every=4", "they need --restarts"),
+        ("--restart-args every=4", "without restarts: 'every'"),
         ("tokenize --data text --output-dir {tmp}/out", "did you mean --dataset?"),
         ("tokenize --dataset {text} --output-dir {text}/out", "Invalid output_dir: cannot write"),
         ("generate nowhere", "nowhere is no folder"),
