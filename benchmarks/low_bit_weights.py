@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +19,41 @@ from benchmarks import common, training
 from lowrank_optim.pretrain.config import Options, UserError
 from lowrank_optim.pretrain.steps import evaluate
 
+PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
+BEGIN = "<!-- table:low_bit_weights -->"
 # Updates that a training loss is the mean of.
 WINDOW = 50
+
+
+def current() -> str:
+    """The table from the figures in ``results``."""
+    figures = common.needed_result("low_bit_weights")
+    runs, about = figures["runs"], figures["run"]
+    every = len(runs[0]["train_losses"]) // 4
+    header = (
+        "weights in",
+        "seed",
+        *(f"update {WINDOW * every * quarter:,}" for quarter in range(1, 5)),
+        "on held-out text",
+    )
+    rows = [
+        [
+            run["weights"],
+            str(run["seed"]),
+            *(f"{run['train_losses'][every * quarter - 1]:.3f}" for quarter in range(1, 5)),
+            f"{run['validation_loss']:.3f}",
+        ]
+        for run in runs
+    ]
+    return "\n".join(
+        (
+            common.markdown(header, rows),
+            "",
+            f"Losses of {about['model']} with {about['optimizer']}, {about['tokens_an_update']:,} tokens an update; in "
+            f"training the mean of {WINDOW} updates.",
+            f"Made by `{figures['command']}` and `python -m benchmarks.table`.",
+        )
+    )
 
 
 def run(options: argparse.Namespace, weights: str, seed: int) -> dict[str, Any]:
