@@ -128,7 +128,9 @@ class ColumnSketch(Accumulation):
     ) -> Refresh:  # fmt: skip
         if sketch is None:
             return Refresh(renewed=False)
-        return subspace.select(subspace.transform(sketch, group), state, group, which)
+        # In the dtype of the basis that is there already; float16 has not the range.
+        values = sketch if dtype == torch.float16 else sketch.to(dtype)
+        return subspace.select(subspace.transform(values, group), state, group, which)
 
 
 class Columns(Oriented):
