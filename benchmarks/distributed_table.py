@@ -49,6 +49,7 @@ def table(result: Mapping[str, Any]) -> str:
             "",
             f"{len(result['table'])} runs, {sum(skipped)} of {len(skipped)} leave out an update that is not finite on "
             f"one process on all. Refused: {', '.join(sorted(refused)) or 'none'}.",
-            f"Made by `{result['command']}` (torch {result['versions']['torch']}) and `python -m benchmarks.table`.",
+            "Made by `python -m tests.distributed --write`, whose calls add to what there is "
+            f"(torch {result['versions']['torch']}), and `python -m benchmarks.table`.",
         ]
     )
