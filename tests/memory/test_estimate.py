@@ -196,7 +196,7 @@ def sums_match(config, name, args, accumulate, dtype="fp32", per_layer=True):
     )  # fmt: skip
     expected, peak = estimate(job), simulate(job)
     buffers = sum(buffer.nbytes for buffer in build(job, "meta")[2].buffers())
-    found = {key: peak.most_by_category[key] for key in ("weights", "gradients", "optimizer")}
+    found = {key: peak.most_by_category.get(key, 0) for key in ("weights", "gradients", "optimizer")}
     predicted = {key: expected.by_category[key] for key in found}
     if "update_norm" in expected.optimizer_by_key and found["optimizer"] != predicted["optimizer"]:
         # The last norm of a matrix may be there until a new one takes its place.
