@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import needed_result
+from benchmarks.common import markdown, needed_result
 
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
 BEGIN = "<!-- table:chaos -->"
@@ -23,14 +23,10 @@ def current() -> str:
 
 def table(result: dict[str, Any]) -> str:
     """Markdown of what the suite wrote."""
-    lines = [
-        "| fault | tries | noticed or harmless | saved updates lost | continuation identical |",
-        "|---|---:|---:|---:|---:|",
-        *(
-            f"| {row['fault']} | {row['tries']} | {row['noticed']} | {row['lost']} | "
-            f"{row['identical']} of {row['continued']} |"
-            for row in result["rows"]
-        ),
+    header = ("fault", "tries", "noticed or harmless", "saved updates lost", "continuation identical")
+    rows = [
+        (*(str(row[key]) for key in ("fault", "tries", "noticed", "lost")), f"{row['identical']} of {row['continued']}")
+        for row in result["rows"]
     ]
     versions, done, parts = result["versions"], result["done"], result["parts"]
     so_far = f"Interrupted after {done} of {parts} parts. " if done < parts else ""
@@ -38,4 +34,4 @@ def table(result: dict[str, Any]) -> str:
         f"{so_far}torch {versions['torch']}, Python {versions['python']}. "
         f"Made by `{result['command']}` and `python -m benchmarks.table`."
     )
-    return "\n".join([*lines, "", caption])
+    return f"{markdown(header, rows)}\n\n{caption}"

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_model
 from torch import nn
 
-from benchmarks.common import needed_result, spread, write_result
+from benchmarks.common import markdown, needed_result, spread, write_result
 from lowrank_optim.pretrain import checkpoint, manifest
 from lowrank_optim.pretrain.random_state import random_state
 from lowrank_optim.pretrain.weight_files import WEIGHTS
@@ -98,17 +98,19 @@ def current() -> str:
         ValueError: nothing was measured.
     """
     result = needed_result("digests")
-    lines = ["| a checkpoint | seconds without | with digests | more, of a load at 1 GB/s |", "|---|---:|---:|---:|"]
+    header = ("a checkpoint", "seconds without", "with digests", "more, of a load at 1 GB/s")
+    rows = []
     for name in ("from disk", "from memory"):
         row = result[name]
         without, with_ = (row["seconds"][key]["median"] for key in ("without", "with"))
-        lines.append(f"| {name} | {without:.2f} | {with_:.2f} | {row['share_of_a_load_at_1_GB_per_second']:.1%} |")
+        more = f"{row['share_of_a_load_at_1_GB_per_second']:.1%}"
+        rows.append((name, f"{without:.2f}", f"{with_:.2f}", more))
     rate, machine = result["digest_gigabytes_per_second"]["median"], result["machine"]
     caption = (
         f"{result['bytes'] / 1e9:.1f} GB, medians of {row['seconds']['with']['n']}, {machine['cores']} cores of "
         f"{machine['processor']}; digests alone make {rate:.1f} GB/s. Made by `{result['command']}`."
     )
-    return "\n".join([*lines, "", caption])
+    return f"{markdown(header, rows)}\n\n{caption}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import needed_result, read_result, write_result
+from benchmarks.common import markdown, needed_result, read_result, write_result
 
 PAGE = Path(__file__).parents[1] / "docs" / "distributed.md"
 BEGIN = "<!-- table:elastic -->"
@@ -38,18 +38,15 @@ def table(figures: Mapping[str, Any]) -> str:
         ("saved without, continued with `--fsdp`", "loss", both["fp32, to shards"]["loss"]),
         ("sample of C4, `--fsdp` on 2, continued on 1", "loss", found["c4"]["loss"]),
     ]
-    lines = [f"| {what} | {of} | {_power(gap)} |" for what, of, gap in rows]
-    ends = [
-        f"| {what} | end after | {found[case]['seconds']:.0f} s |"
+    cells = [(what, of, _power(gap)) for what, of, gap in rows]
+    cells += [
+        (what, "end after", f"{found[case]['seconds']:.0f} s")
         for case, what in (("killed", "`kill -9` of a process"), ("frozen", "`kill -STOP` of a process"))
         if case in found
     ]
     return "\n".join(
         (
-            "| run | | largest difference |",
-            "|---|---|---:|",
-            *lines,
-            *ends,
+            markdown(("run", "", "largest difference"), cells, {2}),
             "",
             f"fp32, gloo on {figures['machine']['cores']} cores; 2 to 10 updates after the change. Made by",
             "`python -m benchmarks.elastic` and `python -m benchmarks.table`.",

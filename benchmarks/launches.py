@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lowrank_optim
-from benchmarks.common import read_result, write_result
+from benchmarks.common import markdown, read_result, write_result
 from lowrank_optim import nn as layers
 from lowrank_optim import ops
 from lowrank_optim.ops import blockwise
@@ -301,24 +301,22 @@ BEGIN = "<!-- table:launches -->"
 
 def table(figures: Mapping[str, Any]) -> str:
     """The Markdown of what :func:`main` wrote."""
-    lines = ["| a step of | launches | bytes a value of the weight | of these moments | |", "|---|---:|---:|---:|---|"]
+    steps = []
     for row in figures["rows"]:
         moved, moments = (row[key] / row["values"] for key in ("moved", "moments"))
         names = ", ".join(row["launches"])
-        lines.append(f"| {row['name']} | {len(row['launches'])} | {moved:.1f} | {moments:.2g} | {names} |")
-    lines += [
+        steps.append((row["name"], str(len(row["launches"])), f"{moved:.1f}", f"{moments:.2g}", names))
+    hosts = [("two products of torch alone", "3", f"{figures['floor_us']:.1f}", "1", "–", "–")]
+    for method, row in figures["host"].items():
+        times = f"{row['us'] / figures['floor_us']:.0f}"
+        replayed = f"{row['replayed_calls']:.0f}", f"{row['replayed_us']:.1f}"
+        hosts.append((method, f"{row['calls']:.0f}", f"{row['us']:.0f}", times, *replayed))
+    lines = [
+        markdown(("a step of", "launches", "bytes a value of the weight", "of these moments", ""), steps, {1, 2, 3}),
         "",
         f"Between refreshes; weights in bf16, {MATRIX[0]} x {MATRIX[1]} if nothing else is said, rank 256.",
         "",
-        "| the host, a matrix | calls | µs | times two products of torch | replayed: calls | µs |",
-        "|---|---:|---:|---:|---:|---:|",
-        f"| two products of torch alone | 3 | {figures['floor_us']:.1f} | 1 | – | – |",
-    ]
-    for method, row in figures["host"].items():
-        times = row["us"] / figures["floor_us"]
-        replayed = f"{row['replayed_calls']:.0f} | {row['replayed_us']:.1f}"
-        lines.append(f"| {method} | {row['calls']:.0f} | {row['us']:.0f} | {times:.0f} | {replayed} |")
-    lines += [
+        markdown(("the host, a matrix", "calls", "µs", "times two products of torch", "replayed: calls", "µs"), hosts),
         "",
         f"Of {figures['matrices']} matrices, on {figures['machine']['processor']}; kernels and graphs are stubs.",
         f"Made by `{figures['command']}` and `python -m benchmarks.table`.",

@@ -6,11 +6,14 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowrank_optim.cli.main import COMMANDS, PROG
 from lowrank_optim.pretrain.command_line import parse_options
 from lowrank_optim.pretrain.config import Options, user_errors
+
+if TYPE_CHECKING:
+    from lowrank_optim.memory.estimate import Estimate
 
 Sizes = tuple[str, str, Mapping[str, int]]
 
@@ -24,7 +27,6 @@ def train(argv: Sequence[str]) -> int:
 
 def dry_run(options: Options) -> int:
     """``--dry-run``: what would be trained and how, without data, memory or files."""
-    from lowrank_optim.memory.estimate import estimate
     from lowrank_optim.pretrain import report
     from lowrank_optim.pretrain.build import build, restarts_for
 
@@ -33,8 +35,7 @@ def dry_run(options: Options) -> int:
     with user_errors(ImportError):
         settled, config, model, optimizer = build(options, "meta", processes=world)
         restarts_for(settled, model, optimizer)
-        expected = estimate(options)
-        kept, reference = kept_bytes(options, parts), adamw_sizes(options, parts)
+        (expected, kept), reference = predicted(options, parts), adamw_sizes(options, parts)
     if os.environ.get("RANK", "0") != "0":
         return 0
     print(report.banner(settled, config, model, world=world, device="meta (dry run)"))
@@ -85,21 +86,20 @@ def run(options: Options) -> int:
     return status
 
 
-def kept_bytes(options: Options, parts: int) -> Mapping[str, int]:
-    """Weights, gradients and optimizer state, predicted, of the first of the processes that a model is split over."""
+def predicted(options: Options, parts: int) -> tuple[Estimate, Mapping[str, int]]:
+    """Of the whole run, and the bytes that the first of the processes keeps that its model is split over."""
     from lowrank_optim.memory.devices import Devices, footprint
     from lowrank_optim.memory.estimate import estimate
 
+    expected = estimate(options)
     if parts == 1:
-        return estimate(options).by_category
+        return expected, expected.by_category
     part = footprint(options, Devices(parts, "fsdp"))
-    return {"weights": part.weights, "gradients": part.gradients, "optimizer": part.optimizer}
+    return expected, {"weights": part.weights, "gradients": part.gradients, "optimizer": part.optimizer}
 
 
 def adamw_sizes(options: Options, parts: int = 1) -> list[Sizes]:
     """What AdamW keeps, predicted, for the same model with dense weights: states as torch has them, and in fp32."""
-    from lowrank_optim.memory.estimate import estimate
-
     dense: dict[str, Any] = {"parameterization": None, "parameterization_args": [], "weights": None}
     if options.optimizer == "AdamW":
         dense = {}
@@ -107,4 +107,5 @@ def adamw_sizes(options: Options, parts: int = 1) -> list[Sizes]:
     rows = [] if options.optimizer == "AdamW" else [plain]
     if options.dtype == "bf16":
         rows.append(replace(plain, optimizer="GaLoreAdamW", optimizer_args=["rank=none", "state_dtype=float32"]))
-    return [("AdamW, same model", estimate(row).state_dtype, kept_bytes(row, parts)) for row in rows]
+    found = [predicted(row, parts) for row in rows]
+    return [("AdamW, same model", expected.state_dtype, kept) for expected, kept in found]
