@@ -1,11 +1,12 @@
-"""Who trains best at what memory: ``python -m benchmarks.converge --suite cpu [--budget MINUTES] [--only NAME ...]``.
+"""Who trains best at what memory: ``python -m benchmarks.converge --suite cpu|cpu-long [--budget MINUTES] [--only NAME ...]``.
 
 All methods of ``benchmarks.methods`` train one model from the same weights on the same batches in the same order
 (for a seed). Every run is a file in ``results/converge/SUITE``, written when it ends; runs that exist are left out, so
 that the command goes on where it stopped, and several of them can run at a time. First AdamW tries rates for
 embeddings, head and vectors, which are then the same for all; then everyone tries the rates of its ladder with the
-first seed, the main methods before the others; then the best rate is run with the other seeds. The gpu suite is that
-of ``benchmarks.converge_gpu``.
+first seed, the main methods before the others; then the best rate is run with the other seeds. The cpu-long suite
+trains six times as long and begins each ladder at the best rate of the cpu suite. The gpu suite is that of
+``benchmarks.converge_gpu``.
 ``python -m benchmarks.table`` draws what there is.
 """
 
@@ -39,7 +40,7 @@ from torch.optim import Optimizer
 import lowrank_optim
 from benchmarks import common, converge_gpu
 from benchmarks.baselines import PEERS
-from benchmarks.converge_runs import CPU, Run, Suite, config_of, digest, folder, pending, results
+from benchmarks.converge_runs import SUITES, Run, Suite, config_of, digest, folder, pending, pilot_rates, results
 from benchmarks.methods import METHODS
 from lowrank_optim.pretrain.batches import ordered_windows, shuffled_windows
 from lowrank_optim.pretrain.build import build_network, restarts_for, settle
@@ -276,7 +277,7 @@ def compete(suite: Suite, seeds: Sequence[int], wanted: Sequence[str], data: Pat
     began = time.monotonic()
     tokens = load_tokens(suite, data)
     while True:
-        for run in pending(seeds, results(suite), wanted):
+        for run in pending(seeds, results(suite), wanted, pilot_rates(suite)):
             if time.monotonic() - began >= budget:
                 return
             with claimed(suite, run) as mine:
@@ -291,14 +292,14 @@ def compete(suite: Suite, seeds: Sequence[int], wanted: Sequence[str], data: Pat
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.converge", description=__doc__.partition("\n")[0])
-    parser.add_argument("--suite", choices=("cpu", "gpu"), required=True)
+    parser.add_argument("--suite", choices=(*SUITES, "gpu"), required=True)
     parser.add_argument("--budget", type=float, default=math.inf, metavar="MINUTES", help="start no run after this")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these methods")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first one chooses the rates")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with web_wiki and c4_sample")
     parser.add_argument("--diagnose", action="store_true", help="look at gradients instead, see benchmarks.diagnose")
     options = parser.parse_args(argv)
-    known = METHODS if options.suite == "cpu" else converge_gpu.METHODS
+    known = METHODS if options.suite in SUITES else converge_gpu.METHODS
     for name in options.only:
         if name not in known:
             parser.error(f"Invalid method: {name!r}, expected one of {', '.join(known)}")
@@ -319,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             text = options.data / "web_wiki"
             converge_gpu.compete(suite, options.seeds, options.only, text, options.budget * 60)
         else:
-            compete(CPU, options.seeds, options.only, options.data, options.budget * 60)
+            compete(SUITES[options.suite], options.seeds, options.only, options.data, options.budget * 60)
     except (UserError, RuntimeError, ValueError, ImportError) as error:
         raise SystemExit(f"benchmarks.converge: error: {error}") from error
 

@@ -30,7 +30,7 @@ PILOT_SEED = 0
 
 
 class Suite(NamedTuple):
-    """What is the same for all methods."""
+    """What is the same for all methods; ``pilot`` is the suite whose best rates are tried first."""
 
     name: str
     shape: Mapping[str, int]
@@ -40,6 +40,7 @@ class Suite(NamedTuple):
     rank: int
     gap: int
     evaluated: int
+    pilot: Suite | None = None
 
     @property
     def tokens(self) -> int:
@@ -71,6 +72,9 @@ CPU = Suite(
     gap=40,
     evaluated=32_768,
 )
+# Six times as long, about ten tokens a parameter.
+LONG = CPU._replace(name="cpu-long", updates=2400, gap=200, evaluated=65_536, pilot=CPU)
+SUITES = {suite.name: suite for suite in (CPU, LONG)}
 
 
 class Run(NamedTuple):
@@ -100,7 +104,8 @@ def config_of(suite: Suite, run: Run) -> dict[str, Any]:
     fields = {key: value for key, value in run.method._asdict().items() if value != unset[key]}
     filled = {key: suite.filled(value, run.rest) if key.endswith("args") else value for key, value in fields.items()}
     method = {key: filled[key] for key in filled if key not in ("name", "start", "follows", "factor", "rest")}
-    return {"suite": suite._asdict() | {"rest": run.rest}, "method": method, "lr": run.lr, "seed": run.seed}
+    shared = {key: value for key, value in suite._asdict().items() if key != "pilot"}
+    return {"suite": shared | {"rest": run.rest}, "method": method, "lr": run.lr, "seed": run.seed}
 
 
 def digest(config: Mapping[str, Any]) -> str:
@@ -148,18 +153,25 @@ def best_rate(method: str, seed: int, known: Results) -> float | None:
     return min(found, key=found.__getitem__) if found else None
 
 
-def first_rate(method: Method, seed: int, known: Results) -> float | None:
+def pilot_rates(suite: Suite) -> dict[str, float]:
+    """The best rate of each method that has run in the suite's pilot, at its first seed."""
+    known = results(suite.pilot) if suite.pilot else {}
+    found = {name: best_rate(name, PILOT_SEED, known) for name in METHODS}
+    return {name: rate for name, rate in found.items() if rate is not None}
+
+
+def first_rate(method: Method, seed: int, known: Results, pilot: Mapping[str, float]) -> float | None:
     """What a method tries first; None while the one that it follows has no settled rate."""
-    if method.start is not None:
-        return method.start
+    if method.name in pilot or method.start is not None:
+        return pilot.get(method.name, method.start)
     leader = METHODS[str(method.follows)]
     rate = best_rate(leader.name, seed, known)
-    return None if rate is None or ladder(leader, seed, known) else rate * method.factor
+    return None if rate is None or ladder(leader, seed, known, pilot) else rate * method.factor
 
 
-def ladder(method: Method, seed: int, known: Results) -> list[float]:
+def ladder(method: Method, seed: int, known: Results, pilot: Mapping[str, float]) -> list[float]:
     """The rates that are still to try; none left means that the best so far is the best of its neighbours."""
-    first = first_rate(method, seed, known)
+    first = first_rate(method, seed, known, pilot)
     if first is None:
         return []
     found = losses(method.name, seed, known)
@@ -171,8 +183,10 @@ def ladder(method: Method, seed: int, known: Results) -> list[float]:
     return [rate for rate in near if rate not in found]
 
 
-def pending(seeds: Sequence[int], known: Results, wanted: Sequence[str] = ()) -> list[Run]:
-    """What to run next, the most important first."""
+def pending(
+    seeds: Sequence[int], known: Results, wanted: Sequence[str] = (), pilot: Mapping[str, float] = {}
+) -> list[Run]:
+    """What to run next, the most important first; ``pilot`` has the rates of :func:`pilot_rates`."""
     pilots = [
         Run(method, float(method.start or 0), PILOT_SEED, float(method.rest or 0))
         for method in PILOTS
@@ -183,16 +197,18 @@ def pending(seeds: Sequence[int], known: Results, wanted: Sequence[str] = ()) ->
         return pilots
     seed = seeds[0]
     main, others = ([method for method in methods if not wanted or method.name in wanted] for methods in (MAIN, OTHERS))
+
+    def climb(methods: Sequence[Method], new: bool) -> list[Run]:
+        chosen = [method for method in methods if new != bool(losses(method.name, seed, known))]
+        # Those with the fewest runs first.
+        chosen.sort(key=lambda method: len(losses(method.name, seed, known)))
+        return [Run(method, lr, seed, rest) for method in chosen for lr in ladder(method, seed, known, pilot)]
+
+    def repeat(methods: Sequence[Method]) -> list[Run]:
+        settled = [method for method in methods if not ladder(method, seed, known, pilot)]
+        best = [(method, best_rate(method.name, seed, known)) for method in settled]
+        return [Run(method, lr, more, rest) for more in seeds[1:] for method, lr in best if lr is not None]
+
     # Every method once before any of them again.
-    main.sort(key=lambda method: len(losses(method.name, seed, known)))
-    untried = [method for method in others if not losses(method.name, seed, known)]
-    tried = [method for method in others if method not in untried]
-    runs: list[Run] = []
-    for methods, of_these in ((main, []), (untried, []), ([], main), (tried, others)):
-        runs += [Run(method, lr, seed, rest) for method in methods for lr in ladder(method, seed, known)]
-        for more in seeds[1:]:
-            for method in of_these:
-                rate = best_rate(method.name, seed, known)
-                if rate is not None and not ladder(method, seed, known):
-                    runs.append(Run(method, rate, more, rest))
+    runs = [*climb([*main, *others], True), *climb(main, False), *repeat(main), *climb(others, False), *repeat(others)]
     return [run for run in runs if run.key not in known]

@@ -61,7 +61,7 @@ def rows(known: Results) -> list[Row]:
                 {run["seed"]: run["loss"] for run in runs},
                 lr,
                 len(losses(method.name, PILOT_SEED, known)),
-                not ladder(method, PILOT_SEED, known),
+                not ladder(method, PILOT_SEED, known, {}),
                 (runs[0]["bytes"]["hidden_weights"] + runs[0]["bytes"]["hidden_state"]) / dense_weights(),
                 tuple((at[0]["tokens"], statistics.mean(point["loss"] for point in at)) for at in curves),
             )
