@@ -1,4 +1,4 @@
-"""Who trains best at what memory: ``python -m benchmarks.converge --suite cpu|cpu-long [--budget MINUTES] [--only NAME ...]``.
+"""Who trains best at what memory: ``python -m benchmarks.converge --suite NAME [--budget MINUTES] [--only NAME ...]``.
 
 All methods of ``benchmarks.methods`` train one model from the same weights on the same batches in the same order
 (for a seed). Every run is a file in ``results/converge/SUITE``, written when it ends; runs that exist are left out, so
