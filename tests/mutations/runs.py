@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
+import torch
 
 from tests.mutations.sites import Site, apply, functions, sources
 
@@ -42,6 +43,9 @@ ARGUMENTS = (
 def preload() -> None:
     """Import what every child process would import again."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Triton reads it when it is imported, here before the tests' own settings.
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
     for name in PRELOADED:
         try:
             importlib.import_module(name)
