@@ -77,7 +77,9 @@ OTHERS = (
     Method("RACS", "RACS", {"scale": 0.2}, follows="Muon"),
     Method("FOAM", "FOAM", {"scale": 1.0}, follows="AdamW"),
     Method("Alice", "Alice", {"rank": RANK, "leading": 5, "update_proj_gap": GAP}, follows="GaLore"),
-    Method("LoRA-Pre", "LoRAPre", {"rank": RANK, "scale": 1.0}, follows="AdamW"),
+    # Its bias correction makes steps up to six times too long at first.
+    Method("LoRA-Pre", "LoRAPre", {"rank": RANK, "scale": 1.0}, follows="AdamW", factor=0.125),
+    Method("LoRA-Pre, debias factor", "LoRAPre", {"rank": RANK, "scale": 1.0, "debias": "factor"}, follows="AdamW"),
     Method("galore-torch", "galore-torch GaLoreAdamW", follows="GaLore"),
     Method("apollo-torch", "apollo-torch APOLLO", follows="APOLLO"),
     Method("fira (package)", "fira FiraAdamW", follows="Fira"),
