@@ -231,7 +231,6 @@ def test_what_needs_more_names_the_extra(clean: Path) -> None:
         "lowrank-train tokenize --dataset text --output-dir tokens",
         "lowrank-memory estimate --model llama_60m",
         "lowrank-memory simulate --model llama_60m",
-        "lowrank-memory plan --gpu 24 --model llama_7b",
         "lowrank-memory compare",
     ]
     result = in_clean(clean, "python", "-c", LINES, *lines)
@@ -244,8 +243,9 @@ def test_what_needs_more_names_the_extra(clean: Path) -> None:
 def test_commands_that_need_nothing_more(clean: Path) -> None:
     for command in ("lowrank-train", "lowrank-memory"):
         assert in_clean(clean, command, "--version").stdout.split() == [command, lowrank_optim.__version__]
-    result = in_clean(clean, "python", "-c", LINES, "lowrank-train list", "lowrank-memory papers")
-    assert result.stdout.count("status 0") == 2 and "llama_7b_24gb" in result.stdout, result.stderr
+    lines = ["lowrank-train list", "lowrank-memory papers", "lowrank-memory plan --gpu 24 --model llama_7b"]
+    result = in_clean(clean, "python", "-c", LINES, *lines)
+    assert result.stdout.count("status 0") == 3 and "llama_7b_24gb" in result.stdout, result.stderr
 
 
 @pytest.mark.slow
