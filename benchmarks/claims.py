@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.common import RESULTS, markdown, read_result
-from benchmarks.converge_runs import CPU, results
+from benchmarks.converge_runs import CPU, LONG, SUITES
 from benchmarks.converge_table import COMMAND, Row, rows
 from lowrank_optim.memory.published import FULL, GALORE, LOW_RANK, RANKS, counts
 
@@ -45,19 +45,20 @@ class Claim(NamedTuple):
 
 
 @cache
-def converged() -> dict[str, Row]:
-    return {row.name: row for row in rows(results(CPU))}
+def converged(suite: str) -> dict[str, Row]:
+    return {row.name: row for row in rows(SUITES[suite])}
 
 
 def _pair(*names: str) -> list[Row] | None:
-    """The rows of some methods, over the seeds that all of them have."""
-    found = [converged().get(name) for name in names]
-    rows_ = [row for row in found if row is not None]
-    common = set.intersection(*(set(row.seeds) for row in rows_)) if len(rows_) == len(names) else set()
-    if not common:
-        return None
-    kept = [{seed: row.seeds[seed] for seed in sorted(common)} for row in rows_]
-    return [row._replace(loss=statistics.mean(seeds.values()), seeds=seeds) for row, seeds in zip(rows_, kept)]
+    """The rows of some methods in the longest suite that has them all, over the seeds that all of them have."""
+    for suite in (LONG, CPU):
+        known = converged(suite.name)
+        found = [known[name] for name in names if name in known]
+        common = set.intersection(*(set(row.seeds) for row in found)) if len(found) == len(names) else set()
+        if common:
+            kept = [{seed: row.seeds[seed] for seed in sorted(common)} for row in found]
+            return [row._replace(loss=statistics.mean(seeds.values()), seeds=seeds) for row, seeds in zip(found, kept)]
+    return None
 
 
 def verdict(holds: bool, otherwise: str = "contradicted") -> str:
@@ -70,7 +71,8 @@ def _of_runs(kind: str, *found: Row) -> str:
     settled = all(row.settled for row in found)
     if kind == "contradicted" and not (count >= ENOUGH and settled):
         kind = "not reproduced"
-    return f"{kind} ({count} seed{'s' * (count > 1)}{'' if settled else ', rates left to try'})"
+    tokens = f"{found[0].curve[-1][0] / 1e6:.1f} M tokens"
+    return f"{kind} ({count} seed{'s' * (count > 1)}, {tokens}{'' if settled else ', rates left to try'})"
 
 
 def _compared(judge: Callable[..., Found], *names: str) -> Callable[[], Found | None]:

@@ -1,7 +1,7 @@
 """The tables and plots of ``benchmarks.converge`` from the runs that exist; ``python -m benchmarks.table`` writes them.
 
-docs/choosing.md has all methods. The plots carry a digest of what they show,
-by which ``--check`` tells whether they are up to date.
+docs/choosing.md has all methods, README some of them. What compares methods takes the longest suite in which they all have run. The plots carry
+a digest of what they show, by which ``--check`` tells whether they are up to date.
 """
 
 from __future__ import annotations
@@ -16,7 +16,19 @@ from typing import Any, NamedTuple
 
 from benchmarks.common import markdown
 from benchmarks.converge import DIVERGED
-from benchmarks.converge_runs import CPU, PILOT_SEED, Results, Suite, best_rate, ladder, losses, rest_rate, results
+from benchmarks.converge_runs import (
+    CPU,
+    LONG,
+    PILOT_SEED,
+    Results,
+    Suite,
+    best_rate,
+    ladder,
+    losses,
+    pilot_rates,
+    rest_rate,
+    results,
+)
 from benchmarks.methods import MAIN, OTHERS
 
 CHOOSING = "<!-- table:choosing -->"
@@ -24,7 +36,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "choosing.md"
 # The plots name these.
 SHOWN = (*(method.name for method in MAIN), "8-bit AdamW", "APOLLO-Mini", "SinkGD", "SLTrain")
 PLOTS = Path(__file__).parents[1] / "docs" / "assets"
-COMMAND = "python -m benchmarks.converge --suite cpu"
+COMMAND = "python -m benchmarks.converge"
 
 
 class Row(NamedTuple):
@@ -45,9 +57,9 @@ class Row(NamedTuple):
         return math.exp(self.loss) if self.loss < DIVERGED else math.inf
 
 
-def rows(known: Results) -> list[Row]:
+def rows(suite: Suite) -> list[Row]:
     """Everyone that has run, the best first."""
-    found = []
+    known, pilot, found = results(suite), pilot_rates(suite), []
     for method in (*MAIN, *OTHERS):
         lr = best_rate(method.name, PILOT_SEED, known)
         if lr is None:
@@ -61,7 +73,7 @@ def rows(known: Results) -> list[Row]:
                 {run["seed"]: run["loss"] for run in runs},
                 lr,
                 len(losses(method.name, PILOT_SEED, known)),
-                not ladder(method, PILOT_SEED, known, {}),
+                not ladder(method, PILOT_SEED, known, pilot),
                 (runs[0]["bytes"]["hidden_weights"] + runs[0]["bytes"]["hidden_state"]) / dense_weights(),
                 tuple((at[0]["tokens"], statistics.mean(point["loss"] for point in at)) for at in curves),
             )
@@ -76,28 +88,43 @@ def dense_weights(suite: Suite = CPU) -> int:
     return int(shape["num_hidden_layers"] * width * (4 * width + 3 * shape["intermediate_size"]))
 
 
+def longest(names: Sequence[str]) -> Suite:
+    """The longest suite in which all of these have run.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for suite in (LONG, CPU):
+        missing = {*names} - {row.name for row in rows(suite)}
+        if not missing:
+            return suite
+    raise ValueError(f"Invalid results: no runs of {min(missing)}, expected those of {COMMAND}")
+
+
 def perplexities(names: Sequence[str]) -> tuple[dict[str, float], str]:
     """Of some methods over the seeds that all of them have, and of what, in words.
 
     Raises:
         ValueError: a method without runs.
     """
-    known = results(CPU)
-    found = {row.name: row for row in rows(known) if row.name in names}
-    if missing := [name for name in names if name not in found]:
-        raise ValueError(f"Invalid results: no runs of {missing[0]}, expected those of {COMMAND}")
+    suite = longest(names)
+    found = {row.name: row for row in rows(suite) if row.name in names}
     seeds = sorted(set.intersection(*(set(row.seeds) for row in found.values())))
     means = {name: statistics.mean(found[name].seeds[seed] for seed in seeds) for name in names}
-    parameters = next(iter(known.values()))["parameters"]
-    words = f"a LLaMA of {parameters / 1e6:.1f} million parameters after {CPU.tokens / 1e6:.1f} million tokens "
+    parameters = next(iter(results(suite).values()))["parameters"]
+    words = f"a LLaMA of {parameters / 1e6:.1f} million parameters after {suite.tokens / 1e6:.1f} million tokens "
     words += f"({len(seeds)} seed{'s' * (len(seeds) > 1)})"
     return {name: math.exp(loss) for name, loss in means.items()}, words
 
 
 def choosing() -> str:
-    """The table of docs/choosing.md: everyone, and who is the best for less than so many bytes."""
-    known = results(CPU)
-    found = rows(known)
+    """The tables of docs/choosing.md, the longer suite first."""
+    return "\n\n".join(section(suite) for suite in (LONG, CPU) if results(suite))
+
+
+def section(suite: Suite) -> str:
+    """Everyone in a suite, and who is the best for less than so many bytes."""
+    known, found = results(suite), rows(suite)
     best = [
         row
         for i, row in enumerate(found)
@@ -108,7 +135,8 @@ def choosing() -> str:
     ending = [f"\nNot run yet: {', '.join(missing)}."] if missing else []
     return "\n".join(
         [
-            _table(found), "", _caption(known, found), "",
+            f"## After {suite.tokens / 1e6:.1f} million tokens", "",
+            _table(suite, found), "", _caption(suite, known, found), "",
             "No method with fewer bytes of weights and state is better than these:", "", *lines, "",
             "Options beside their defaults, at the same rate and from the same start:", "", *_options(known), *ending,
         ]
@@ -131,7 +159,7 @@ def _options(known: Results) -> list[str]:
     return lines
 
 
-def _table(found: Sequence[Row]) -> str:
+def _table(suite: Suite, found: Sequence[Row]) -> str:
     header = [
         "method",
         "perplexity",
@@ -142,7 +170,7 @@ def _table(found: Sequence[Row]) -> str:
     ]
     cells = [
         [
-            row.name, _perplexity(row), str(len(row.seeds)), _early(row), f"{row.lr:.2g} ({_tried(row)})",
+            row.name, _perplexity(row), str(len(row.seeds)), _early(suite, row), f"{row.lr:.2g} ({_tried(row)})",
             f"{row.bytes_a_weight:.2f}",
         ]
         for row in found
@@ -157,8 +185,8 @@ def _perplexity(row: Row) -> str:
     return f"{row.perplexity:.2f}" + (f" ({min(spread):.2f} … {max(spread):.2f})" if len(spread) > 1 else "")
 
 
-def _early(row: Row) -> str:
-    at = [loss for tokens, loss in row.curve if tokens == CPU.tokens // 4]
+def _early(suite: Suite, row: Row) -> str:
+    at = [loss for tokens, loss in row.curve if tokens == suite.tokens // 4]
     return f"{math.exp(at[0]):.2f}" if at else "–"
 
 
@@ -166,18 +194,18 @@ def _tried(row: Row) -> str:
     return str(row.tried) if row.settled else f"{row.tried}, unfinished"
 
 
-def _caption(known: Results, found: Sequence[Row]) -> str:
-    shape = CPU.shape
+def _caption(suite: Suite, known: Results, found: Sequence[Row]) -> str:
+    shape = suite.shape
     run = next(iter(known.values()))
     return "\n".join(
         (
             f"LLaMA of {run['parameters']:,} parameters (width {shape['hidden_size']}, {shape['num_hidden_layers']} "
-            f"layers, vocabulary {shape['vocab_size']}), {CPU.tokens:,} tokens of web text and Wikipedia, rank "
-            f"{CPU.rank}; perplexity on C4 with {CPU.evaluated:,} tokens.",
+            f"layers, vocabulary {shape['vocab_size']}), {suite.tokens:,} tokens of web text and Wikipedia, rank "
+            f"{suite.rank}; perplexity on C4 with {suite.evaluated:,} tokens.",
             "Learning rate of the hidden matrices, the best of those tried in steps of 2; embeddings, head and vectors "
             f"have {rest_rate(known):g}. Bytes: weights and state of the hidden matrices in fp32, AdamW 12.",
             _order(found),
-            f"Made by `{COMMAND}`, drawn by `python -m benchmarks.table`.",
+            f"Made by `{COMMAND} --suite {suite.name}`, drawn by `python -m benchmarks.table`.",
         )
     )
 
@@ -200,9 +228,13 @@ def digest(found: Sequence[Row]) -> str:
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
 
 
+def plotted() -> list[Row]:
+    return rows(longest(SHOWN))
+
+
 def stale_plots() -> list[str]:
     """The files whose plot is missing or shows other runs than those that exist."""
-    expected = digest(rows(results(CPU)))
+    expected = digest(plotted())
     paths = [PLOTS / name for name in PLOTTED]
     return [path.name for path in paths if not path.is_file() or expected not in path.read_text(encoding="utf-8")]
 
@@ -213,7 +245,7 @@ def draw_plots() -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    found = rows(results(CPU))
+    found = plotted()
     for name in stale_plots():
         PLOTTED[name](found, PLOTS / name)
 

@@ -165,18 +165,19 @@ def test_a_published_recipe_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_verdict_follows_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     def row(name: str, perplexity: float) -> converge_table.Row:
         loss = math.log(perplexity)
-        return converge_table.Row(name, loss, {0: loss}, 1e-3, 3, True, 12.0, ((1, loss),))
+        return converge_table.Row(name, loss, {0: loss}, 1e-3, 3, True, 12.0, ((400_000, loss),))
 
     found = {name: row(name, value) for name, value in (("A", 50.0), ("B", 55.0), ("C", 50.1))}
-    monkeypatch.setattr(claims, "converged", lambda: found)
+    monkeypatch.setattr(claims, "converged", lambda suite: found)
     verdicts = [claims.better(*names)() for names in (("A", "B"), ("B", "A"), ("A", "C"), ("A", "absent"))]
     assert [one and one.verdict for one in verdicts] == [
-        "reproduced (1 seed)", "not reproduced (1 seed)", "not reproduced (1 seed)", None,
+        "reproduced (1 seed, 0.4 M tokens)", "not reproduced (1 seed, 0.4 M tokens)",
+        "not reproduced (1 seed, 0.4 M tokens)", None,
     ]  # fmt: skip
     assert claims.as_good("B", "A", 0.11)().verdict.startswith("reproduced")  # type: ignore[union-attr]
     assert claims.as_good("B", "A", 0.09)().verdict.startswith("not reproduced")  # type: ignore[union-attr]
     found |= {name: row._replace(seeds=dict.fromkeys(range(3), row.loss)) for name, row in found.items()}
-    assert claims.better("B", "A")().verdict == "contradicted (3 seeds)"  # type: ignore[union-attr]
+    assert claims.better("B", "A")().verdict == "contradicted (3 seeds, 0.4 M tokens)"  # type: ignore[union-attr]
 
 
 def test_claims_name_methods_that_exist() -> None:
