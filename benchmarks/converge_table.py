@@ -1,7 +1,7 @@
 """The tables and plots of ``benchmarks.converge`` from the runs that exist; ``python -m benchmarks.table`` writes them.
 
-docs/choosing.md has all methods, README some of them. What compares methods takes the longest suite in which they all have run. The plots carry
-a digest of what they show, by which ``--check`` tells whether they are up to date.
+docs/choosing.md has all methods, README some of them. What compares methods takes the longest suite in which they all
+have run. The plots carry a digest of what they show, by which ``--check`` tells whether they are up to date.
 """
 
 from __future__ import annotations
