@@ -24,6 +24,8 @@ from lowrank_optim.pretrain.metrics import FILE, read_metrics
 
 # What the trainer returns where its time was up.
 PAUSED = 75
+# A shorter piece would be spent on starting.
+LEAST_MINUTES = 1.0
 # Options of the trainer; what is not given is published, see lowrank_optim.pretrain.recipes.
 METHODS: dict[str, dict[str, Any]] = {
     "AdamW": {"optimizer": "AdamW"},
@@ -69,7 +71,7 @@ def compete(suite: Suite, seeds: Sequence[int], wanted: Sequence[str], data: Pat
             path = common.RESULTS / "converge" / "gpu" / f"{name.lower().replace(' ', '-')}_seed{seed}.json"
             while not path.is_file():
                 left = min(suite.minutes, (budget - (time.monotonic() - began)) / 60)
-                if left <= 0:
+                if left < LEAST_MINUTES:
                     return
                 options = options_of(suite, name, seed, data, left)
                 status = train.run(options)

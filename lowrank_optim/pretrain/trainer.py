@@ -22,7 +22,7 @@ from lowrank_optim.pretrain.config import Options, UserError, user_errors
 from lowrank_optim.pretrain.data import load_data, read_ahead
 from lowrank_optim.pretrain.divergence import PATIENCE
 from lowrank_optim.pretrain.energy import captured_energy
-from lowrank_optim.pretrain.launch import Stop, Stopped, start_accelerator
+from lowrank_optim.pretrain.launch import OUT_OF_TIME, Stop, Stopped, start_accelerator
 from lowrank_optim.pretrain.metrics import Metrics
 from lowrank_optim.pretrain.parallel import replicate
 from lowrank_optim.pretrain.random_state import random_state, seed_of, set_random_state
@@ -90,7 +90,8 @@ class Trainer:
             found = self._load(candidates[candidates.index(found) :])
             self.say(f"resumed    {found} after {self.progress.step} updates")
         # The update whose checkpoint this folder has already.
-        self.saved = self.progress.step if found and found.parent == folder else None
+        self.start = self.progress.step
+        self.saved = self.start if found and found.parent == folder else None
         self.sizes: dict[str, int] | None = None
         self.energy: dict[str, float] = {}
         self.evaluated, self.postponed, self.reports = math.nan, False, True
@@ -276,8 +277,14 @@ class Trainer:
         return here if self.world == 1 else bool(self._total(torch.tensor(int(here))))
 
     def _end_early(self, stopped: Stopped) -> int:
-        """Save, and say why and how to go on."""
+        """Save, and say why and how to go on.
+
+        Raises:
+            UserError: the time limit leaves none for an update, so that no repetition would ever end.
+        """
         step = self.progress.step
+        if stopped.status == OUT_OF_TIME and step == self.start:
+            raise UserError(f"Invalid --max-time: {self.run.max_time:g} minutes, over before the first update")
         if step and step != self.saved:
             self._save()
         if stopped.error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from benchmarks import claims, common, converge, converge_gpu, converge_table, f
 from benchmarks.converge import Tokens
 from benchmarks.converge_runs import CPU, Run, Suite
 from benchmarks.methods import MAIN, METHODS, OTHERS, PILOTS
+from lowrank_optim.pretrain import launch
 from tests.pretrain.conftest import documents, write_shard
 
 TOKENS = Tokens(np.zeros(1, np.uint16), np.zeros(1, np.uint16), "none")
@@ -155,8 +157,10 @@ def test_a_published_recipe_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     config = tmp_path / "small.json"
     fields = {"hidden_size": 16, "intermediate_size": 44, "num_hidden_layers": 1, "num_attention_heads": 2}
     config.write_text(json.dumps({"model_type": "llama", "vocab_size": 512, "max_position_embeddings": 64, **fields}))
-    # So little time that every piece ends after an update or two.
-    suite = converge_gpu.Suite(str(config), "fp32", updates=6, batch_size=2, seq_len=16, minutes=1e-4)
+    # Every piece ends after an update or two.
+    looks: Counter[launch.Stop] = Counter()
+    monkeypatch.setattr(launch.Stop, "is_late", lambda self, now: looks.update([self]) or looks[self] > 20)
+    suite = converge_gpu.Suite(str(config), "fp32", updates=6, batch_size=2, seq_len=16)
     converge_gpu.compete(suite, [0], ["GaLore"], tmp_path / "text", math.inf)
     row = json.loads((tmp_path / "converge" / "gpu" / "galore_seed0.json").read_text())
     assert row["curve"][-1]["update"] == 6 and math.isfinite(row["loss"])
