@@ -68,7 +68,7 @@ def limited_scale(
     kept = update_norm
     if gamma is not None:
         previous = update_norm.view(found.shape)
-        growth = (found / ((previous + GUARD) * gamma)).clamp_min_(1).masked_fill_(previous <= DEAD * size, 1)
+        growth = excess(found, previous, size, gamma)
         limited = found / growth
         kept = (limited if clean else torch.where(finite, limited, previous)).view(update_norm.shape)
         factor = strength / growth
@@ -81,6 +81,17 @@ def limited_scale(
     product = None if clean else torch.where(scale != 0, low * scale, 0)
     left = direction.addcmul_(low, scale, value=-back) if product is None else direction.sub_(product, alpha=back)
     return scale, kept, left if dtype is None else cast(left, dtype)
+
+
+def excess(norm: Tensor, previous: Tensor, usual: Tensor | float, gamma: float) -> Tensor:
+    """By how much a norm outgrows the previous one times ``gamma``: 1 where it does not, or that was nearly nothing.
+
+    Args:
+        norm, previous: (..., 1, 1).
+        usual: the norm of Adam's direction, the measure of "nearly nothing".
+    """
+    growth = (norm / ((previous + GUARD) * gamma)).clamp_min_(1)
+    return growth.masked_fill_(previous <= DEAD * usual, 1)
 
 
 def norm_of(rows: Tensor, sums: Sums | None) -> Tensor:

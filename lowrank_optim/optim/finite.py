@@ -25,10 +25,8 @@ def verdict(tensor: Tensor) -> bool | Tensor:
     NaN and infinity both survive summation.
     """
     dtype = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else None
-    if host_looks(tensor.device):
-        # Row by row: the sum of all at once takes 5 times as long on a CPU.
-        return cmath.isfinite(tensor.sum(-1, dtype=dtype).sum().item())
-    return tensor.sum(dtype=dtype)
+    total = tensor.sum(dtype=dtype)
+    return cmath.isfinite(total.item()) if host_looks(tensor.device) else total
 
 
 def is_finite(ok: Tensor) -> Tensor:
