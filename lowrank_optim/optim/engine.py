@@ -265,7 +265,8 @@ class LowRankOptimizer(PlannedOptimizer):
             norms: Norms | None = Norms(of_low, of_grad)
         else:
             if rule.masks and lift.passes_direction and subspace.factored:
-                told["dtype"] = weight.dtype
+                # A refresh may still want sums over micro-batches.
+                told |= {"dtype": weight.dtype, "spent": grad is not None}
             direction, size = self.direction(rule, low, state, group, size, **told)
             norms = None
         grad = weight if grad is None else grad
