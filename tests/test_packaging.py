@@ -43,6 +43,10 @@ import lowrank_optim
 p = torch.nn.Parameter(torch.ones(8, 6))
 p.grad = torch.randn(8, 6)
 lowrank_optim.GaLoreAdamW([p], rank=2).step()
+
+import train_llama
+
+assert train_llama.main(["--help"]) == 0
 """
 
 
@@ -54,9 +58,10 @@ def run(code: str, *path: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_import_and_a_step_need_torch_and_numpy_alone() -> None:
+def test_import_a_step_and_the_help_need_torch_and_numpy_alone() -> None:
     result = run(BLOCKED_IMPORT)
     assert result.returncode == 0, result.stderr
+    assert "--optimizer-args" in result.stdout
 
 
 def test_the_folder_kernels_is_no_package() -> None:

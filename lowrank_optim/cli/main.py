@@ -13,8 +13,8 @@ from typing import Any
 
 from lowrank_optim import __version__
 from lowrank_optim.cli import quiet  # noqa: F401
+from lowrank_optim.optim.validation import nearest
 from lowrank_optim.pretrain.config import UserError
-from lowrank_optim.pretrain.optimizers import nearest
 
 PROG = "lowrank-train"
 # Subcommands: the module and the function, imported when called, and what they do.

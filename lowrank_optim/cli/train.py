@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lowrank_optim.cli.main import COMMANDS, PROG
 from lowrank_optim.pretrain.command_line import parse_options
@@ -100,12 +100,13 @@ def predicted(options: Options, parts: int) -> tuple[Estimate, Mapping[str, int]
 
 def adamw_sizes(options: Options, parts: int = 1) -> list[Sizes]:
     """What AdamW keeps, predicted, for the same model with dense weights: states as torch has them, and in fp32."""
-    dense: dict[str, Any] = {"parameterization": None, "parameterization_args": [], "weights": None}
+    # Ours without a rank keeps what torch's does, and is made in half the time.
+    plain = replace(options, optimizer="GaLoreAdamW", per_layer=False, graph_step=False)
+    dtypes = ["float32"] if options.dtype == "fp32" else ["bfloat16", "float32"]
     if options.optimizer == "AdamW":
-        dense = {}
-    plain = replace(options, optimizer="AdamW", optimizer_args=[], per_layer=False, graph_step=False, **dense)
-    rows = [] if options.optimizer == "AdamW" else [plain]
-    if options.dtype == "bf16":
-        rows.append(replace(plain, optimizer="GaLoreAdamW", optimizer_args=["rank=none", "state_dtype=float32"]))
-    found = [predicted(row, parts) for row in rows]
+        dtypes = dtypes[1:]
+    else:
+        plain = replace(plain, parameterization=None, parameterization_args=[], weights=None)
+    args = ({"optimizer_args": ["rank=none", f"state_dtype={dtype}"]} for dtype in dtypes)
+    found = [predicted(replace(plain, **more), parts) for more in args]
     return [("AdamW, same model", expected.state_dtype, kept) for expected, kept in found]

@@ -14,14 +14,15 @@ from lowrank_optim.memory.estimate import CATEGORIES, estimate
 from lowrank_optim.memory.job import Job
 from lowrank_optim.memory.published import RANKS
 from lowrank_optim.memory.simulate import simulate
+from lowrank_optim.optim.validation import nearest
 from lowrank_optim.pretrain.config import OPTIMIZER_OF
 from lowrank_optim.pretrain.optimizers import (
     accepted_arguments,
     low_rank_names,
-    nearest,
     optimizer_names,
     parse_optimizer_args,
 )
+from lowrank_optim.pretrain.page import html_table, page
 from lowrank_optim.pretrain.parameterizations import PARAMETERIZATIONS
 
 if TYPE_CHECKING:
@@ -174,28 +175,14 @@ def write_html(path: str, rows: Sequence[Row], title: str) -> None:
     """One page with the figure as SVG and the table, which needs no other file."""
     image = io.StringIO()
     figure(rows).savefig(image, format="svg")
-    shown = _shown(rows)
-    head = "".join(f"<th>{name}</th>" for name in ["model", "method", "state dtype", *shown, "total"])
-    body = "".join(
-        f"<tr><td>{html.escape(row.model)}</td><td>{html.escape(row.method)}</td><td>{row.state_dtype}</td>"
-        + "".join(
-            f"<td class=n>{size / 1e9:.3f}</td>" for size in [*(row.by_category[c] for c in shown), row.total_bytes]
-        )
-        + "</tr>\n"
-        for row in rows
-    )
-    style = (
-        "body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:2px 10px;text-align:left}"
-        "tr:nth-child(even){background:#f3f3f3}.n{text-align:right}svg{max-width:100%;height:auto}"
-    )
     svg = image.getvalue()
-    Path(path).write_text(
-        f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>\n"
-        f"<style>{style}</style>\n"
-        f"<h1>{html.escape(title)}</h1>\n{svg[svg.index('<svg') :]}\n"
-        f"<p>GB, 10^9 bytes.</p>\n<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></html>\n",
-        encoding="utf-8",
-    )
+    shown = _shown(rows)
+    cells = [["model", "method", "state dtype", *shown, "total"]]
+    for row in rows:
+        sizes = [*(row.by_category[name] for name in shown), row.total_bytes]
+        cells.append([row.model, row.method, row.state_dtype, *(f"{size / 1e9:.3f}" for size in sizes)])
+    body = f"<h1>{html.escape(title)}</h1>\n{svg[svg.index('<svg') :]}\n<p>GB, 10^9 bytes.</p>\n{html_table(cells)}"
+    Path(path).write_text(page(html.escape(title), body), encoding="utf-8")
 
 
 def _shown(rows: Sequence[Row]) -> list[str]:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
-import inspect
 import math
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from lowrank_optim.memory.devices import ALONE, STRATEGIES, Devices, Footprint, footprint_of
 from lowrank_optim.memory.estimate import low_rank_sums
@@ -27,6 +23,7 @@ from lowrank_optim.memory.tracker import Peak
 from lowrank_optim.nn import quantize_weights
 from lowrank_optim.ops.linear_cross_entropy import CHUNK
 from lowrank_optim.optim.engine import LowRankOptimizer
+from lowrank_optim.optim.validation import nearest
 from lowrank_optim.pretrain.build import build_network, settle
 from lowrank_optim.pretrain.command_line import write_flags
 from lowrank_optim.pretrain.llama import PRESETS, build_config
@@ -148,10 +145,9 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB|)", text.strip(), re.IGNORECASE)
     if match is not None and float(match[1]):
         return int(float(match[1]) * (2**30 if match[2].lower() == "gib" else 10**9))
-    near = difflib.get_close_matches(name, {key.lower().replace(" ", ""): key for key in CARDS}, n=1, cutoff=0.5)
-    hint = f"; did you mean {next(c for c in CARDS if c.lower().replace(' ', '') == near[0])}?" if near else ""
     raise ValueError(
-        f"Invalid --gpu: {text!r}, expected a size such as 24, 24GB or 22.5GiB, or {', '.join(CARDS)}{hint}"
+        f"Invalid --gpu: {text!r}, expected a size such as 24, 24GB or 22.5GiB, or {', '.join(CARDS)}"
+        + nearest(name, CARDS, cutoff=0.5)
     )
 
 
@@ -200,8 +196,7 @@ def search(
     for strategy in strategies if devices > 1 else strategies[:1]:
         spread = Devices(devices, strategy)
         names = optimizers or _known(spread)
-        with _without_compiler():
-            every += _plans(model, tokens // devices, seq_len, names, progress, spread)
+        every += _plans(model, tokens // devices, seq_len, names, progress, spread)
     every.sort(key=lambda plan: plan.order)
     plans = [plan for plan in every if plan.predicted_bytes <= room]
     best_of = sorted({plan.job.optimizer: plan for plan in reversed(plans)}.values(), key=lambda plan: plan.order)
@@ -242,17 +237,6 @@ def _known(devices: Devices) -> list[str]:
     # Not imported: its import takes half as long as a plan.
     eight_bit = ["AdamW8bit"] if not devices.splits and importlib.util.find_spec("bitsandbytes") else []
     return ["AdamW", *eight_bit, *low_rank_names()]
-
-
-@contextmanager
-def _without_compiler() -> Iterator[None]:
-    """Let optimizers be made without torch's compiler, whose import takes longer than all plans."""
-    wrapped = Optimizer.add_param_group
-    Optimizer.add_param_group = inspect.unwrap(wrapped)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Optimizer.add_param_group = wrapped  # type: ignore[method-assign]
 
 
 def _order(cost: float, rank: float, state: str | None, weights: str) -> tuple[Any, ...]:

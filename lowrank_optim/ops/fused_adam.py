@@ -32,14 +32,15 @@ def _misfit(*tensors: Tensor) -> int | None:
 
 def fused_adam_(
     target: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
-    *, beta1: float, beta2: float, eps: float, alpha: float,
+    *, beta1: float, beta2: float, eps: float, alpha: float = 1.0, replace: bool = False,
 ) -> None:  # fmt: skip
     """target += alpha * :func:`adam_direction`, both moments being updated in place, without a temporary.
 
     Args:
-        target: what moves, a weight or zeros (modified in place).
+        target: what moves (modified in place), which may be ``grad`` itself.
         grad, exp_avg, exp_avg_sq: as in ``adam_direction``; :func:`fused_adam_fits` must hold for all four.
         alpha: any sign.
+        replace: the direction takes the place of what ``target`` held, which must be finite; with alpha = 1.
 
     Raises:
         ValueError: a tensor that does not fit.
@@ -52,7 +53,9 @@ def fused_adam_(
             f"Invalid {name}: {tuple(t.shape)} {t.dtype} on {t.device}, expected contiguous {tuple(target.shape)} "
             f"{target.dtype}, fp32 or fp64, on the CPU"
         )
+    # Decay takes lr weight_decay of the target away first: with -1 times -1 all of it.
     torch._fused_adamw_(
         [target], [grad], [exp_avg], [exp_avg_sq], [], [_NEVER_CORRECTED],
-        lr=-alpha, beta1=beta1, beta2=beta2, weight_decay=0.0, eps=eps, amsgrad=False, maximize=False,
+        lr=-alpha, beta1=beta1, beta2=beta2, weight_decay=-1.0 if replace else 0.0, eps=eps, amsgrad=False,
+        maximize=False,
     )  # fmt: skip

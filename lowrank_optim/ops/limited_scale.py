@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,11 +67,16 @@ def limited_scale(
     clean = found.device.type == "cpu" and not torch.compiler.is_compiling() and bool(finite)
     factor: float | Tensor = strength
     kept = update_norm
-    if gamma is not None:
+    if gamma is not None and clean and update_norm.ndim == 0:
+        # Nor do numbers: an operation on one value takes as long as on a thousand.
+        norm = found.item()
+        growth = excess(norm, update_norm.item(), size.item(), gamma)
+        kept, factor = update_norm.new_tensor(norm / growth), strength / growth
+    elif gamma is not None:
         previous = update_norm.view(found.shape)
-        growth = (found / ((previous + GUARD) * gamma)).clamp_min_(1).masked_fill_(previous <= DEAD * size, 1)
+        growth = excess(found, previous, size, gamma)
         limited = found / growth
-        kept = (limited if clean else torch.where(finite, limited, previous)).view(update_norm.shape)
+        kept = torch.where(finite, limited, previous).view(update_norm.shape)
         factor = strength / growth
     scale = phi * factor
     if not clean:
@@ -81,6 +87,19 @@ def limited_scale(
     product = None if clean else torch.where(scale != 0, low * scale, 0)
     left = direction.addcmul_(low, scale, value=-back) if product is None else direction.sub_(product, alpha=back)
     return scale, kept, left if dtype is None else cast(left, dtype)
+
+
+def excess(norm: Any, previous: Any, usual: Any, gamma: float) -> Any:
+    """By how much a norm outgrows the previous one times ``gamma``: 1 where it does not, or that was nearly nothing.
+
+    Args:
+        norm, previous: (..., 1, 1), or numbers.
+        usual: the norm of Adam's direction, the measure of "nearly nothing".
+    """
+    if not isinstance(norm, Tensor):
+        return max(norm / ((previous + GUARD) * gamma), 1.0) if previous > DEAD * usual else 1.0
+    growth = (norm / ((previous + GUARD) * gamma)).clamp_min_(1)
+    return growth.masked_fill_(previous <= DEAD * usual, 1)
 
 
 def norm_of(rows: Tensor, sums: Sums | None) -> Tensor:

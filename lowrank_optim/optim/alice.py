@@ -118,13 +118,10 @@ class TrackingAdam(Adam):
     masks = False
     rowwise = False
 
-    def direction(
-        self, low: Tensor, state: State, group: Group, norms: Tensor | None = None, *, ok: bool | Tensor = True,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:  # fmt: skip
+    def direction(self, low: Tensor, state: State, group: Group, norms: Tensor | None = None, **told: Any) -> Tensor:
         if "covariance" in state:
             state["covariance"].lerp_(low.mH @ low, 1 - group["beta3"])
-        return super().direction(low, state, group, norms, ok=ok, dtype=dtype)
+        return super().direction(low, state, group, norms, **told)
 
     def correction(self, step: int | Tensor, group: Group) -> Scalar:
         return 1.0

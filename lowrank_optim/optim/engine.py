@@ -237,11 +237,14 @@ class LowRankOptimizer(PlannedOptimizer):
             of_grad = row_norms(grad)
         if of_grad is not None and layout is not None and layout.split == "columns":
             of_grad = layout.shards.sum_(of_grad.square_()).sqrt_()
-        if ok is None and of_grad is not None and not finite.host_looks(low.device):
-            # They tell it as well as a sum.
+        # They tell it as well as a sum.
+        seen = of_grad
+        if seen is None:
+            seen = low if grad is None or subspace.sees_all(group) else grad
+        if ok is None and seen is of_grad and not finite.host_looks(low.device):
             ok = of_grad
         else:
-            ok = self._admit(low if grad is None or subspace.sees_all(group) else grad, ok)
+            ok = self._admit(seen, ok)
             if ok is False:
                 return
             if isinstance(ok, Tensor) and of_grad is not None:
@@ -262,7 +265,8 @@ class LowRankOptimizer(PlannedOptimizer):
             norms: Norms | None = Norms(of_low, of_grad)
         else:
             if rule.masks and lift.passes_direction and subspace.factored:
-                told["dtype"] = weight.dtype
+                # A refresh may still want sums over micro-batches.
+                told |= {"dtype": weight.dtype, "spent": grad is not None}
             direction, size = self.direction(rule, low, state, group, size, **told)
             norms = None
         grad = weight if grad is None else grad

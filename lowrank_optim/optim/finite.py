@@ -9,6 +9,7 @@ finite count as zeros. A refresh looks on every device.
 from __future__ import annotations
 
 import cmath
+import math
 
 import torch
 from torch import Tensor
@@ -25,10 +26,14 @@ def verdict(tensor: Tensor) -> bool | Tensor:
     NaN and infinity both survive summation.
     """
     dtype = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else None
-    if host_looks(tensor.device):
-        # Row by row: the sum of all at once takes 5 times as long on a CPU.
-        return cmath.isfinite(tensor.sum(-1, dtype=dtype).sum().item())
-    return tensor.sum(dtype=dtype)
+    if not host_looks(tensor.device):
+        return tensor.sum(dtype=dtype)
+    if tensor.dtype in (torch.float32, torch.float64) and tensor.is_contiguous():
+        # BLAS reads it twice as fast. Squares of finite values may overflow, which the sum decides.
+        flat = tensor.view(-1)
+        if math.isfinite(torch.dot(flat, flat).item()):
+            return True
+    return cmath.isfinite(tensor.sum(dtype=dtype).item())
 
 
 def is_finite(ok: Tensor) -> Tensor:

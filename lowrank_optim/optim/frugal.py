@@ -118,13 +118,10 @@ class RestartedAdam(CorrectedAdam):
         reset = Slot((), torch.float32) if group["capturable"] else Number(0)
         return {**super().slots(shape, view, group, along), "reset_step": reset}
 
-    def direction(
-        self, low: Tensor, state: State, group: Group, norms: Tensor | None = None, *, ok: bool | Tensor = True,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:  # fmt: skip
+    def direction(self, low: Tensor, state: State, group: Group, norms: Tensor | None = None, **told: Any) -> Tensor:
         """(M / (1 - beta1^t)) / (sqrt(V / (1 - beta2^t)) + eps) with t = step - reset_step."""
         corrected = super().correction(state["step"] - state["reset_step"], group)
-        return super().direction(low, state, group, norms, ok=ok, dtype=dtype).mul_(corrected)
+        return super().direction(low, state, group, norms, **told).mul_(corrected)
 
     def correction(self, step: int | Tensor, group: Group) -> Scalar:
         """1: the direction is corrected already."""

@@ -22,15 +22,12 @@ class ProjectionAwareAdam(CorrectedAdam):
     # What is missing is not zero.
     masks = False
 
-    def direction(
-        self, low: Tensor, state: State, group: Group, norms: Tensor | None = None, *, ok: bool | Tensor = True,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:  # fmt: skip
+    def direction(self, low: Tensor, state: State, group: Group, norms: Tensor | None = None, **told: Any) -> Tensor:
         """Adam's, on what of ``low`` is not carried momentum."""
         carried = carried_momentum(group)
         if carried:
             low = low - carried * load_moment(state, "exp_avg", low.dtype)
-        return super().direction(low, state, group, norms, ok=ok, dtype=dtype)
+        return super().direction(low, state, group, norms, **told)
 
     def missing(self, low: Tensor, state: State, group: Group) -> Scalar:
         """The carried momentum alone, of which the direction is that of a gradient of zeros."""

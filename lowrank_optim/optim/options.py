@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -11,7 +10,7 @@ from typing import Any, TypedDict
 from lowrank_optim.ops import BACKENDS
 from lowrank_optim.optim.parts import REQUIRED, Group, Option
 from lowrank_optim.optim.state_storage import STATE_DTYPES
-from lowrank_optim.optim.validation import check_choice, check_positive_int, check_range
+from lowrank_optim.optim.validation import check_choice, check_positive_int, check_range, nearest
 from lowrank_optim.optim.weight_storage import WEIGHT_ROUNDINGS
 
 
@@ -137,12 +136,6 @@ def arguments(of_constructor: dict[str, Any]) -> dict[str, Any]:
     options = {name: value for name, value in of_constructor.items() if name not in ("self", "params", "__class__")}
     common = options.pop("common", {})
     return {**options, **common}
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'X'?"`` for the known name that ``name`` resembles, else nothing."""
-    near = difflib.get_close_matches(name, [*known], n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def expand_signature(cls: type) -> None:

@@ -270,8 +270,8 @@ class Rule(Part):
 
     # Whether every element is treated for itself, so that large parameters can be updated in slices.
     elementwise: ClassVar[bool] = False
-    # Whether `direction` also takes ``ok``, the verdict on the gradient, which then need not be masked, and ``dtype``,
-    # that of its result.
+    # Whether `direction` also takes ``ok``, the verdict on the gradient, which then need not be masked, ``dtype``, that
+    # of its result, and ``spent``, whether it may overwrite the gradient.
     masks: ClassVar[bool] = False
     # Whether every row is treated for itself; else a process gets all rows of a low-rank gradient.
     rowwise: ClassVar[bool] = False
@@ -316,7 +316,8 @@ class Lift(Part):
 
     # Whether `update` gets Norms.
     needs_norms: ClassVar[bool] = False
-    # Whether the direction is projected back as it is, and may come in the dtype of the weight.
+    # Whether the direction is projected back as it is: it may come in the dtype of the weight and in the place of the
+    # low-rank gradient, which nobody reads any more.
     passes_direction: ClassVar[bool] = False
     # Whether `update` reads ``step.low``, which then holds zeros where the gradient is not finite.
     reads_low: ClassVar[bool] = False

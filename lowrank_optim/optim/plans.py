@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from operator import itemgetter
@@ -123,7 +124,8 @@ class PlannedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; options that it does not name take the constructor's values."""
         check_names(param_group, self.known_options(), type(self).__name__)
-        super().add_param_group(param_group)
+        # Not by way of its decorator, which imports torch's compiler: that takes longer than all else here.
+        inspect.unwrap(Optimizer.add_param_group)(self, param_group)
         try:
             self.check_group(self.param_groups[-1])
         except ValueError:

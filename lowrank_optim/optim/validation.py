@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from typing import Any
 
@@ -36,3 +37,11 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     choices = tuple(choices)
     if value not in choices:
         raise ValueError(f"Invalid {name}: {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def nearest(given: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """``"; did you mean X?"`` for the known word that ``given`` resembles, else nothing."""
+    # Dashes in front and capitals are no likeness.
+    plain = {word.strip("-").lower(): word for word in known}
+    near = difflib.get_close_matches(given.strip("-").lower(), plain, n=1, cutoff=cutoff)
+    return f"; did you mean {plain[near[0]]}?" if near else ""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from lowrank_optim.optim.validation import nearest
 from lowrank_optim.pretrain.config import Options, UserError
 
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}
@@ -24,6 +24,9 @@ NOT_NEGATIVE = (
     *("keep", "sample_tokens", "max_bad_documents", "max_time", "loss_limit"),
     "process_timeout",
 )
+
+
+HELP = "; --help lists the options"
 
 
 class Parser(argparse.ArgumentParser):
@@ -125,7 +128,7 @@ def _meant(word: str, names: Iterable[str]) -> str:
         return f"; did you mean {meant}?"
     if plain in ELSEWHERE:
         return f": {ELSEWHERE[plain]}"
-    return _nearest(word, flags)
+    return nearest(word, flags) or HELP
 
 
 def add_flags(parser: argparse.ArgumentParser, names: Iterable[str], default: Mapping[str, Any] | None = None) -> None:
@@ -242,7 +245,7 @@ def _convert(key: str, value: Any, path: str) -> tuple[str, Any]:
     if name not in FIELDS or name == "config":
         plain = key.lower().replace("_", "-")
         meant = SYNONYMS.get(plain, "").replace("-", "_")
-        near = f"; did you mean {meant}?" if meant else _nearest(name, [n for n in FIELDS if n != "config"])
+        near = f"; did you mean {meant}?" if meant else nearest(name, [n for n in FIELDS if n != "config"]) or HELP
         raise UserError(f"Invalid key in {path}: {key}{f': {ELSEWHERE[plain]}' if plain in ELSEWHERE else near}")
     kind, optional = _kind(name)
     choices = FIELDS[name].metadata["choices"]
@@ -264,13 +267,6 @@ def _convert(key: str, value: Any, path: str) -> tuple[str, Any]:
     if type(value) is not kind or (choices and value not in choices):
         raise wrong
     return name, value
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    # Dashes alone are no likeness.
-    bare = {word.strip("-"): word for word in known}
-    near = difflib.get_close_matches(name.strip("-"), bare, n=1)
-    return f"; did you mean {bare[near[0]]}?" if near else "; --help lists the options"
 
 
 def _yaml() -> Any:

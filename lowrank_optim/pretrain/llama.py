@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from lowrank_optim.optim.validation import nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -97,9 +98,8 @@ def _read_config(model: str) -> Any:
     path = Path(model)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
-        near = difflib.get_close_matches(model, PRESETS, n=1, cutoff=0.7)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        if near or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or path.suffix == ".json":
+        hint = nearest(model, PRESETS, cutoff=0.7)
+        if hint or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or path.suffix == ".json":
             raise ValueError(
                 f"Invalid model: {model!r}, expected a preset ({', '.join(PRESETS)}), a config.json or a hub name{hint}"
             )

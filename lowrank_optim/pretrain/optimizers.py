@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 import lowrank_optim
+from lowrank_optim.optim.validation import nearest
 
 # LBFGS evaluates the loss several times a step, SparseAdam takes sparse gradients only, PytorchLARS is the
 # yardstick of bitsandbytes' own tests.
@@ -105,11 +105,7 @@ def build_optimizer(
             raise ValueError(f"Invalid optimizer argument: {key!r} is also given as an option of its own")
         options[key] = value
     allowed = accepted_arguments(name)
-    for key in options:
-        if key not in allowed:
-            raise ValueError(
-                f"Invalid argument for {name}: {key!r}, expected one of {', '.join(allowed)}" + nearest(key, allowed)
-            )
+    check_keys(f"argument for {name}", options, allowed)
     selection = {"targets": options.pop("targets")} if "targets" in options else {}
     try:
         if name in _OF_LAYERS:
@@ -125,11 +121,12 @@ def build_optimizer(
         raise ValueError(f"Invalid arguments for {name}: {options} ({error})") from error
 
 
-def nearest(given: str, known: Iterable[str]) -> str:
-    """``"; did you mean X?"`` for the known word that ``given`` resembles, else nothing."""
-    by_case = {word.lower(): word for word in known}
-    near = difflib.get_close_matches(given.lower(), by_case, n=1)
-    return f"; did you mean {by_case[near[0]]}?" if near else ""
+def check_keys(what: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise ValueError on a key that is not known; the nearest is named."""
+    for key in given:
+        if key not in known:
+            expected = f"one of {', '.join(known)}" if known else "none"
+            raise ValueError(f"Invalid {what}: {key!r}, expected {expected}" + nearest(key, known))
 
 
 def _literal(text: str) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -25,7 +25,8 @@ from lowrank_optim.nn import (
     convert,
 )
 from lowrank_optim.nn.restarts import Restart
-from lowrank_optim.pretrain.optimizers import nearest
+from lowrank_optim.optim.validation import nearest
+from lowrank_optim.pretrain.optimizers import check_keys
 
 # Published together with restarts.
 RESTARTS = {"loro": "reset", "relora": "merge", "maestro": "dropout"}
@@ -152,7 +153,7 @@ def layer_spec(name: str, args: Mapping[str, Any]) -> LayerSpec:
     """
     cls = PARAMETERIZATIONS[_known(name)]
     fields = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    _check_keys(f"argument for {name}", args, [*fields, "targets", "hidden_act"])
+    check_keys(f"argument for {name}", args, [*fields, "targets", "hidden_act"])
     try:
         options = cls(**{key: value for key, value in args.items() if key in fields})
     except TypeError as error:
@@ -191,12 +192,12 @@ def build_restarts(
             callbacks cannot act on.
     """
     if kind == "none":
-        _check_keys("argument without restarts", args, [])
+        check_keys("argument without restarts", args, [])
         return []
     kinds = {"merge": MergeAndRestart, "dropout": OrderedDropout}
     last = kinds.get(kind, MomentumReset)
     accepted = [key for key in inspect.signature(last).parameters if key not in ("model", "optimizer", "seed")]
-    _check_keys(f"argument for {kind}", args, accepted)
+    check_keys(f"argument for {kind}", args, accepted)
     given = {"first": first, **args}
     if kind in kinds:
         return [kinds[kind](model, optimizer, seed=seed, **given)]
@@ -213,10 +214,3 @@ def _known(name: str) -> str:
             + nearest(name, PARAMETERIZATIONS)
         )
     return name.lower()
-
-
-def _check_keys(what: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
-    for key in given:
-        if key not in known:
-            expected = f"one of {', '.join(known)}" if known else "none"
-            raise ValueError(f"Invalid {what}: {key!r}, expected {expected}" + nearest(key, known))

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
-from lowrank_kernels.compile import SHARED_LIMIT
+from lowrank_kernels.compile import SHARED_LIMIT, cases
 
 from benchmarks import aot_table, common, table
 
 
 def test_every_kernel_was_compiled_in_every_way_and_nothing_spills() -> None:
     pytest.importorskip("triton", minversion="3.3")
-    # In a process of its own: the kernels of this one may run in the interpreter.
-    code = "import json; from lowrank_kernels.compile import cases; print(json.dumps([case.label for case in cases()]))"
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    labels = set(json.loads(subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)))
-    wanted = {(label, arch, aligned) for label in labels for arch in SHARED_LIMIT for aligned in (True, False)}
+    wanted = {(case.label, arch, aligned) for case in cases() for arch in SHARED_LIMIT for aligned in (True, False)}
     by_version = aot_table.usages()
     assert len(by_version) >= 2
     page = " ".join(aot_table.PAGE.read_text(encoding="utf-8").split())

@@ -57,10 +57,10 @@ def test_kernels_make_the_same_steps(example: Any, device: torch.device) -> None
 def test_options_that_nobody_reads_or_that_are_missing_are_errors(example: Any) -> None:
     p = nn.Parameter(torch.zeros(64, 32))
     with pytest.raises(
-        TypeError, match="RandomGaLoreAdamW has no option 'update_proj_gpa'; did you mean 'update_proj_gap'"
+        TypeError, match="RandomGaLoreAdamW has no option 'update_proj_gpa'; did you mean update_proj_gap"
     ):
         example([p], update_proj_gpa=5)
-    with pytest.raises(ValueError, match=r"Invalid option 'update_proj_gpa' in a parameter group.*'update_proj_gap'"):
+    with pytest.raises(ValueError, match=r"Invalid option 'update_proj_gpa' in a parameter group.*update_proj_gap\?"):
         example([{"params": [p], "rank": 4, "update_proj_gpa": 5}])
 
     class Forgetful(example):

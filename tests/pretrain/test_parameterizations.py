@@ -22,6 +22,7 @@ from lowrank_optim.pretrain.parameterizations import (
     parameterize_,
 )
 from lowrank_optim.pretrain.recipes import resolve
+from tests.conformance import nightly
 from tests.nn.parameterizations import block
 from tests.pretrain.logs import rows
 
@@ -52,7 +53,11 @@ def test_the_runs_cover_every_parameterization() -> None:
     assert set(RUNS) == set(PARAMETERIZATIONS) == set(PUBLISHED)
 
 
-@pytest.mark.parametrize("name", RUNS)
+# Of their kinds others run by default.
+SLOW = ("lost", "lora", "ternarylowrank")
+
+
+@pytest.mark.parametrize("name", [*(name for name in RUNS if name not in SLOW), *nightly(*SLOW)])
 def test_a_run_resumes_to_the_last_bit_and_exports(name: str, arguments: list[str], tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 

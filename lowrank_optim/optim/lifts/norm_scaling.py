@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops import pick
-from lowrank_optim.ops.limited_scale import DEAD, GUARD, limited_scale
+from lowrank_optim.ops.limited_scale import excess, limited_scale
 from lowrank_optim.optim.options import number, optional
 from lowrank_optim.optim.parts import Group, Lift, Option, Slot, Slots, State, Step, View
 
@@ -39,8 +39,7 @@ class GrowthLimiter(Lift):
         finite = norm < math.inf
         if gamma is None:
             return finite.to(norm.dtype)
-        growth = (norm / ((previous + GUARD) * gamma)).clamp_min(1)
-        growth = torch.where(previous > DEAD * direction, growth, 1)
+        growth = excess(norm, previous, direction, gamma)
         previous.copy_(torch.where(finite, norm / growth, previous))
         return torch.where(finite, growth.reciprocal_(), 0)
 

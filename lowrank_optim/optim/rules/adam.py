@@ -73,7 +73,7 @@ class Adam(Rule):
 
     def direction(
         self, low: Tensor, state: State, group: Group, norms: Tensor | None = None, *, ok: bool | Tensor = True,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None, spent: bool = False,
     ) -> Tensor:  # fmt: skip
         """M / (sqrt(V) + eps) in ``dtype``, by default fp32 or wider; of zeros where the gradient is not ``ok``."""
         kernel = self._kernel(adam8bit_direction if CODES in state else adam_direction, low, state, group)
@@ -82,7 +82,7 @@ class Adam(Rule):
         low = zero_unless(ok, low)
         whole = CODES not in state and not is_int4(state, "exp_avg")
         if norms is not None or whole or low.numel() <= SLICE:
-            return self._direction(low, state, group, norms)
+            return self._direction(low, state, group, norms, spent=spent)
         direction = torch.empty(low.shape, dtype=torch.promote_types(low.dtype, torch.float32), device=low.device)
         for part, (some, out) in slices(state, low.contiguous(), direction):
             out.copy_(self._direction(some, part, group))
@@ -117,13 +117,15 @@ class Adam(Rule):
         )  # fmt: skip
         return True
 
-    def _direction(self, low: Tensor, state: State, group: Group, norms: Tensor | None = None) -> Tensor:
+    def _direction(
+        self, low: Tensor, state: State, group: Group, norms: Tensor | None = None, *, spent: bool = False
+    ) -> Tensor:
         beta1, beta2 = group[self.betas]
         eps = self._eps(state, group)
         moments = [load_moment(state, key, low.dtype) for key in MOMENT_KEYS]
         if self._may_fuse(group, eps) and fused_adam_fits(low, *moments):
-            direction = torch.zeros_like(moments[0])
-            fused_adam_(direction, low, *moments, beta1=beta1, beta2=beta2, eps=float(eps), alpha=1.0)
+            direction = low if spent else torch.zeros_like(low)
+            fused_adam_(direction, low, *moments, beta1=beta1, beta2=beta2, eps=float(eps), replace=True)
             if norms is not None:
                 for out, some in zip(norms, (low, direction)):
                     torch.linalg.vector_norm(some, dim=-1, out=out)
