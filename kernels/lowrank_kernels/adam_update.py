@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_kernels._support import cdiv, check_operand, check_scalar
-from lowrank_kernels.adam8bit_direction import BLOCKS, FORMAT, adam8bit_direction_kernel, check_codes
+from lowrank_kernels.adam8bit_direction import LAUNCH, adam8bit_direction_kernel, check_codes
 from lowrank_kernels.adam_direction import BLOCK, SCALARS, adam_direction_kernel, check_moments
 from lowrank_kernels.lowrank_update import DTYPES, on_device
 from lowrank_optim.ops.blockwise import BLOCK as QUANTIZED
@@ -53,9 +53,9 @@ def adam_update_(
     check_scalar("eps", eps, device, SCALARS)
     if n:
         tables = search_tables(device)
-        adam8bit_direction_kernel[(cdiv(n, QUANTIZED * BLOCKS),)](
+        adam8bit_direction_kernel[(cdiv(n, QUANTIZED),)](
             grad.contiguous(), exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale, None, None, weight, correction,
-            *tables[True], *tables[False], word, start, 0, n, *numbers, **flags, **FORMAT,
+            *tables[True][:2], *tables[False][:2], word, start, n, *numbers, **flags, **LAUNCH,
         )  # fmt: skip
 
 
