@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import cdiv, check_operand, check_scalar
-from lowrank_kernels.adam_direction import SCALARS, STAYS, adam, check_verdict, move_elements
+from lowrank_kernels._support import cdiv, check_operand, check_scalar, scalar
+from lowrank_kernels.adam_direction import SCALARS, adam, check_verdict, move_elements
 from lowrank_kernels.rounding import round_to_nearest
 from lowrank_optim.ops.blockwise import BLOCK, DECADES, GREATEST_SCALE, LEAST_SCALE, search_tables
 
@@ -49,7 +49,7 @@ def quantize(
     return code.to(tl.uint8), scale
 
 
-@triton.jit(do_not_specialize=["key_weight", "start"])
+@triton.jit(do_not_specialize=["key_weight", "start", "eps", "alpha", "decay"])
 def adam8bit_direction_kernel(
     grad_ptr,  # (n,) R, any floating dtype
     exp_avg_ptr,  # (n,) codes of M, modified in place
@@ -74,24 +74,16 @@ def adam8bit_direction_kernel(
     eps,  # a number, or a pointer to one
     alpha,  # likewise
     decay,  # likewise
-    EPS_ON_DEVICE: tl.constexpr,
-    ALPHA_ON_DEVICE: tl.constexpr,
-    DECAY_ON_DEVICE: tl.constexpr,
-    KEY_ON_DEVICE: tl.constexpr,
     ROUNDING: tl.constexpr,
     BLOCK: tl.constexpr,
     DECADES: tl.constexpr,
     LEAST_SCALE: tl.constexpr,
     GREATEST_SCALE: tl.constexpr,
 ):
-    if EPS_ON_DEVICE:
-        eps = tl.load(eps).to(tl.float32)
-    if ALPHA_ON_DEVICE:
-        alpha = tl.load(alpha).to(tl.float32)
-    if DECAY_ON_DEVICE:
-        decay = tl.load(decay).to(tl.float32)
-    if KEY_ON_DEVICE:
-        key_weight = tl.load(key_weight)
+    eps = scalar(eps, tl.float32)
+    alpha = scalar(alpha, tl.float32)
+    decay = scalar(decay, tl.float32)
+    key_weight = scalar(key_weight, tl.int32)
     # int64: a 7B embedding has 1.3e8 elements, a larger vocabulary passes 2^31.
     block = tl.program_id(0).to(tl.int64)
     offsets = block * BLOCK + tl.arange(0, BLOCK)
@@ -150,7 +142,7 @@ def adam8bit_direction(
         adam8bit_direction_kernel[(cdiv(n, BLOCK),)](
             grad.contiguous(), exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale, direction, ok, None,
             None, *tables[True][:2], *tables[False][:2], 0, 0, n, beta1, beta2, 1 - beta1, 1 - beta2, eps, 1.0, 1.0,
-            EPS_ON_DEVICE=isinstance(eps, Tensor), **STAYS, **LAUNCH,
+            ROUNDING="nearest", **LAUNCH,
         )  # fmt: skip
     if norms is not None:
         # Not in the kernel: blocks do not end where rows do.
@@ -181,10 +173,9 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
         ("adam_update bf16, moments int8", "bf16", "nearest"),
         ("adam_update bf16, moments int8, stochastic", "bf16", "stochastic"),
     ):
-        constants: dict[str, object] = {"EPS_ON_DEVICE": False, **STAYS, **LAUNCH, "correction_ptr": None}
+        constants: dict[str, object] = {"ROUNDING": rounding or "nearest", **LAUNCH, "correction_ptr": None}
         launch = {"num_warps": constants.pop("num_warps")}
         constants |= dict.fromkeys(("weight_ptr",) if rounding is None else ("direction_ptr", "ok_ptr"))
-        constants |= {} if rounding is None else {"ROUNDING": rounding}
         signature = {
             name: "constexpr" if name in constants else types.get(name, "*fp32" if name.endswith("_ptr") else "fp32")
             for name in adam8bit_direction_kernel.arg_names

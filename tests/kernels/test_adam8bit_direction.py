@@ -72,7 +72,7 @@ def test_every_bound_and_its_neighbours_get_the_nearest_code(signed: bool, devic
 @pytest.mark.slow
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 def test_every_bfloat16_gets_the_eager_code(signed: bool, device: torch.device) -> None:
-    """Each as a share of a scale of one, and in blocks of neighbours of any magnitude, those that are no numbers too."""
+    """Each as a share of a scale of one, and in blocks of neighbours of any magnitude, NaN and infinity too."""
     every = torch.arange(2**16, dtype=torch.int32, device=device).to(torch.int16).view(torch.bfloat16).float()
     every = every if signed else every[: 2**15]
     compare(torch.cat((beside_ones(every[every.abs() <= 1]), every.view(-1, BLOCK))), signed)
