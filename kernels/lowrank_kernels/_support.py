@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_kernels.rounding import INTERPRETED
 from lowrank_optim.ops.chunks import as_batch
 from lowrank_optim.ops.support import positions
 
@@ -102,6 +103,17 @@ def check_scalar(name: str, value: object, device: torch.device, dtypes: Sequenc
         raise ValueError(
             f"Invalid {name}: {found}, expected a number or one element {' or '.join(map(str, dtypes))} on {device}"
         )
+
+
+@triton.jit
+def scalar(value, dtype: tl.constexpr):
+    """A number that a kernel was given as it is, or as a pointer to it."""
+    if INTERPRETED:
+        # Which hands floats on as they are.
+        value = tl.full((), value, dtype) if isinstance(value, float) else value
+    if value.dtype.is_ptr():
+        value = tl.load(value)
+    return value.to(dtype)
 
 
 @triton.jit

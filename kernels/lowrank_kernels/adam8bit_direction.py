@@ -9,27 +9,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import all_finite, cdiv, check_operand, check_scalar
-from lowrank_kernels.adam_direction import SCALARS, STAYS, adam, check_verdict, move_elements
+from lowrank_kernels._support import cdiv, check_operand, check_scalar, scalar
+from lowrank_kernels.adam_direction import SCALARS, adam, check_verdict, move_elements
 from lowrank_kernels.rounding import round_to_nearest
-from lowrank_optim.ops.blockwise import BLOCK, GREATEST_SCALE, LEAST_SCALE, search_tables
+from lowrank_optim.ops.blockwise import BLOCK, DECADES, GREATEST_SCALE, LEAST_SCALE, search_tables
 
-# Blocks of 256 values a program: 4 values a thread of 4 warps.
-BLOCKS = 2
-FORMAT = {"BLOCK": BLOCK, "BLOCKS": BLOCKS, "LEAST_SCALE": LEAST_SCALE, "GREATEST_SCALE": GREATEST_SCALE}
+# A warp a block, 8 values a thread: nothing but registers is shared.
+LAUNCH = {
+    "BLOCK": BLOCK, "DECADES": DECADES, "LEAST_SCALE": LEAST_SCALE, "GREATEST_SCALE": GREATEST_SCALE, "num_warps": 1,
+}  # fmt: skip
 
 
 @triton.jit
 def quantize(
-    values, table_ptr, bounds_ptr, LEAST_SCALE: tl.constexpr, GREATEST_SCALE: tl.constexpr, SIGNED: tl.constexpr
-):
-    """The codes of the rows of a tile, one block each, and their scales (rows, 1)."""
-    scale = tl.max(tl.abs(values), axis=1)[:, None]
-    scale = tl.minimum(tl.maximum(scale, LEAST_SCALE), GREATEST_SCALE)
-    normal = values * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-    normal = tl.minimum(tl.maximum(normal, -1.0), 1.0)
-    # The smallest code that a number with these upper 16 bits may have; it or the next one is the nearest.
-    code = tl.load(table_ptr + ((normal.to(tl.int32, bitcast=True) >> 16) + 32768))
+    values, bounds_ptr, DECADES: tl.constexpr, LEAST_SCALE: tl.constexpr, GREATEST_SCALE: tl.constexpr,
+    SIGNED: tl.constexpr,
+):  # fmt: skip
+    """The codes of a block of fp32 values, and their scale: NaN where one of them is."""
+    # As an integer a NaN is larger than any number.
+    scale = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0).to(tl.float32, bitcast=True)
+    scale = tl.where(scale < LEAST_SCALE, LEAST_SCALE, tl.where(scale > GREATEST_SCALE, GREATEST_SCALE, scale))
+    normal = values * tl.div_rn(1.0, scale)
+    # How many codes lie below a magnitude is the least of a line for each decade, which has twice as many codes as the
+    # decade before it and is a fifth as steep. From half a code less, cut off, the nearest is at most one away.
+    first: tl.constexpr = 1.0 if SIGNED else 2.0
+    slope, level = first * 10.0 ** (DECADES - 1) / 0.9, first * 0.8 / 0.9
+    code = tl.full(values.shape, 127.0 if SIGNED else 254.0, tl.float32)
+    for _ in tl.static_range(DECADES):
+        code = tl.minimum(code, tl.abs(normal) * slope + (level - (first - 0.5)))
+        slope, level = slope / 5, level * 2
+    code = code.to(tl.int32)
+    if SIGNED:
+        code = tl.where(normal < 0, 126 - code, 127 + code)
+    code = tl.maximum(code, 0)
     code += (normal > tl.load(bounds_ptr + code)).to(tl.int32)
     if not SIGNED:
         # A positive second moment never becomes zero.
@@ -37,7 +49,7 @@ def quantize(
     return code.to(tl.uint8), scale
 
 
-@triton.jit(do_not_specialize=["key_weight", "start"])
+@triton.jit(do_not_specialize=["key_weight", "start", "eps", "alpha", "decay"])
 def adam8bit_direction_kernel(
     grad_ptr,  # (n,) R, any floating dtype
     exp_avg_ptr,  # (n,) codes of M, modified in place
@@ -45,18 +57,15 @@ def adam8bit_direction_kernel(
     exp_avg_sq_ptr,  # (n,) codes of V, likewise
     exp_avg_sq_scale_ptr,  # (ceil(n / 256),) likewise
     direction_ptr,  # (n,) N, any floating dtype, or None
-    ok_ptr,  # (looked,) fp32, or None
+    ok_ptr,  # a number, or None
     weight_ptr,  # (n,) W, modified in place, in the place of N; or None
     correction_ptr,  # (n,) int8, modified in place, or None
     signed_map_ptr,  # (256,) the values of codes
-    signed_table_ptr,  # (65536,) int32
     signed_bounds_ptr,  # (256,)
     unsigned_map_ptr,
-    unsigned_table_ptr,
     unsigned_bounds_ptr,
     key_weight,  # of the random bits that round W: an int32, or a pointer to one
     start,  # position of the first element among all that share the key
-    looked,
     n,
     beta1,
     beta2,
@@ -65,38 +74,31 @@ def adam8bit_direction_kernel(
     eps,  # a number, or a pointer to one
     alpha,  # likewise
     decay,  # likewise
-    EPS_ON_DEVICE: tl.constexpr,
-    ALPHA_ON_DEVICE: tl.constexpr,
-    DECAY_ON_DEVICE: tl.constexpr,
-    KEY_ON_DEVICE: tl.constexpr,
     ROUNDING: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    DECADES: tl.constexpr,
     LEAST_SCALE: tl.constexpr,
     GREATEST_SCALE: tl.constexpr,
 ):
-    if EPS_ON_DEVICE:
-        eps = tl.load(eps).to(tl.float32)
-    if ALPHA_ON_DEVICE:
-        alpha = tl.load(alpha).to(tl.float32)
-    if DECAY_ON_DEVICE:
-        decay = tl.load(decay).to(tl.float32)
-    if KEY_ON_DEVICE:
-        key_weight = tl.load(key_weight)
+    eps = scalar(eps, tl.float32)
+    alpha = scalar(alpha, tl.float32)
+    decay = scalar(decay, tl.float32)
+    key_weight = scalar(key_weight, tl.int32)
     # int64: a 7B embedding has 1.3e8 elements, a larger vocabulary passes 2^31.
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[:, None]
-    offsets = block * BLOCK + tl.arange(0, BLOCK)[None, :]
+    block = tl.program_id(0).to(tl.int64)
+    offsets = block * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n
-    used = block * BLOCK < n
+    exp_avg_scale_ptr += block
+    exp_avg_sq_scale_ptr += block
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if ok_ptr is not None:
-        grad = tl.where(all_finite(ok_ptr, looked), grad, 0.0)
+        grad = tl.where(tl.abs(tl.load(ok_ptr)) < float("inf"), grad, 0.0)
     if weight_ptr is not None:
         grad = tl.where(tl.abs(grad) < float("inf"), grad, 0.0)
     code = tl.load(exp_avg_ptr + offsets, mask=mask, other=0).to(tl.int32)
-    exp_avg = tl.load(signed_map_ptr + code) * tl.load(exp_avg_scale_ptr + block, mask=used, other=0.0)
+    exp_avg = tl.load(signed_map_ptr + code) * tl.load(exp_avg_scale_ptr)
     code = tl.load(exp_avg_sq_ptr + offsets, mask=mask, other=0).to(tl.int32)
-    exp_avg_sq = tl.load(unsigned_map_ptr + code) * tl.load(exp_avg_sq_scale_ptr + block, mask=used, other=0.0)
+    exp_avg_sq = tl.load(unsigned_map_ptr + code) * tl.load(exp_avg_sq_scale_ptr)
     exp_avg, exp_avg_sq, direction = adam(
         grad, exp_avg, exp_avg_sq, beta1, beta2, one_minus_beta1, one_minus_beta2, eps
     )
@@ -106,15 +108,13 @@ def adam8bit_direction_kernel(
         move_elements(weight_ptr, correction_ptr, offsets, mask, direction, alpha, decay, key_weight, start, ROUNDING)
     # A last block that is not full must not get its scale from what is past the end.
     exp_avg = tl.where(mask, exp_avg, 0.0)
-    code, scale = quantize(exp_avg, signed_table_ptr, signed_bounds_ptr, LEAST_SCALE, GREATEST_SCALE, SIGNED=True)
+    code, scale = quantize(exp_avg, signed_bounds_ptr, DECADES, LEAST_SCALE, GREATEST_SCALE, SIGNED=True)
     tl.store(exp_avg_ptr + offsets, code, mask=mask)
-    tl.store(exp_avg_scale_ptr + block, scale, mask=used)
+    tl.store(exp_avg_scale_ptr, scale)
     exp_avg_sq = tl.where(mask, exp_avg_sq, 0.0)
-    code, scale = quantize(
-        exp_avg_sq, unsigned_table_ptr, unsigned_bounds_ptr, LEAST_SCALE, GREATEST_SCALE, SIGNED=False
-    )
+    code, scale = quantize(exp_avg_sq, unsigned_bounds_ptr, DECADES, LEAST_SCALE, GREATEST_SCALE, SIGNED=False)
     tl.store(exp_avg_sq_ptr + offsets, code, mask=mask)
-    tl.store(exp_avg_sq_scale_ptr + block, scale, mask=used)
+    tl.store(exp_avg_sq_scale_ptr, scale)
 
 
 def adam8bit_direction(
@@ -133,16 +133,16 @@ def adam8bit_direction(
     check_verdict(ok, device)
     if norms is not None:
         check_operand("norms", norms, (2, *shape[:-1]), device, (torch.float32,))
+    if ok is not None and (norms is not None or ok.numel() > 1):
         # A gradient that counts as zeros has the norms of zeros.
-        grad = grad if ok is None else torch.where(ok.isfinite().all(), grad, 0)
-        ok = None
+        grad, ok = torch.where(ok.isfinite().all(), grad, 0), None
     direction = torch.empty(shape, dtype=torch.float32 if dtype is None else dtype, device=device)
     if n:
         tables = search_tables(device)
-        adam8bit_direction_kernel[(cdiv(n, BLOCK * BLOCKS),)](
+        adam8bit_direction_kernel[(cdiv(n, BLOCK),)](
             grad.contiguous(), exp_avg_codes, exp_avg_scale, exp_avg_sq_codes, exp_avg_sq_scale, direction, ok, None,
-            None, *tables[True], *tables[False], 0, 0, 0 if ok is None else ok.numel(), n, beta1, beta2, 1 - beta1,
-            1 - beta2, eps, 1.0, 1.0, EPS_ON_DEVICE=isinstance(eps, Tensor), **STAYS, **FORMAT,
+            None, *tables[True][:2], *tables[False][:2], 0, 0, n, beta1, beta2, 1 - beta1, 1 - beta2, eps, 1.0, 1.0,
+            ROUNDING="nearest", **LAUNCH,
         )  # fmt: skip
     if norms is not None:
         # Not in the kernel: blocks do not end where rows do.
@@ -165,29 +165,22 @@ def check_codes(
 
 def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
     """Low-rank gradients and whole steps: label, kernel, signature, constants, options."""
-    types = {
-        "exp_avg_ptr": "*u8",
-        "exp_avg_sq_ptr": "*u8",
-        "n": "i32",
-        "looked": "i32",
-        "key_weight": "i32",
-        "start": "i32",
-    }
-    types |= {"signed_table_ptr": "*i32", "unsigned_table_ptr": "*i32", "direction_ptr": "*bf16"}
+    types = {"exp_avg_ptr": "*u8", "exp_avg_sq_ptr": "*u8", "direction_ptr": "*bf16"}
+    types |= dict.fromkeys(("n", "key_weight", "start"), "i32")
     cases: list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]] = []
     for label, grad, rounding in (
         ("adam8bit_direction fp32", "fp32", None),
         ("adam_update bf16, moments int8", "bf16", "nearest"),
         ("adam_update bf16, moments int8, stochastic", "bf16", "stochastic"),
     ):
-        constants: dict[str, object] = {"EPS_ON_DEVICE": False, **STAYS, **FORMAT, "correction_ptr": None}
+        constants: dict[str, object] = {"ROUNDING": rounding or "nearest", **LAUNCH, "correction_ptr": None}
+        launch = {"num_warps": constants.pop("num_warps")}
         constants |= dict.fromkeys(("weight_ptr",) if rounding is None else ("direction_ptr", "ok_ptr"))
-        constants |= {} if rounding is None else {"ROUNDING": rounding}
         signature = {
             name: "constexpr" if name in constants else types.get(name, "*fp32" if name.endswith("_ptr") else "fp32")
             for name in adam8bit_direction_kernel.arg_names
         }
         signature["grad_ptr"] = f"*{grad}"
         signature |= {} if rounding is None else {"weight_ptr": f"*{grad}"}
-        cases.append((label, adam8bit_direction_kernel, signature, constants, {}))
+        cases.append((label, adam8bit_direction_kernel, signature, constants, launch))
     return cases

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import all_finite, cdiv, check_operand, check_scalar, power_of_2
+from lowrank_kernels._support import all_finite, cdiv, check_operand, check_scalar, power_of_2, scalar
 from lowrank_kernels.rounding import join_24_bits, random_bits, round_to_bfloat16, round_to_nearest, store_rounded
 
 # Elementwise and bandwidth-bound: 1024 elements a program keep 4 warps at 8 values a thread.
@@ -41,7 +41,7 @@ def move_elements(
     store_rounded(weight_ptr + offsets, correction, value, start + offsets, key, mask, ROUNDING)
 
 
-@triton.jit(do_not_specialize=["key", "key_sq", "start", "key_weight"])
+@triton.jit(do_not_specialize=["key", "key_sq", "key_weight", "start", "eps", "alpha", "decay"])
 def adam_direction_kernel(
     grad_ptr,  # (rows, columns) R, any floating dtype
     exp_avg_ptr,  # (rows, columns) M, fp32 or bf16, modified in place
@@ -65,25 +65,15 @@ def adam_direction_kernel(
     eps,  # a number, or a pointer to one
     alpha,  # likewise
     decay,  # likewise
-    EPS_ON_DEVICE: tl.constexpr,
-    KEYS_ON_DEVICE: tl.constexpr,
-    ALPHA_ON_DEVICE: tl.constexpr,
-    DECAY_ON_DEVICE: tl.constexpr,
-    KEY_ON_DEVICE: tl.constexpr,
     ROUNDING: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    if EPS_ON_DEVICE:
-        eps = tl.load(eps).to(tl.float32)
-    if KEYS_ON_DEVICE:
-        key, key_sq = tl.load(key), tl.load(key_sq)
-    if ALPHA_ON_DEVICE:
-        alpha = tl.load(alpha).to(tl.float32)
-    if DECAY_ON_DEVICE:
-        decay = tl.load(decay).to(tl.float32)
-    if KEY_ON_DEVICE:
-        key_weight = tl.load(key_weight)
+    eps = scalar(eps, tl.float32)
+    key, key_sq = scalar(key, tl.int32), scalar(key_sq, tl.int32)
+    alpha = scalar(alpha, tl.float32)
+    decay = scalar(decay, tl.float32)
+    key_weight = scalar(key_weight, tl.int32)
     if ok_ptr is not None:
         ok = all_finite(ok_ptr, looked)
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
@@ -154,14 +144,9 @@ def adam_direction(
     adam_direction_kernel[(min(programs, LOOKING) if norms is not None else programs,)](
         grad.contiguous(), exp_avg, exp_avg_sq, direction, norms, ok, None, None, *(keys or (0, 0)), 0, start,
         0 if ok is None else ok.numel(), rows, columns, beta1, beta2, 1 - beta1, 1 - beta2, eps, 1.0, 1.0,
-        EPS_ON_DEVICE=isinstance(eps, Tensor), KEYS_ON_DEVICE=keys is not None and isinstance(keys[0], Tensor),
-        **STAYS, ROWS=height, COLUMNS=width,
+        ROUNDING="nearest", ROWS=height, COLUMNS=width,
     )  # fmt: skip
     return direction
-
-
-# No weight is moved.
-STAYS = {"ALPHA_ON_DEVICE": False, "DECAY_ON_DEVICE": False, "KEY_ON_DEVICE": False, "ROUNDING": "nearest"}
 
 
 def check_moments(
@@ -200,12 +185,11 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
         ("adam_update fp32, moments fp32", "fp32", "fp32", None, "nearest"),
     ):
         measured = label.endswith("norms")
-        constants: dict[str, object] = {"EPS_ON_DEVICE": False, "KEYS_ON_DEVICE": False, **STAYS}
+        constants: dict[str, object] = {"ROUNDING": rounding or "nearest"}
         constants |= {"ROWS": BLOCK // 256, "COLUMNS": 256} if measured else {"ROWS": BLOCK, "COLUMNS": 1}
         constants |= {} if measured else {"norms_ptr": None, "columns": 1}
         constants |= dict.fromkeys(("weight_ptr",) if rounding is None else ("direction_ptr", "ok_ptr"))
         constants |= {} if rounding == "compensated" else {"correction_ptr": None}
-        constants |= {} if rounding is None else {"ROUNDING": rounding}
         types = {"grad_ptr": f"*{grad}", "exp_avg_ptr": f"*{moment}", "exp_avg_sq_ptr": f"*{moment}"}
         types |= {"direction_ptr": f"*{direction}", "weight_ptr": f"*{grad}", "correction_ptr": "*i8"}
         types |= dict.fromkeys(("norms_ptr", "ok_ptr"), "*fp32")

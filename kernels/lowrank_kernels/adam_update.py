@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lowrank_kernels._support import cdiv, check_operand, check_scalar
-from lowrank_kernels.adam8bit_direction import BLOCKS, FORMAT, adam8bit_direction_kernel, check_codes
+from lowrank_kernels.adam8bit_direction import LAUNCH, adam8bit_direction_kernel, check_codes
 from lowrank_kernels.adam_direction import BLOCK, SCALARS, adam_direction_kernel, check_moments
 from lowrank_kernels.lowrank_update import DTYPES, on_device
 from lowrank_optim.ops.blockwise import BLOCK as QUANTIZED
@@ -33,11 +31,7 @@ def adam_update_(
     check_operand("correction", correction, shape, device, (torch.int8,))
     check_scalar("key", key, device, (torch.int32,))
     alpha, decay = (on_device(device, x) for x in (alpha, decay))
-    flags: dict[str, Any] = {
-        "ALPHA_ON_DEVICE": isinstance(alpha, Tensor), "DECAY_ON_DEVICE": isinstance(decay, Tensor),
-        "KEY_ON_DEVICE": isinstance(key, Tensor), "EPS_ON_DEVICE": isinstance(eps, Tensor),
-        "ROUNDING": "compensated" if correction is not None else "stochastic" if rounds else "nearest",
-    }  # fmt: skip
+    rounding = "compensated" if correction is not None else "stochastic" if rounds else "nearest"
     numbers = beta1, beta2, 1 - beta1, 1 - beta2, eps, alpha, decay
     word = 0 if key is None else key
     if exp_avg_scale is None or exp_avg_sq_scale is None:
@@ -45,17 +39,17 @@ def adam_update_(
         if n:
             adam_direction_kernel[(cdiv(n, BLOCK),)](
                 grad.contiguous(), exp_avg, exp_avg_sq, None, None, None, weight, correction, *(keys or (0, 0)), word,
-                start, 0, n, 1, *numbers, KEYS_ON_DEVICE=keys is not None and isinstance(keys[0], Tensor), **flags,
-                ROWS=BLOCK, COLUMNS=1,
+                start, 0, n, 1, *numbers, ROUNDING=rounding, ROWS=BLOCK, COLUMNS=1,
             )  # fmt: skip
         return
     check_codes(grad, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale)
     check_scalar("eps", eps, device, SCALARS)
     if n:
         tables = search_tables(device)
-        adam8bit_direction_kernel[(cdiv(n, QUANTIZED * BLOCKS),)](
+        adam8bit_direction_kernel[(cdiv(n, QUANTIZED),)](
             grad.contiguous(), exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale, None, None, weight, correction,
-            *tables[True], *tables[False], word, start, 0, n, *numbers, **flags, **FORMAT,
+            *tables[True][:2], *tables[False][:2], word, start, n, *numbers, ROUNDING=rounding,
+            **LAUNCH,
         )  # fmt: skip
 
 

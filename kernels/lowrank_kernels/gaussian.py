@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import cdiv, check_scalar
+from lowrank_kernels._support import cdiv, check_scalar, scalar
 from lowrank_kernels.rounding import random_bits
 
 BLOCK = 1024
@@ -59,13 +59,10 @@ def gaussian_kernel(
     size,
     scale,  # what all are multiplied with
     half,  # the pairs of Box and Muller: elements i and half + i
-    KEY_ON_DEVICE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    if KEY_ON_DEVICE:
-        key = tl.load(key)
     matrix = tl.program_id(1)
-    draw(out_ptr, tl.program_id(0), matrix, first + matrix, key, size, scale, half, BLOCK)
+    draw(out_ptr, tl.program_id(0), matrix, first + matrix, scalar(key, tl.int32), size, scale, half, BLOCK)
 
 
 def gaussian(
@@ -83,9 +80,7 @@ def gaussian(
     check_scalar("key", key, device, (torch.int32,))
     out = torch.empty(*batch, rows, columns, dtype=dtype, device=device)
     if out.numel():
-        gaussian_kernel[(cdiv(half, BLOCK), matrices)](
-            out, key, first, size, scale, half, KEY_ON_DEVICE=isinstance(key, Tensor), BLOCK=BLOCK
-        )
+        gaussian_kernel[(cdiv(half, BLOCK), matrices)](out, key, first, size, scale, half, BLOCK=BLOCK)
     return out
 
 
@@ -107,10 +102,9 @@ def aot_cases():
                 "size": "i32",
                 "scale": "fp32",
                 "half": "i32",
-                "KEY_ON_DEVICE": "constexpr",
                 "BLOCK": "constexpr",
             },
-            {"KEY_ON_DEVICE": key == "*i32", "BLOCK": BLOCK},
+            {"BLOCK": BLOCK},
             {},
         )
         for where, key in (("from the host", "i32"), ("on the device", "*i32"))

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import all_finite, cdiv, check_operand, check_scalar, power_of_2
+from lowrank_kernels._support import all_finite, cdiv, check_operand, check_scalar, power_of_2, scalar
 from lowrank_kernels.lowrank_update import on_device
 from lowrank_kernels.rounding import round_to_nearest
 from lowrank_optim.ops.limited_scale import DEAD as LEAST_SHARE
@@ -25,7 +25,7 @@ BLOCK = 1024
 PROGRAMS = 264
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seen"])
 def limited_scale_kernel(
     norms_ptr,  # (2, matrices, rows) fp32
     grad_norms_ptr,  # (matrices, rows) fp32
@@ -43,7 +43,6 @@ def limited_scale_kernel(
     strength,
     gamma,
     back,
-    SEEN_ON_DEVICE: tl.constexpr,
     LIMITS: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -52,8 +51,7 @@ def limited_scale_kernel(
 ):
     program, programs = tl.program_id(0), tl.num_programs(0)
     matrix, matrices = tl.program_id(1), tl.num_programs(1)
-    if SEEN_ON_DEVICE:
-        seen = tl.load(seen).to(tl.float32)
+    seen = scalar(seen, tl.float32)
     direction_norms_ptr = norms_ptr + matrices * rows
     finite = all_finite(grad_norms_ptr, matrices * rows)
     first_row = matrix * rows
@@ -157,8 +155,7 @@ def limited_scale(
     seen = on_device(device, seen)
     limited_scale_kernel[(1 if left is None else min(tiles, PROGRAMS), matrices)](
         norms, grad_norms, update_norm, image, low, direction, scale, left, kept, rows, rank, inner,
-        seen, strength, 1.0 if gamma is None else gamma, back, SEEN_ON_DEVICE=isinstance(seen, Tensor),
-        LIMITS=gamma is not None, WHOLE=whole, **options,
+        seen, strength, 1.0 if gamma is None else gamma, back, LIMITS=gamma is not None, WHOLE=whole, **options,
     )  # fmt: skip
     return scale, kept, left
 
@@ -176,7 +173,7 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
     for label, rank in (("limited_scale", 0), ("limited_scale, direction", 256)):
         options = {**launch_options(rank)}
         launch = {"num_warps": options.pop("num_warps")}
-        constants: dict[str, object] = {"SEEN_ON_DEVICE": False, "LIMITS": True, "WHOLE": False, **options}
+        constants: dict[str, object] = {"LIMITS": True, "WHOLE": False, **options}
         constants |= dict.fromkeys(("image_ptr", *(() if rank else ("low_ptr", "direction_ptr", "left_ptr"))))
         types = {"left_ptr": "*bf16", "rows": "i32", "rank": "i32"}
         signature = {

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import batch_strides, cdiv, check_operand, check_scales
+from lowrank_kernels._support import batch_strides, cdiv, check_operand, check_scales, scalar
 from lowrank_kernels.rounding import join_24_bits, store_rounded
-from lowrank_kernels.tiles import add_product, grouped_tile, rescaled, tile_options
+from lowrank_kernels.tiles import grouped_tile, rescaled, tile_options, tile_product
 from lowrank_optim.ops.chunks import cast
 from lowrank_optim.ops.rounding import Positions, wrap
 
@@ -57,7 +57,7 @@ def halves(tile):
     return tl.split(tl.permute(parted, (0, 2, 1)))
 
 
-@triton.jit(do_not_specialize=["key", "start", "step"])
+@triton.jit(do_not_specialize=["key", "alpha", "decay", "grad_alpha", "start", "step"])
 def lowrank_update_kernel(
     weight_ptr,  # (matrices, m, n), modified in place
     left_ptr,  # (matrices, m, rank), dtype of the weight, or None
@@ -90,10 +90,6 @@ def lowrank_update_kernel(
     grad_stride_n,
     ONE_ROW_SCALE: tl.constexpr,  # one number a matrix
     ROUNDING: tl.constexpr,  # "nearest", "stochastic" or "compensated"
-    KEY_ON_DEVICE: tl.constexpr,
-    ALPHA_ON_DEVICE: tl.constexpr,
-    DECAY_ON_DEVICE: tl.constexpr,
-    GRAD_ALPHA_ON_DEVICE: tl.constexpr,
     WIDE: tl.constexpr,  # 2^31 elements or more in a matrix
     UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -121,16 +117,18 @@ def lowrank_update_kernel(
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tile_n * BLOCK_N
     columns = first + tl.arange(0, BLOCK_N)
-    if KEY_ON_DEVICE:
-        key = tl.load(key)
-    if ALPHA_ON_DEVICE:
-        alpha = tl.load(alpha).to(tl.float32)
-    if DECAY_ON_DEVICE:
-        decay = tl.load(decay).to(tl.float32)
-    if GRAD_ALPHA_ON_DEVICE:
-        grad_alpha = tl.load(grad_alpha).to(tl.float32)
+    key = scalar(key, tl.int32)
+    alpha = scalar(alpha, tl.float32)
+    decay = scalar(decay, tl.float32)
+    grad_alpha = scalar(grad_alpha, tl.float32)
 
-    product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if left_ptr is not None:
+        left_ptr += matrix * left_stride_e
+        right_ptr += matrix * right_stride_e
+    product = tile_product(
+        left_ptr, right_ptr, rows, columns, m, n, rank, left_stride_m, left_stride_k, right_stride_n, right_stride_k,
+        PRECISION, BLOCK_K,
+    )  # fmt: skip
     if left_ptr is None:
         move(
             product, rows, columns, weight_ptr, grad_ptr, row_scale_ptr, column_scale_ptr, correction_ptr, key, start,
@@ -138,19 +136,6 @@ def lowrank_update_kernel(
             ONE_ROW_SCALE, ROUNDING, WIDE,
         )  # fmt: skip
     else:
-        left_ptr += matrix * left_stride_e
-        right_ptr += matrix * right_stride_e
-        steps = tl.arange(0, BLOCK_K)
-        # Rows past the end are read from the start instead: no mask, and nobody looks at the result.
-        left = left_ptr + (rows % m)[:, None] * left_stride_m + steps[None, :] * left_stride_k
-        right = right_ptr + steps[:, None] * right_stride_k + (columns % n)[None, :] * right_stride_n
-        for k in range(0, rank, BLOCK_K):
-            inside = steps < rank - k
-            a = tl.load(left, mask=inside[None, :], other=0.0)
-            b = tl.load(right, mask=inside[:, None], other=0.0)
-            product = add_product(a, b, product, PRECISION)
-            left += BLOCK_K * left_stride_k
-            right += BLOCK_K * right_stride_k
         one, two = halves(product * alpha)
         quarters = halves(one) + halves(two)
         # A quarter at a time: with the operands of all its elements at once the tile would not fit into registers.
@@ -215,8 +200,6 @@ def lowrank_update_(
         grad_alpha, *counter(start, m, n), m, n // unit, rank, *in_units(weight_strides, unit),
         *batch_strides("left", left), *batch_strides("right", right), *in_units(grad_strides, unit), ONE_ROW_SCALE=one,
         ROUNDING="compensated" if correction is not None else "stochastic" if rounds else "nearest",
-        KEY_ON_DEVICE=isinstance(key, Tensor), ALPHA_ON_DEVICE=isinstance(alpha, Tensor),
-        DECAY_ON_DEVICE=isinstance(decay, Tensor), GRAD_ALPHA_ON_DEVICE=isinstance(grad_alpha, Tensor),
         WIDE=m * n >= 2**31, UNIT=unit, **options,
     )  # fmt: skip
 
@@ -266,10 +249,9 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
     ]:
         options: dict[str, Any] = launch_options(dtype, 256 if product else 0)
         launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-        flags = ("ONE_ROW_SCALE", "KEY_ON_DEVICE", "ALPHA_ON_DEVICE", "DECAY_ON_DEVICE", "GRAD_ALPHA_ON_DEVICE", "WIDE")
         strides = ("weight_stride_n", "left_stride_k", "right_stride_k", "grad_stride_n")
         constants: dict[str, object] = {**options, "ROUNDING": rounding, "UNIT": 1}
-        constants |= {**dict.fromkeys(flags, False), **dict.fromkeys(strides, 1), **absent(product, scales)}
+        constants |= {**dict.fromkeys(strides, 1), **absent(product, scales), "ONE_ROW_SCALE": False, "WIDE": False}
         constants["skip"] = None
         if rounding != "compensated":
             constants["correction_ptr"] = None

@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lowrank_kernels import lowrank_update_int8
+from lowrank_kernels._support import scalar
 from lowrank_kernels.lowrank_update import COLUMNS
-from lowrank_kernels.rounding import random_bits
+from lowrank_kernels.rounding import random_bits, round_to_whole
 from lowrank_kernels.tiles import grouped_tile, rescaled, tile_product
 from lowrank_optim.ops.int4_weight import GROUP
 from lowrank_optim.ops.quantized_weight import INT4
@@ -20,17 +21,13 @@ from lowrank_optim.ops.quantized_weight import INT4
 @triton.jit
 def rounded(value, per_unit, position, key, step):
     """Codes 1..15 of fp32 values, up with the probability of the part that is cut off, evenly over the steps."""
-    ticks = value * per_unit[:, None]
-    below = tl.floor(ticks)
     turn = (tl.zeros_like(position) + step).to(tl.uint32) * 0x9E3779B9
     bits = random_bits(position, tl.zeros_like(position) + key) + turn
-    # 24 bits, all of which fp32 has.
-    up = (bits >> 8).to(tl.float32) * (1.0 / 16777216.0)
-    ticks = below + tl.where(up < ticks - below, 1.0, 0.0)
+    ticks = round_to_whole(value * per_unit[:, None], bits)
     return tl.minimum(tl.maximum(ticks, -7.0), 7.0).to(tl.int32) + 8
 
 
-@triton.jit(do_not_specialize=["key", "step"])
+@triton.jit(do_not_specialize=["key", "step", "alpha", "decay", "grad_alpha"])
 def lowrank_update_int4_kernel(
     codes_ptr,  # (m, ceil(n / 2)) uint8, modified in place
     scale_ptr,  # (m, groups) fp32, modified in place
@@ -54,11 +51,6 @@ def lowrank_update_int4_kernel(
     grad_stride_m,
     grad_stride_n,
     ONE_ROW_SCALE: tl.constexpr,
-    KEY_ON_DEVICE: tl.constexpr,
-    STEP_ON_DEVICE: tl.constexpr,
-    ALPHA_ON_DEVICE: tl.constexpr,
-    DECAY_ON_DEVICE: tl.constexpr,
-    GRAD_ALPHA_ON_DEVICE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # one group
@@ -68,16 +60,11 @@ def lowrank_update_int4_kernel(
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = group * BLOCK_N + tl.arange(0, BLOCK_N)
     pairs = group * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-    if KEY_ON_DEVICE:
-        key = tl.load(key)
-    if STEP_ON_DEVICE:
-        step = tl.load(step).to(tl.int32)
-    if ALPHA_ON_DEVICE:
-        alpha = tl.load(alpha).to(tl.float32)
-    if DECAY_ON_DEVICE:
-        decay = tl.load(decay).to(tl.float32)
-    if GRAD_ALPHA_ON_DEVICE:
-        grad_alpha = tl.load(grad_alpha).to(tl.float32)
+    key = scalar(key, tl.int32)
+    step = scalar(step, tl.int32)
+    alpha = scalar(alpha, tl.float32)
+    decay = scalar(decay, tl.float32)
+    grad_alpha = scalar(grad_alpha, tl.float32)
 
     moved = alpha * tile_product(
         left_ptr, right_ptr, rows, columns, m, n, rank, left_stride_m, left_stride_k, right_stride_n, right_stride_k,

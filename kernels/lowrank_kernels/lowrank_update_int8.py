@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import FLOATING, batch_strides, cdiv, check_operand, check_scales, power_of_2
+from lowrank_kernels._support import FLOATING, batch_strides, cdiv, check_operand, check_scales, power_of_2, scalar
 from lowrank_kernels.lowrank_update import COLUMNS, ROWS, absent, gradient, halves, on_device
-from lowrank_kernels.rounding import random_bits
+from lowrank_kernels.rounding import random_bits, round_to_whole
 from lowrank_kernels.tiles import grouped_tile, rescaled, tile_product
 from lowrank_optim.ops.int8_weight import GROUP
 from lowrank_optim.ops.quantized_weight import INT8, Format
@@ -60,16 +60,12 @@ def moved_half(
 def keep(value, rows, columns, codes_ptr, per_unit, key, m, n):
     """Round stochastically and store."""
     position = rows[:, None] * n + columns[None, :]
-    ticks = value * per_unit[:, None]
-    below = tl.floor(ticks)
-    # 24 bits, all of which fp32 has.
-    up = (random_bits(position, tl.zeros_like(position) + key) >> 8).to(tl.float32) * (1.0 / 16777216.0)
-    ticks = below + tl.where(up < ticks - below, 1.0, 0.0)
+    ticks = round_to_whole(value * per_unit[:, None], random_bits(position, tl.zeros_like(position) + key))
     ticks = tl.minimum(tl.maximum(ticks, -127.0), 127.0)
     tl.store(codes_ptr + position, ticks.to(tl.int8), mask=(rows < m)[:, None] & (columns < n)[None, :])
 
 
-@triton.jit(do_not_specialize=["key"])
+@triton.jit(do_not_specialize=["key", "alpha", "decay", "grad_alpha"])
 def lowrank_update_int8_kernel(
     codes_ptr,  # (m, n) int8, modified in place
     scale_ptr,  # (m, groups) fp32, modified in place
@@ -92,10 +88,6 @@ def lowrank_update_int8_kernel(
     grad_stride_m,
     grad_stride_n,
     ONE_ROW_SCALE: tl.constexpr,
-    KEY_ON_DEVICE: tl.constexpr,
-    ALPHA_ON_DEVICE: tl.constexpr,
-    DECAY_ON_DEVICE: tl.constexpr,
-    GRAD_ALPHA_ON_DEVICE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # one group
@@ -104,14 +96,10 @@ def lowrank_update_int8_kernel(
     tile_m, group = grouped_tile(m, n, BLOCK_M, BLOCK_N)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     first = group * BLOCK_N
-    if KEY_ON_DEVICE:
-        key = tl.load(key)
-    if ALPHA_ON_DEVICE:
-        alpha = tl.load(alpha).to(tl.float32)
-    if DECAY_ON_DEVICE:
-        decay = tl.load(decay).to(tl.float32)
-    if GRAD_ALPHA_ON_DEVICE:
-        grad_alpha = tl.load(grad_alpha).to(tl.float32)
+    key = scalar(key, tl.int32)
+    alpha = scalar(alpha, tl.float32)
+    decay = scalar(decay, tl.float32)
+    grad_alpha = scalar(grad_alpha, tl.float32)
 
     product = tile_product(
         left_ptr, right_ptr, rows, first + tl.arange(0, BLOCK_N), m, n, rank, left_stride_m, left_stride_k,
@@ -206,10 +194,7 @@ def launch(
     kernel[(cdiv(m, options["BLOCK_M"]) * cdiv(n, options["BLOCK_N"]),)](
         codes, scale, left, right, grad, row_scale, column_scale, *random.values(), alpha, decay, grad_alpha, m, n,
         rank, *batch_strides("left", left)[1:], *batch_strides("right", right)[1:], *batch_strides("grad", grad)[1:],
-        ONE_ROW_SCALE=one,
-        **{f"{name.upper()}_ON_DEVICE": isinstance(value, Tensor) for name, value in random.items()},
-        ALPHA_ON_DEVICE=isinstance(alpha, Tensor), DECAY_ON_DEVICE=isinstance(decay, Tensor),
-        GRAD_ALPHA_ON_DEVICE=isinstance(grad_alpha, Tensor), **options,
+        ONE_ROW_SCALE=one, **options,
     )  # fmt: skip
 
 
@@ -263,7 +248,6 @@ def cases_of(
         launched = {name: options.pop(name) for name in ("num_warps", "num_stages")}
         constants: dict[str, object] = {
             **options,
-            **dict.fromkeys([name for name in kernel.arg_names if "_ON_DEVICE" in name], False),
             "ONE_ROW_SCALE": False,
             **dict.fromkeys(("left_stride_k", "right_stride_k", "grad_stride_n"), 1),
             **absent(dtype is not None, scales),

@@ -48,6 +48,15 @@ def round_to_bfloat16(values, bits):
 
 
 @triton.jit
+def round_to_whole(values, bits):
+    """fp32 as whole numbers, up with the probability of the part that is cut off."""
+    below = tl.floor(values)
+    # 24 bits, all of which fp32 has.
+    up = (bits >> 8).to(tl.float32) * (1.0 / 16777216.0)
+    return below + tl.where(up < values - below, 1.0, 0.0)
+
+
+@triton.jit
 def split_24_bits(values, bits):
     """fp32 as the nearest bfloat16 and an int8 correction, the eight bits below rounded stochastically."""
     word = add_to_word(values, (bits & 0xFF).to(tl.int32)) >> 8

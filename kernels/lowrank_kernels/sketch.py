@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_kernels._support import batch_strides, cdiv, check_operand, check_scalar
+from lowrank_kernels._support import batch_strides, cdiv, check_operand, check_scalar, scalar
 from lowrank_kernels.gaussian import BLOCK, check_counter, draw
 from lowrank_optim.ops.sketch import sketch as eager
 
@@ -31,7 +31,6 @@ def sketch_kernel(
     stride_e,
     stride_row,
     stride_column,
-    KEY_ON_DEVICE: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -39,11 +38,7 @@ def sketch_kernel(
     program, matrix = tl.program_id(0), tl.program_id(1)
     drawing = tl.cdiv(half, BLOCK)
     if program < drawing:
-        if KEY_ON_DEVICE:
-            word = tl.load(key)
-        else:
-            word = key
-        draw(basis_ptr, program, matrix, matrix, word, size, scale, half, BLOCK)
+        draw(basis_ptr, program, matrix, matrix, scalar(key, tl.int32), size, scale, half, BLOCK)
     else:
         row = (program - drawing) * ROWS + tl.arange(0, ROWS)
         start = grad_ptr + matrix.to(tl.int64) * stride_e + row.to(tl.int64)[:, None] * stride_row
@@ -76,8 +71,8 @@ def sketch(grad: Tensor, rank: int, *, key: int | Tensor, scale: float) -> tuple
     options = launch_options(strides[-1])
     programs = cdiv(half, BLOCK) + cdiv(rows, options["ROWS"])
     sketch_kernel[(programs, matrices)](
-        grad, basis, norms, key, size, scale, half, rows, columns, *strides,
-        KEY_ON_DEVICE=isinstance(key, Tensor), BLOCK=BLOCK, **options,
+        grad, basis, norms, key, size, scale, half, rows, columns, *strides, BLOCK=BLOCK,
+        **options,
     )  # fmt: skip
     return basis, norms
 
@@ -94,7 +89,7 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
     for label, along in (("sketch, rows", "stride_column"), ("sketch, columns", "stride_row")):
         options = launch_options(1 if along == "stride_column" else 2)
         launch = {"num_warps": options.pop("num_warps")}
-        constants: dict[str, object] = {"KEY_ON_DEVICE": False, "BLOCK": BLOCK, along: 1, **options}
+        constants: dict[str, object] = {"BLOCK": BLOCK, along: 1, **options}
         types = {"grad_ptr": "*bf16", "basis_ptr": "*bf16", "norms_ptr": "*fp32", "scale": "fp32"}
         signature = {
             name: "constexpr" if name in constants else types.get(name, "i32") for name in sketch_kernel.arg_names

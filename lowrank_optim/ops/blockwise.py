@@ -32,7 +32,7 @@ def _ascending_codes(signed: bool) -> Tensor:
 
 
 def _search_table(codes: Tensor) -> tuple[Tensor, Tensor]:
-    """For the upper 16 bits of a float the smallest code it may have, and for each code its upper bound.
+    """For each code its upper bound, and for the upper 16 bits of a float the smallest code it may have.
 
     Two neighbouring bounds are further apart than floats with the same upper 16 bits, so that one comparison decides
     between the two codes that are left; five times as fast as a binary search over the bounds on a CPU.
@@ -42,7 +42,7 @@ def _search_table(codes: Tensor) -> tuple[Tensor, Tensor]:
     # The number nearest to minus infinity among those with these upper bits.
     lowest = torch.where(upper < 0, upper | 0xFFFF, upper).view(torch.float32)
     table = torch.bucketize(lowest, bounds, out_int32=True)
-    return table, torch.cat((bounds, torch.tensor([torch.inf], dtype=torch.float32, device="cpu")))
+    return torch.cat((bounds, torch.tensor([torch.inf], dtype=torch.float32, device="cpu"))), table
 
 
 # Made at import, not at the first step: under torch.compile that would be part of the graph.
@@ -58,11 +58,11 @@ def dynamic_map(signed: bool, device: torch.device) -> Tensor:
 
 
 def search_tables(device: torch.device) -> dict[bool, tuple[Tensor, Tensor, Tensor]]:
-    """For signed and unsigned values: the map, and the search table with its bounds."""
+    """For signed and unsigned values: the map, the bounds, and the search table."""
     if device not in _TABLES:
         _TABLES[device] = {
-            signed: (codes.to(device), table.to(device), bounds.to(device))
-            for signed, (codes, table, bounds) in _TABLES[_CPU].items()
+            signed: (codes.to(device), bounds.to(device), table.to(device))
+            for signed, (codes, bounds, table) in _TABLES[_CPU].items()
         }
     return _TABLES[device]
 
@@ -86,7 +86,7 @@ def quantize_(codes: Tensor, scale: Tensor, values: Tensor, *, signed: bool) -> 
     torch.amax(blocks.abs(), dim=1, out=scale)
     scale.clamp_(LEAST_SCALE, GREATEST_SCALE)
     normal = (blocks * scale.reciprocal().unsqueeze(1)).clamp_(-1, 1).view(-1)[:n]
-    _, table, bounds = search_tables(codes.device)[signed]
+    _, bounds, table = search_tables(codes.device)[signed]
     code = table.index_select(0, (normal.view(torch.int32) >> 16).add_(2**15))
     code += normal > bounds.index_select(0, code)
     if not signed:

@@ -8,8 +8,11 @@ from torch import Tensor
 
 from lowrank_optim.ops import pick
 from lowrank_optim.ops.adam8bit_direction import adam8bit_direction as eager
-from lowrank_optim.ops.blockwise import BLOCK, dequantize
+from lowrank_optim.ops.blockwise import BLOCK, dequantize, quantize_, search_tables
 
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+twin = pytest.importorskip("lowrank_kernels.adam8bit_direction")
 SHAPES = [(1, 1), (61, 37), (4, 256), (3, 400), (0, 4)]
 
 
@@ -18,6 +21,61 @@ def state(shape: tuple[int, int], device: torch.device) -> list[Tensor]:
     codes = [torch.zeros(shape, dtype=torch.uint8, device=device) for _ in range(2)]
     scales = [torch.zeros(-(-n // BLOCK), device=device) for _ in range(2)]
     return [codes[0], scales[0], codes[1], scales[1]]
+
+
+@triton.jit
+def quantize_kernel(
+    values_ptr, codes_ptr, scale_ptr, bounds_ptr, BLOCK: tl.constexpr, DECADES: tl.constexpr,
+    LEAST_SCALE: tl.constexpr, GREATEST_SCALE: tl.constexpr, SIGNED: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(values_ptr + at)
+    code, scale = twin.quantize(values, bounds_ptr, DECADES, LEAST_SCALE, GREATEST_SCALE, SIGNED)
+    tl.store(codes_ptr + at, code)
+    tl.store(scale_ptr + tl.program_id(0), scale)
+
+
+def compare(values: Tensor, signed: bool) -> None:
+    """The kernel's codes and scales of whole blocks against the eager ones; of a block with a NaN all are NaN."""
+    codes, expected = (torch.full(values.shape, 7, dtype=torch.uint8, device=values.device) for _ in range(2))
+    scale, largest = (torch.empty(len(values), device=values.device) for _ in range(2))
+    bounds = search_tables(values.device)[signed][1]
+    quantize_kernel[(len(values),)](values, codes, scale, bounds, SIGNED=signed, **twin.LAUNCH)
+    quantize_(expected, largest, values, signed=signed)
+    torch.testing.assert_close(scale, largest, rtol=0, atol=0, equal_nan=True)
+    finite = ~largest.isnan()
+    assert torch.equal(finite, ~values.isnan().any(1)) and torch.equal(codes[finite], expected[finite])
+
+
+def beside_ones(values: Tensor) -> Tensor:
+    """Values in blocks that begin with a one, so that each is its own share of the scale."""
+    values = torch.cat((values, values.new_zeros(-len(values) % (BLOCK - 1)))).view(-1, BLOCK - 1)
+    return torch.cat((torch.ones_like(values[:, :1]), values), dim=1)
+
+
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+def test_every_bound_and_its_neighbours_get_the_nearest_code(signed: bool, device: torch.device) -> None:
+    """On the last value of a code, on the first of the next one, on codes and decades; far out; none, and no number."""
+    codes, bounds, _ = search_tables(device)[signed]
+    decades = 10.0 ** -torch.arange(9.0, device=device)
+    values = torch.cat((codes, bounds[:-1], decades, -decades if signed else decades))
+    ends = [torch.nextafter(values, torch.full_like(values, end)) for end in (-9.0, 9.0)]
+    values = torch.cat((values, *ends)).clamp(-1 if signed else 0, 1)
+    extremes = torch.tensor([[torch.nan], [torch.inf], [3e38], [0.0], [1e-45], [1e-39]], device=device)
+    extremes = extremes.expand(-1, BLOCK).clone()
+    extremes[:, 1::3] *= 0.3
+    if signed:
+        extremes[:, 2::3] *= -1
+    compare(torch.cat((beside_ones(values), extremes)), signed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+def test_every_bfloat16_gets_the_eager_code(signed: bool, device: torch.device) -> None:
+    """Each as a share of a scale of one, and in blocks of neighbours of any magnitude, NaN and infinity too."""
+    every = torch.arange(2**16, dtype=torch.int32, device=device).to(torch.int16).view(torch.bfloat16).float()
+    every = every if signed else every[: 2**15]
+    compare(torch.cat((beside_ones(every[every.abs() <= 1]), every.view(-1, BLOCK))), signed)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
