@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
+from lowrank_optim.memory.alike import Alike
 from lowrank_optim.memory.materialize import allocate_, random_batches
 from lowrank_optim.memory.tracker import Peak, Tracker
 from lowrank_optim.ops import chunks, dct, int8_weight
-from lowrank_optim.optim import state_storage
+from lowrank_optim.optim import in_backward, state_storage
 from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.optim.subspaces import fixed_basis
 from lowrank_optim.pretrain.build import build_network, optimizer_for, settle
@@ -39,11 +40,11 @@ def simulate(options: Options, *, whole: bool = False) -> Peak:
 
     The training step is the real one, with its hooks, checkpoints and optimizer; no memory of the job's size is used.
     What an operation of a device allocates and frees inside of itself is not seen. What repeats is run a few times and
-    counted as often as it occurs: layers that are alike, micro-batches, and passes over a matrix in parts.
+    counted as often as it occurs: layers and parameters that are alike, micro-batches, passes over a matrix in parts.
 
     Args:
         options: of a run, or a :class:`lowrank_optim.memory.job.Job`.
-        whole: run every layer and every micro-batch.
+        whole: run every layer, every parameter and every micro-batch.
 
     Raises:
         UserError, ValueError, RuntimeError: as :func:`lowrank_optim.pretrain.build.build` raises them.
@@ -59,6 +60,7 @@ def simulate(options: Options, *, whole: bool = False) -> Peak:
         two_parts_of_a_pass(),
         FakeTensorMode(allow_non_fake_inputs=True),
         Tracker(layers and f"{layers}.1", times) as tracker,
+        ExitStack() as stack,
     ):
         allocate_(model, "cpu")
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -66,14 +68,23 @@ def simulate(options: Options, *, whole: bool = False) -> Peak:
         tracker.watch(model)
         optimizer = optimizer_for(run, model)
         _shorten_gap_(optimizer)
+        alike = Alike(tracker)
+        if isinstance(optimizer, LowRankOptimizer) and not whole:
+            alike.updates_(optimizer)
+            stack.enter_context(alike.sums())
         update = _watched_updater(run, model, optimizer, tracker)
+        if update.in_backward is not None and not whole:
+            alike.clipping_(update.in_backward)
         batches = random_batches(run, config.vocab_size, "cpu")
         tracker.label([tensor for batch in batches for tensor in batch], "other")
-        used = batches if whole else batches[:MICRO_BATCHES]
-        if update.in_backward is not None:
-            update.in_backward.accumulate = len(used)
-        for part in _parts(run, optimizer):
+        parts = _parts(run, optimizer)
+        # A micro-batch between first and last sees every sum; what is summed for a refresh is there in the last two.
+        fullest = parts[2:] if SECOND_HALF in parts else parts[1:2]
+        for part in parts:
             tracker.part(part)
+            used = batches if whole else batches[: MICRO_BATCHES if part in fullest else MICRO_BATCHES - 1]
+            if update.in_backward is not None:
+                update.in_backward.accumulate = len(used)
             update(used, run.accumulate * run.batch_size * (run.seq_len - 1))
             for name, p in model.named_parameters():
                 state = optimizer.state.get(p, {})
@@ -115,15 +126,17 @@ def with_layers(config: Any, number: int) -> Any:
 
 def _parts(run: Resolved, optimizer: Optimizer) -> tuple[str, ...]:
     """The updates that differ: where nothing is renewed, every one is like the second."""
-    subspaces = [
-        optimizer.parts_of(p, group).subspace
-        for group in optimizer.param_groups
-        if isinstance(optimizer, LowRankOptimizer) and group["update_proj_gap"] > 1
-        for p in group["params"]
-    ]
-    if not any(subspace is not None and subspace.refreshes for subspace in subspaces):
+    if not isinstance(optimizer, LowRankOptimizer):
         return UPDATES[:2]
-    return (*UPDATES, SECOND_HALF) if run.per_layer and run.accumulate > 1 else UPDATES
+    renewed = [
+        (p, group)
+        for group in optimizer.param_groups
+        if group["update_proj_gap"] > 1
+        for p in group["params"]
+        if (subspace := optimizer.parts_of(p, group).subspace) is not None and subspace.refreshes
+    ]
+    sums = run.per_layer and run.accumulate > 1 and any(optimizer.accumulates(p, group) for p, group in renewed)
+    return UPDATES[:2] if not renewed else (*UPDATES, SECOND_HALF) if sums else UPDATES
 
 
 def _shorten_gap_(optimizer: Optimizer) -> None:
@@ -200,9 +213,9 @@ def as_if_with_data() -> Iterator[None]:
 @contextmanager
 def two_parts_of_a_pass() -> Iterator[None]:
     """Let passes over a matrix in parts end after two: every part makes tensors like those of the one before."""
+    whole = chunks.chunks, chunks.row_blocks, int8_weight.row_slices, state_storage.slices, in_backward.eighths
     passes: dict[Any, Any] = {
-        function: (lambda *args, function=function: islice(function(*args), 2))
-        for function in (chunks.chunks, chunks.row_blocks, int8_weight.row_slices, state_storage.slices)
+        function: (lambda *args, function=function: islice(function(*args), 2)) for function in whole
     }
     _replace(passes)
     try:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,24 @@ class Peak:
         return asdict(self)
 
 
+class Recording(NamedTuple):
+    """What a function did to a state and to the bytes alive.
+
+    events: blocks that it made (+1) and ended (-1), in order.
+    made: those that a tensor of the state holds now, with its name, shape, strides and dtype.
+    ended: those that a tensor of the state held, with its name.
+    numbers: values of the state that are no tensors and have changed.
+    gone: names that the state no longer has.
+    """
+
+    events: list[tuple[Block, int]]
+    made: dict[Block, tuple[str, torch.Size, tuple[int, ...], torch.dtype]]
+    ended: dict[Block, str]
+    numbers: dict[str, Any]
+    gone: set[str]
+    result: Any
+
+
 class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records every storage that an operation makes, and its end; to be entered inside of a ``FakeTensorMode``.
 
@@ -90,8 +108,12 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Changes of what is alive: the block, +1 or -1, and who was at work.
         self._events: list[tuple[Block, int, str, str]] = []
         self._parts: list[tuple[int, str]] = [(0, "build")]
+        self._recordings: dict[Hashable, Recording] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Half of all calls. The mode below would give the same answer.
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device
         result = without_reading(func, args, kwargs or {})
         # Of a mask that holds everywhere it is larger than any in a run.
         if func is _aten.nonzero.default:
@@ -128,6 +150,54 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def part(self, name: str) -> None:
         """Name the part of the run that begins."""
         self._parts.append((len(self._events), name))
+
+    def alike(self, key: Hashable, state: dict[str, Any], run: Callable[[], Any]) -> Any:
+        """Run a function, or do once more what one with the same key did to its state and to the bytes alive.
+
+        Only the first runs, and a second one where the first made something that outlives it and is not in the state,
+        such as a table that others share.
+
+        Args:
+            key: the same for functions that do the same, and start from states that are alike.
+            state: all that they change but for the values of tensors.
+            run: returns no tensor.
+        """
+        if key in self._recordings:
+            return self._repeat(self._recordings[key], state)
+        before: dict[str, Any] = {k: self._block(v) if isinstance(v, Tensor) else v for k, v in state.items()}
+        start = len(self._events)
+        result = run()
+        events = [(block, sign) for block, sign, *_ in self._events[start:]]
+        new = {block for block, sign in events if sign > 0}
+        made = {
+            self._block(v): (k, v.shape, v.stride(), v.dtype)
+            for k, v in state.items()
+            if isinstance(v, Tensor) and self._block(v) in new
+        }
+        held = {block: k for k, block in before.items() if isinstance(block, Block)}
+        ended = {block: held.get(block, "") for block, sign in events if sign < 0 and block not in new}
+        if all(not block.alive or block in made for block in new) and all(ended.values()):
+            numbers = {k: v for k, v in state.items() if not isinstance(v, Tensor) and before.get(k) is not v}
+            self._recordings[key] = Recording(events, made, ended, numbers, before.keys() - state.keys(), result)
+        return result
+
+    def _repeat(self, recording: Recording, state: dict[str, Any]) -> Any:
+        before = {block: state.pop(name) for block, name in recording.ended.items()}
+        blocks: dict[Block, Block] = {}
+        for block, sign in recording.events:
+            if block in before:
+                del before[block]
+            elif block in recording.made:
+                name, *layout, dtype = recording.made[block]
+                state[name] = torch.empty_strided(*layout, dtype=dtype)
+            elif sign > 0:
+                blocks[block] = self._begin(block.size)
+            else:
+                self._end(blocks.pop(block))
+        state.update(recording.numbers)
+        for name in recording.gone & state.keys():
+            del state[name]
+        return recording.result
 
     def watch(self, model: nn.Module) -> None:
         """Book operations to the module whose forward or backward pass they belong to."""
@@ -191,15 +261,20 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storage = tensor.untyped_storage()
         block = self._blocks.get(id(storage))
         if block is None:
-            block = Block(storage.nbytes(), self.phase, self._at_work(), self._pass)
-            self._blocks[id(storage)] = block
-            self._events.append((block, 1, self.phase, block.layer))
-            weakref.finalize(storage, self._end, id(storage), block)
+            block = self._blocks[id(storage)] = self._begin(storage.nbytes())
+            weakref.finalize(storage, self._forget, id(storage))
         return block
 
-    def _end(self, key: int, block: Block) -> None:
+    def _forget(self, key: int) -> None:
+        self._end(self._blocks.pop(key))
+
+    def _begin(self, size: int) -> Block:
+        block = Block(size, self.phase, self._at_work(), self._pass)
+        self._events.append((block, 1, self.phase, block.layer))
+        return block
+
+    def _end(self, block: Block) -> None:
         block.alive, block.freed_in = False, self._pass
-        del self._blocks[key]
         self._events.append((block, -1, self.phase, self._at_work()))
 
 

@@ -372,4 +372,9 @@ def vector_norm(tensor: Tensor) -> Tensor:
     wide = torch.promote_types(tensor.dtype, torch.float32)
     if tensor.ndim == 0 or tensor.dtype == wide:
         return torch.linalg.vector_norm(tensor, dtype=wide)
-    return torch.stack([torch.linalg.vector_norm(part, dtype=wide) for part in tensor.chunk(8)]).norm()
+    return torch.stack([torch.linalg.vector_norm(part, dtype=wide) for part in eighths(tensor)]).norm()
+
+
+def eighths(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor in at most eight parts."""
+    yield from tensor.chunk(8)
