@@ -43,7 +43,9 @@ def factor_groups(model: nn.Module | Iterable[tuple[str, Tensor]], **options: An
     layers = _layers(named)
     if not layers:
         raise ValueError("Invalid model: it holds no factors B and A; lowrank_optim.nn.convert(model, LORO()) first")
-    ranks = {(f"{prefix}B", f"{prefix}A"): named[f"{prefix}A"].shape[0] for prefix in layers}
+    ranks: dict[tuple[str, ...], int] = {
+        (f"{prefix}B", f"{prefix}A"): named[f"{prefix}A"].shape[0] for prefix in layers
+    }
     return layer_groups(named, ranks, options)
 
 
