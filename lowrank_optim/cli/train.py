@@ -107,6 +107,6 @@ def adamw_sizes(options: Options, parts: int = 1) -> list[Sizes]:
         dtypes = dtypes[1:]
     else:
         plain = replace(plain, parameterization=None, parameterization_args=[], weights=None)
-    args = ({"optimizer_args": ["rank=none", f"state_dtype={dtype}"]} for dtype in dtypes)
-    found = [predicted(replace(plain, **more), parts) for more in args]
+    rows = [replace(plain, optimizer_args=["rank=none", f"state_dtype={dtype}"]) for dtype in dtypes]
+    found = [predicted(row, parts) for row in rows]
     return [("AdamW, same model", expected.state_dtype, kept) for expected, kept in found]

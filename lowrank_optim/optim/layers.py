@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -56,3 +57,25 @@ class LayerOptimizer(LowRankOptimizer):
                 f"Invalid rank: {group['rank']}, expected None: the rank of {type(self).__name__} belongs to the "
                 f"layers; make groups with {self.maker}(model)"
             )
+
+
+def layer_groups(
+    named: Mapping[str, Tensor], ranks: Mapping[tuple[str, ...], int], options: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """A group for every layer that has something to train, and one of all other parameters that are trained.
+
+    Args:
+        named: parameters by name.
+        ranks: of every layer, by the names of its parameters.
+        options: hyper-parameters of the layers' groups.
+    """
+    groups: list[dict[str, Any]] = []
+    for names, rank in ranks.items():
+        params = [named[name] for name in names]
+        if any(p.requires_grad for p in params):
+            groups.append({"params": params, "param_names": [*names], **options, "rank": rank})
+    taken = {id(named[name]) for names in ranks for name in names}
+    rest = {name: p for name, p in named.items() if p.requires_grad and id(p) not in taken}
+    if rest:
+        groups.append({"params": [*rest.values()], "param_names": [*rest], "rank": None})
+    return groups

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from lowrank_optim.ops.factors import retracted_step
-from lowrank_optim.optim.layers import LayerOptimizer
+from lowrank_optim.optim.layers import LayerOptimizer, layer_groups
 from lowrank_optim.optim.lifts.plain import Unscaled
 from lowrank_optim.optim.options import Common, arguments, number, optional
 from lowrank_optim.optim.parts import Group, Option, Parts, Scalar
@@ -43,20 +43,10 @@ def factor_groups(model: nn.Module | Iterable[tuple[str, Tensor]], **options: An
     layers = _layers(named)
     if not layers:
         raise ValueError("Invalid model: it holds no factors B and A; lowrank_optim.nn.convert(model, LORO()) first")
-    groups: list[dict[str, Any]] = [
-        {
-            "params": [named[f"{prefix}B"], named[f"{prefix}A"]],
-            "param_names": [f"{prefix}B", f"{prefix}A"],
-            **options,
-            "rank": named[f"{prefix}A"].shape[0],
-        }
-        for prefix in layers
-    ]
-    taken = {name for group in groups for name in group["param_names"]}
-    rest = {name: p for name, p in named.items() if name not in taken}
-    if rest:
-        groups.append({"params": list(rest.values()), "param_names": list(rest), "rank": None})
-    return groups
+    ranks: dict[tuple[str, ...], int] = {
+        (f"{prefix}B", f"{prefix}A"): named[f"{prefix}A"].shape[0] for prefix in layers
+    }
+    return layer_groups(named, ranks, options)
 
 
 def _layers(named: dict[str, Tensor]) -> list[str]:

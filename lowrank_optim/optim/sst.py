@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from lowrank_optim.ops.triplets import Triplets, activate_, compose, decompose_, draw_slots, normalize_columns_
-from lowrank_optim.optim.layers import LayerOptimizer
+from lowrank_optim.optim.layers import LayerOptimizer, layer_groups
 from lowrank_optim.optim.lifts.plain import Unscaled
 from lowrank_optim.optim.options import Common, arguments, natural, optional, optional_positive_int
 from lowrank_optim.optim.parts import Group, Option, Parts, Scalar, State
@@ -41,22 +41,8 @@ def spectral_groups(model: nn.Module | Iterable[tuple[str, Tensor]], **options: 
     layers = _layers(named)
     if not layers:
         raise ValueError("Invalid model: it holds no SST layer; lowrank_optim.nn.convert(model, SST(rank=...)) first")
-    taken = {id(p) for parts in layers.values() for p in parts}
-    groups: list[dict[str, Any]] = [
-        {
-            "params": list(parts),
-            "param_names": [f"{prefix}{field}" for field in Triplets._fields],
-            "weight_decay": 0.0,
-            **options,
-            "rank": parts.u.shape[1],
-        }
-        for prefix, parts in layers.items()
-        if any(p.requires_grad for p in parts)
-    ]
-    rest = [(name, p) for name, p in named if p.requires_grad and id(p) not in taken]
-    if rest:
-        groups.append({"params": [p for _, p in rest], "param_names": [name for name, _ in rest], "rank": None})
-    return groups
+    ranks = {tuple(f"{prefix}{field}" for field in Triplets._fields): p.u.shape[1] for prefix, p in layers.items()}
+    return layer_groups(dict(named), ranks, {"weight_decay": 0.0, **options})
 
 
 def _layers(named: list[tuple[str, Tensor]]) -> dict[str, Triplets]:
@@ -156,7 +142,12 @@ class SSTAdamW(LayerOptimizer):
 
     def is_layer(self, params: list[Tensor], rank: int) -> bool:
         """Whether parameters are the five parts of a layer that samples ``rank`` triplets."""
-        return _is_layer(params, rank)
+        if len(params) != len(Triplets._fields) or any(p.ndim != (1 if i == 1 else 2) for i, p in enumerate(params)):
+            return False
+        parts = Triplets(*params)
+        m, n, q = parts.u.shape[0], parts.v.shape[0], parts.s.numel()
+        shapes = [tuple(p.shape) for p in parts]
+        return shapes == [(m, rank), (q,), (n, rank), (m, q - rank), (n, q - rank)]
 
     def _explain(self, param: Tensor, group: Group) -> tuple[str, str]:
         rank = group["rank"]
@@ -230,13 +221,3 @@ def _zero_moments_(state: State) -> None:
             value.zero_()
     if state:
         state["step"] = 0
-
-
-def _is_layer(params: list[Tensor], rank: int) -> bool:
-    """Whether parameters are the five parts of a layer that samples ``rank`` triplets."""
-    if len(params) != len(Triplets._fields) or any(p.ndim != (1 if i == 1 else 2) for i, p in enumerate(params)):
-        return False
-    parts = Triplets(*params)
-    m, n, q = parts.u.shape[0], parts.v.shape[0], parts.s.numel()
-    shapes = [tuple(p.shape) for p in parts]
-    return shapes == [(m, rank), (q,), (n, rank), (m, q - rank), (n, q - rank)]

@@ -15,7 +15,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,7 +126,7 @@ def save(
         kept = f"{before[-1]} is intact" if before else "no earlier checkpoint exists"
         raise UserError(f"Cannot save {target}: {_reason(error)}; {kept}") from error
     if update.run.keep:
-        newest_good = _good(folder)[-1:]
+        newest_good = last_good(folder)[:1]
         for old in checkpoints(folder)[: -update.run.keep]:
             if old not in newest_good:
                 remove_folder(old)
@@ -182,7 +182,13 @@ def newest_whole(
 
 def last_good(folder: Path) -> list[Path]:
     """The checkpoints that were not written while the run may have been diverging, newest first."""
-    return _good(folder)[::-1]
+    good = []
+    for path in checkpoints(folder)[::-1]:
+        # What cannot be read is no place to go back to.
+        with suppress(OSError, UserError, *UNREADABLE):
+            if not _progress(_read(path)["progress"]).guard.suspect:
+                good.append(path)
+    return good
 
 
 def damage(path: Path, *, digests: bool = True, most: float = math.inf) -> str | None:
@@ -378,18 +384,6 @@ def _progress(saved: Mapping[str, Any]) -> Progress:
     if not all(isinstance(n, int) and n >= 0 for n in numbers) or not all(isinstance(x, float) for x in guard.losses):
         raise ValueError(f"Invalid progress: {progress}")
     return progress
-
-
-def _good(folder: Path) -> list[Path]:
-    good = []
-    for path in checkpoints(folder):
-        try:
-            suspect = _progress(_read(path)["progress"]).guard.suspect
-        except (OSError, UserError, *UNREADABLE):
-            continue
-        if not suspect:
-            good.append(path)
-    return good
 
 
 def numbered(folder: Path) -> list[Path]:

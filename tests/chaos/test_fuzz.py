@@ -133,12 +133,12 @@ def memory(command: str, line: list[tuple[str, list[str]]]) -> None:
     one_line(cli.main, [command, "--model", MODEL, *words])
 
 
-@pytest.mark.parametrize("number", [8, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [4, pytest.param(400, marks=pytest.mark.slow)])
 def test_options(number: int) -> None:
     examples(number)(given(LINES)(train))()
 
 
-@pytest.mark.parametrize("number", [10, pytest.param(800, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [5, pytest.param(800, marks=pytest.mark.slow)])
 def test_yaml(number: int, tmp_path: Path) -> None:
     examples(number)(given(YAML)(lambda text: config(text, tmp_path)))()
 

@@ -7,18 +7,31 @@ import torch
 
 from lowrank_optim.ops import pick
 from lowrank_optim.ops.adam_direction import adam_direction as eager
+from tests.conformance import nightly
 
 BETAS_EPS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-6}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(1,), (1025,), (5461, 3), (64, 32), (3, 5, 7), (0, 4)], ids=str)
-@pytest.mark.parametrize("transposed", [False, True])
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = ((1,), (1025,), (64, 32), (3, 5, 7), (0, 4))
+LONG = [((5461, 3), dtype, transposed) for dtype in DTYPES for transposed in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "transposed"),
+    [
+        *((shape, dtype, False) for shape in SHAPES for dtype in DTYPES),
+        *(((64, 32), dtype, True) for dtype in DTYPES),
+        LONG[3],
+        *nightly(*LONG[:3], *LONG[4:]),
+    ],
+    ids=str,
+)
 def test_adam_direction(shape: tuple[int, ...], dtype: torch.dtype, transposed: bool, device: torch.device) -> None:
     kernel = pick(eager, "triton", device)
     grad = torch.randn(shape, device=device).to(dtype)
     if transposed:
-        grad = grad.T.contiguous().T if grad.ndim == 2 else grad
+        grad = grad.T.contiguous().T
     moments = [torch.zeros(shape, device=device) for _ in range(4)]
     exact = [torch.zeros(shape, device=device, dtype=torch.float64) for _ in range(2)]
     for _ in range(3):

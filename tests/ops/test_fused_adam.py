@@ -26,6 +26,19 @@ def test_it_adds_the_direction(dtype: torch.dtype, betas: tuple[float, float], s
         torch.testing.assert_close(fused, eager, rtol=4e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (7, 13), (64, 129)], ids=str)
+def test_the_direction_takes_the_place_of_the_gradient(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    constants = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-6}
+    eager, fused = ([torch.zeros(shape, dtype=dtype) for _ in range(2)] for _ in range(2))
+    for _ in range(3):
+        grad = torch.randn(shape, dtype=dtype)
+        expected = adam_direction(grad, *eager, **constants)
+        fused_adam_(grad, grad, *fused, **constants, replace=True)
+        torch.testing.assert_close(grad, expected, rtol=4e-7, atol=1e-7)
+        torch.testing.assert_close(fused, eager, rtol=4e-7, atol=1e-7)
+
+
 def test_it_fits_contiguous_tensors_of_one_wide_dtype_only() -> None:
     a, b = torch.zeros(4, 6), torch.zeros(4, 6)
     assert fused_adam_fits(a, b)

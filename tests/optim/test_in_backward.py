@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lowrank_optim import DCTAdamW, FiraAdamW, GaLoreAdamW, GaLoreAdamW8bit, QGaLoreAdamW8bit, step_in_backward
 from lowrank_optim.ops.orthonormal import orthonormalize, subspace_iteration
-from tests.optimizers import IDS, OPTIMIZERS, VARIANTS, build
+from tests.conformance import every_variant, nightly
+from tests.optimizers import OPTIMIZERS, build
 
 
 class Net(nn.Module):
@@ -69,7 +70,7 @@ def same(ours: nn.Module, theirs: nn.Module, optimizers: tuple[Any, Any]) -> Non
             assert equal, name
 
 
-@pytest.mark.parametrize(("name", "kwargs"), VARIANTS, ids=IDS)
+@every_variant
 def test_every_optimizer_makes_the_same_updates(name: str, kwargs: dict[str, Any]) -> None:
     model = Net()
     twin = copy.deepcopy(model)
@@ -114,7 +115,7 @@ METHODS: list[tuple[type, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("cls", "kwargs"), METHODS, ids=lambda v: v.__name__ if isinstance(v, type) else str(v))
-@pytest.mark.parametrize("accumulate", [2, 4])
+@pytest.mark.parametrize("accumulate", [2, *nightly(4)])
 def test_micro_batches_equal_the_unsplit_batch(cls: type, kwargs: dict[str, Any], accumulate: int) -> None:
     torch.set_default_dtype(torch.float64)
     try:

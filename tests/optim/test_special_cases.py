@@ -62,6 +62,8 @@ def test_the_host_looks_on_the_cpu_alone() -> None:
     assert verdict(torch.ones(3)) is True and verdict(torch.full((3,), torch.inf)) is False
     # A sum in 16 bits would overflow.
     assert verdict(torch.full((9, 9), 60000.0, dtype=torch.float16)) is True
+    # Their squares overflow.
+    assert verdict(torch.full((9, 9), 1e25)) is True
     # And these are beyond fp32.
     assert verdict(torch.full((3,), 1e200, dtype=torch.float64)) is True
     assert verdict(torch.full((3,), 1e200j, dtype=torch.complex128)) is True

@@ -227,10 +227,9 @@ def test_resumed_in_a_new_process_is_bit_identical(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"state_dtype": "bfloat16"},
-        {"weight_rounding": "stochastic"},
+        {"weight_rounding": "stochastic", "state_dtype": "bfloat16"},
         {"weight_rounding": "compensated", "state_dtype": "int8"},
-        *nightly({"state_dtype": "int8"}),
+        *nightly({"state_dtype": "int8"}, {"state_dtype": "bfloat16"}, {"weight_rounding": "stochastic"}),
     ],
     ids=str,
 )

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-import pytest
 import torch
 
 from lowrank_optim.pretrain.energy import captured_energy
-from tests.optimizers import IDS, VARIANTS, build
+from tests.conformance import every_variant
+from tests.optimizers import build
 
 
-@pytest.mark.parametrize(("name", "kwargs"), VARIANTS, ids=IDS)
+@every_variant
 def test_no_basis_holds_more_than_the_gradient(name: str, kwargs: dict[str, object]) -> None:
     weight = torch.nn.Parameter(torch.randn(12, 16))
     optimizer = build(name, [("weight", weight)], **kwargs)
