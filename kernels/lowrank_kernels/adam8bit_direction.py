@@ -15,7 +15,7 @@ from lowrank_kernels.rounding import round_to_nearest
 from lowrank_optim.ops.blockwise import BLOCK, DECADES, GREATEST_SCALE, LEAST_SCALE, search_tables
 
 # A warp a block, 8 values a thread: nothing but registers is shared.
-LAUNCH = {
+LAUNCH: dict[str, Any] = {
     "BLOCK": BLOCK, "DECADES": DECADES, "LEAST_SCALE": LEAST_SCALE, "GREATEST_SCALE": GREATEST_SCALE, "num_warps": 1,
 }  # fmt: skip
 
@@ -173,8 +173,9 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
         ("adam_update bf16, moments int8", "bf16", "nearest"),
         ("adam_update bf16, moments int8, stochastic", "bf16", "stochastic"),
     ):
-        constants: dict[str, object] = {"ROUNDING": rounding or "nearest", **LAUNCH, "correction_ptr": None}
-        launch = {"num_warps": constants.pop("num_warps")}
+        options = {**LAUNCH}
+        launch = {"num_warps": options.pop("num_warps")}
+        constants: dict[str, object] = {"ROUNDING": rounding or "nearest", **options, "correction_ptr": None}
         constants |= dict.fromkeys(("weight_ptr",) if rounding is None else ("direction_ptr", "ok_ptr"))
         signature = {
             name: "constexpr" if name in constants else types.get(name, "*fp32" if name.endswith("_ptr") else "fp32")

@@ -177,16 +177,17 @@ def lowrank_update_(
     if row_scale is None and column_scale is None:
         grad = None
     *batch, m, n = shape
-    rank = 0 if left is None else left.shape[-1]
-    check_operand("left", left, (*batch, m, rank), device, contiguous=False)
-    check_operand("right", right, (*batch, n, rank), device, contiguous=False)
+    rank = 0
+    if left is not None and right is not None:
+        rank = left.shape[-1]
+        check_operand("left", left, (*batch, m, rank), device, contiguous=False)
+        check_operand("right", right, (*batch, n, rank), device, contiguous=False)
+        left, right = cast(left, weight.dtype), cast(right, weight.dtype)
     check_operand("grad", grad, shape, device, contiguous=False)
     check_scales(row_scale, column_scale, shape, device)
     check_operand("correction", correction, shape, device, (torch.int8,))
     if not weight.numel():
         return
-    if left is not None and right is not None:
-        left, right = cast(left, weight.dtype), cast(right, weight.dtype)
     one = row_scale is not None and row_scale.shape[-2] == 1
     row_scale = None if row_scale is None else row_scale.contiguous()
     column_scale = None if column_scale is None else column_scale.contiguous()

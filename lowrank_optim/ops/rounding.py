@@ -50,9 +50,11 @@ def random_bits(like: Tensor, key: int | Tensor, start: int | Positions = 0) -> 
         start = start.start
     bits.add_(wrap(start)).mul_(-0x61C88647)
     bits.bitwise_xor_(key if isinstance(key, Tensor) else wrap(key))
+    shifted = torch.empty_like(bits)
     for shift, factor in ((16, 0x7FEB352D), (15, -0x7B935975), (16, None)):
         # int32 shifts repeat the sign; the mask makes a logical shift of it.
-        bits.bitwise_xor_((bits >> shift).bitwise_and_((1 << (32 - shift)) - 1))
+        torch.bitwise_right_shift(bits, shift, out=shifted)
+        bits.bitwise_xor_(shifted.bitwise_and_((1 << (32 - shift)) - 1))
         if factor is not None:
             bits.mul_(factor)
     return bits.view(like.shape)

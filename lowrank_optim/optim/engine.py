@@ -247,10 +247,10 @@ class LowRankOptimizer(PlannedOptimizer):
             ok = self._admit(seen, ok)
             if ok is False:
                 return
-            if isinstance(ok, Tensor) and of_grad is not None:
+            if of_grad is not None and isinstance(ok, Tensor):
                 # No process knows the norms of all rows.
                 of_grad = torch.where(is_finite(ok), of_grad, torch.inf)
-        if isinstance(ok, Tensor) and (lift.reads_low or not rule.masks):
+        if (lift.reads_low or not rule.masks) and isinstance(ok, Tensor):
             low = torch.where(is_finite(ok), low, rule.missing(low, state, group))
         state["step"] += 1
         size, decay = self.step_size(plan, param, group)
@@ -260,7 +260,7 @@ class LowRankOptimizer(PlannedOptimizer):
             weight = subspace.orient(as_matrices(param, plan.view), state)
         told: dict[str, Any] = {"ok": ok} if rule.masks else {}
         if of_grad is not None:
-            of_low = low.new_empty((2, *low.shape[:-1]), dtype=low.dtype.to_real())
+            of_low = torch.empty(2, *low.shape[:-1], dtype=low.dtype.to_real(), device=low.device)
             direction = rule.direction(low, state, group, of_low, **told)
             norms: Norms | None = Norms(of_low, of_grad)
         else:

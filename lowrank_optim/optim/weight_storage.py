@@ -144,7 +144,7 @@ def write_(
         size: the step size, negative for descent.
         decay: what the weight is multiplied with, before the update if ``decay_first``, else after it.
     """
-    if (isinstance(size, Tensor) and size.ndim == 3) or (isinstance(decay, Tensor) and decay.ndim == 3):
+    if view.kind == "stack" and any(isinstance(x, Tensor) and x.ndim == 3 for x in (size, decay)):
         # A step size, or a decay, for every matrix of a stack; the operation takes one.
         _write_each_(param, view, update, grad, basis, state, group, size, decay, decay_first)
         return

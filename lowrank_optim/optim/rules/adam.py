@@ -19,6 +19,7 @@ from lowrank_optim.optim.finite import zero_unless
 from lowrank_optim.optim.options import number
 from lowrank_optim.optim.parts import Group, Option, Rule, Scalar, Slots, State, View
 from lowrank_optim.optim.state_storage import (
+    AXIS,
     SLICE,
     is_int4,
     load_moment,
@@ -140,7 +141,7 @@ class Adam(Rule):
     ) -> Tensor:  # fmt: skip
         """Kernels read moments as they are stored, and the verdict."""
         beta1, beta2 = group[self.betas]
-        eps, told = self._eps(state, group), ok if isinstance(ok, Tensor) else None
+        eps, told = self._eps(state, group), None if isinstance(ok, bool) else ok
         if CODES in state:
             stored = [state[f"{key}.{part}"] for key in MOMENT_KEYS for part in ("codes", "scale")]
             return kernel(low, *stored, beta1=beta1, beta2=beta2, eps=eps, norms=norms, ok=told, dtype=dtype)
@@ -166,8 +167,10 @@ class Adam(Rule):
         if group["state_dtype"] == "int4" or (backend is None and like.dtype in WIDE):
             return None
         kernel = pick(operation, backend, like.device)
+        if kernel is operation:
+            return None
         # They count elements through, whatever of other processes stands between two of them.
-        return None if kernel is operation or isinstance(position(state, like), Positions) else kernel
+        return None if AXIS in state and isinstance(position(state, like), Positions) else kernel
 
     def _may_fuse(self, group: Group, eps: Scalar) -> bool:
         return group["backend"] is None and not isinstance(eps, Tensor)
