@@ -107,7 +107,9 @@ def test_what_is_alike_is_repeated():
                 with tracker.during("update", "layer"):
                     tracker.alike(("update", step), state, lambda state=state: run(state))
         peak = tracker.peak()
-        assert [state["late"].shape for state in states] == [(7,)] * 4 and [state["step"] for state in states] == [2] * 4
+        assert [state["late"].shape for state in states] == [(7,)] * 4 and [state["step"] for state in states] == [
+            2
+        ] * 4
     # Two in the first round, of which the first one stands for itself, one in the second.
     assert len(ran) == 3
     # The moments before, the table, a new moment beside the old one, and what is made late.
