@@ -190,7 +190,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten.nonzero.default:
             return result
         for leaf in tree_leaves(result):
-            # A DTensor has a storage of the whole size, without memory.
+            # A DTensor has a storage of the whole size, without memory; the part was made out of sight.
+            leaf = getattr(leaf, "_local_tensor", leaf)
             if isinstance(leaf, FakeTensor):
                 storage = leaf.untyped_storage()
                 if id(storage) not in self._sizes:
