@@ -57,7 +57,7 @@ class Alike:
             run = partial(refresh, plan, grad, group, is_scheduled=is_scheduled)
             return self.once(plan, grad, group, run, "refresh", is_scheduled)
 
-        optimizer.update_param = updated  # type: ignore[method-assign]
+        optimizer.update_param = updated  # type: ignore[assignment, method-assign]
         optimizer.step_low = stepped  # type: ignore[method-assign]
         optimizer.refresh = refreshed  # type: ignore[method-assign]
 
@@ -80,17 +80,17 @@ class Alike:
     @contextmanager
     def sums(self) -> Iterator[None]:
         """Let micro-batches be added, and bases renewed from sums, once for those that are alike."""
-        add, renew = Accumulator.add, Accumulator._renew
+        add, renew, once = Accumulator.add, Accumulator._renew, self.once
 
-        def added(sums: Accumulator) -> None:
-            grad, run = sums.param.grad, partial(add, sums)
+        def added(self: Accumulator) -> None:
+            grad, run = self.param.grad, partial(add, self)
             if grad is not None:
-                kind = "add", sums.terms, sums.has_basis, sums.renews, _layout(sums.low), _layout(sums.sketch)
-                self.once(sums.plan, grad, sums.group, run, *kind, state=vars(sums))
-                sums.param.grad = None
+                kind = "add", self.terms, self.has_basis, self.renews, _layout(self.low), _layout(self.sketch)
+                once(self.plan, grad, self.group, run, *kind, state=vars(self))
+                self.param.grad = None
 
-        def renewed(sums: Accumulator, low: Tensor, sketch: Tensor | None) -> None:
-            self.once(sums.plan, low, sums.group, partial(renew, sums, low, sketch), "renew", _layout(sketch))
+        def renewed(self: Accumulator, low: Tensor, sketch: Tensor | None) -> None:
+            once(self.plan, low, self.group, partial(renew, self, low, sketch), "renew", _layout(sketch))
 
         Accumulator.add, Accumulator._renew = added, renewed  # type: ignore[method-assign]
         try:

@@ -189,8 +189,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.moved[self.part][kind] += max(sizes)
         if func is torch.ops.aten.nonzero.default:
             return result
-        for leaf in tree_leaves(result):
-            # A DTensor has a storage of the whole size, without memory.
+        # A DTensor has a storage of the whole size, without memory; its part was made out of sight.
+        for leaf in (getattr(leaf, "_local_tensor", leaf) for leaf in tree_leaves(result)):
             if isinstance(leaf, FakeTensor):
                 storage = leaf.untyped_storage()
                 if id(storage) not in self._sizes:

@@ -18,7 +18,14 @@ from lowrank_optim.ops import is_gpu
 from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.optim.in_backward import StepInBackward, step_in_backward
 from lowrank_optim.pretrain.config import QUANTIZED, Options, Resolved
-from lowrank_optim.pretrain.llama import build_config, build_model, checkpoint_activations_, load_pretrained, plain_head
+from lowrank_optim.pretrain.llama import (
+    build_config,
+    build_model,
+    check_pretrained,
+    checkpoint_activations_,
+    load_pretrained,
+    plain_head,
+)
 from lowrank_optim.pretrain.optimizers import build_optimizer, parse_optimizer_args
 from lowrank_optim.pretrain.parallel import check_sharded, check_sharding, shard_, share_weights_
 from lowrank_optim.pretrain.parameterizations import LayerSpec, build_restarts, layer_spec, parameterize_
@@ -75,6 +82,8 @@ def settle(
         processes: how many train together.
         config: taken instead of the one that ``options.model`` names.
     """
+    if options.init is not None:
+        check_pretrained(options.init)
     config = build_config(options.model) if config is None else config
     run = resolve(options, hidden_size=config.hidden_size, processes=processes)
     longest = config.to_dict().get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))

@@ -167,6 +167,24 @@ def build_model(
     return model
 
 
+def check_pretrained(name: str) -> None:
+    """Look for a model before anything is made of it.
+
+    Raises:
+        ValueError: no folder with a configuration, and no hub name.
+    """
+    expected = f"Invalid init: {name!r}, expected a folder with config.json and weights, or a hub name"
+    if name in PRESETS:
+        raise ValueError(f"{expected}; a preset has no weights, see --model")
+    try:
+        build_config(name)
+    except ValueError as error:
+        if (Path(name) / "config.json").is_file():
+            raise ValueError(str(error).replace("Invalid model", "Invalid init", 1)) from error
+        why = next(iter(str(error.__cause__ or "").splitlines()), "")
+        raise ValueError(f"{expected} ({why})" if why else expected) from error
+
+
 def load_pretrained(name: str, config: PreTrainedConfig, *, dtype: torch.dtype) -> PreTrainedModel:
     """A causal language model on the CPU with the weights of a folder or of the hub, in ``dtype``.
 

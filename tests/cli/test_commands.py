@@ -151,6 +151,8 @@ def test_settings_that_come_with_the_package(name: str) -> None:
         ("evaluate {tmp}", "holds neither a model nor a complete checkpoint"),
         ("evaluate {tmp} --batch 3", "did you mean --batch-size?"),
         ("compare {tmp}", "is no run folder"),
+        ("--model llama_9m --dataset {text} --init {tmp}", "expected a folder with config.json and weights"),
+        ("--dataset {text} --init llama_9m", "a preset has no weights"),
         ("list --jsn", "did you mean --json?"),
     ],
 )

@@ -85,6 +85,58 @@ def test_values_read_on_the_host_are_one_and_masks_take_all():
         assert x[0][torch.zeros(4, dtype=torch.bool)].shape == (4,)
 
 
+def test_what_is_alike_is_repeated():
+    ran, states = [], [{"moment": torch.empty(0), "step": 0} for _ in range(4)]
+    tables = {}
+
+    def run(state):
+        ran.append(state)
+        # The first makes what the others find.
+        tables.setdefault("basis", torch.empty(50))
+        temporary = torch.empty(1000)
+        state["moment"] = temporary[:10].clone()
+        state["step"] += 1
+        del temporary
+        state["late"] = torch.empty(7)
+
+    with FakeTensorMode(), Tracker() as tracker:
+        for state in states:
+            state["moment"] = torch.empty(10)
+        for step in range(2):
+            for state in states:
+                with tracker.during("update", "layer"):
+                    tracker.alike(("update", step), state, lambda state=state: run(state))
+        peak = tracker.peak()
+        assert [state["late"].shape for state in states] == [(7,)] * 4 and [state["step"] for state in states] == [
+            2
+        ] * 4
+    # Two in the first round, of which the first one stands for itself, one in the second.
+    assert len(ran) == 3
+    # The moments before, the table, a new moment beside the old one, and what is made late.
+    assert peak.peak_bytes == 4 * (4 * 10 + 50 + 1000 + 10 + 4 * 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("GaLoreAdamW8bit", {"per_layer": True, "accumulate": 3}),
+        *(
+            pytest.param(name, more, marks=pytest.mark.slow)
+            for name in low_rank_names()
+            for more in ({}, {"per_layer": True, "accumulate": 3}, {"per_layer": True, "weights": "int8"})
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:.*reads whole gradients")
+def test_what_is_repeated_takes_what_it_takes_itself(name, more, small, monkeypatch):
+    args = {"rank": 16} if name != "APOLLOMini" and "rank" in accepted_arguments(name) else {}
+    job = Job(model=small, optimizer=name, optimizer_args=args, seq_len=16, **more)
+    repeated = simulate(job)
+    monkeypatch.setattr(Tracker, "alike", lambda self, key, state, run: run())
+    assert simulate(job) == repeated
+
+
 def test_layers_of_forward_and_backward():
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4000))
     tracker = Tracker()

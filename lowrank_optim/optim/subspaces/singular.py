@@ -63,9 +63,9 @@ def top_basis(
     """
     sums = which.sums
     if refresh == "svd":
-        tall = tall.to(torch.promote_types(tall.dtype, torch.float32))
         if sums is not None:
             tall, sums = sums.gather(tall, tall.ndim - 2), None
+        tall = tall.to(torch.promote_types(tall.dtype, torch.float32))
     basis: Tensor | None = None
     generator = torch.Generator(device="cpu")
     seed = state["seed"] * 1_000_003 + 2 * int(state["step"])
