@@ -143,7 +143,7 @@ def test_pretrained_weights_are_the_start(shards: Path, tmp_path: Path, capfd: A
     line = [*more, "--optimizer-args", "rank=4", "--sample-tokens", "0", "--output-dir", str(tmp_path / "second")]
     assert main([*line, "--weights", "int8", "--dtype", "bf16"]) == 0, capfd.readouterr().err
     assert main([*line, "--init", str(tmp_path / "nothing"), "--output-dir", str(tmp_path / "third")]) == 2
-    assert "Invalid model" in capfd.readouterr().err
+    assert "Invalid init" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("fields", [{"model_type": "t5"}, {"model_type": "bert"}, {"model_type": "nope"}])
