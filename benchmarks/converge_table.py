@@ -138,13 +138,13 @@ def section(suite: Suite) -> str:
             f"## After {suite.tokens / 1e6:.1f} million tokens", "",
             _table(suite, found), "", _caption(suite, known, found), "",
             "No method with fewer bytes of weights and state is better than these:", "", *lines, "",
-            "Options beside their defaults, at the same rate and from the same start:", "", *_options(known), *ending,
+            *_options(known), *ending,
         ]
     )  # fmt: skip
 
 
 def _options(known: Results) -> list[str]:
-    """A line for every variant of a method: its perplexity against the method's, over the runs that both have made."""
+    """What each variant of a method changes in its perplexity, over the runs that both have made."""
     lines = []
     for method in OTHERS:
         base = method.name.partition(",")[0]
@@ -156,7 +156,7 @@ def _options(known: Results) -> list[str]:
         if both:
             change = f"{100 * math.expm1(statistics.mean(both)):+.1f} %"
             lines.append(f"- {method.name}: perplexity {change} ({len(both)} run{'s' * (len(both) > 1)})")
-    return lines
+    return lines and ["Options beside their defaults, at the same rate and from the same start:", "", *lines]
 
 
 def _table(suite: Suite, found: Sequence[Row]) -> str:

@@ -88,6 +88,20 @@ def test_micro_batches_draw_too_and_keep_no_second_phase(refresh: str) -> None:
     assert not any(pending[4:])
 
 
+def test_until_it_draws_micro_batches_make_galores_basis() -> None:
+    grads, bases = torch.randn(5, 14, 9), []
+    for cls in (GaLoreAdamW, GoLoreAdamW):
+        p = nn.Parameter(torch.zeros(14, 9))
+        optimizer = cls([p], update_proj_gap=2, **SETTINGS)
+        handle = step_in_backward(optimizer, accumulate=2)
+        for grad in grads:
+            for part in (0.25, 0.75):
+                with handle.micro_batch():
+                    (p * grad * part).sum().backward()
+        bases.append(optimizer.state[p]["basis"])
+    assert torch.equal(*bases)
+
+
 def test_values_out_of_range_are_named() -> None:
     with pytest.raises(ValueError, match="Invalid random_from: -1, expected a non-negative int"):
         GoLoreAdamW([nn.Parameter(torch.ones(8, 8))], rank=2, random_from=-1)
