@@ -268,7 +268,7 @@ def saved(folder: Path) -> Any:
     last = checkpoint.checkpoints(folder)[-1]
     state = json.loads((last / "state.json").read_text())
     # A tokenizer that was loaded writes more of its settings than one that was made.
-    left_out = (".pt", "tokenizer_config.json")
+    left_out = (".pt", "tokenizer_config.json", "special_tokens_map.json")
     files = {name: file for name, file in state["files"].items() if not name.endswith(left_out)}
     optimizer, processes = (torch.load(last / name, weights_only=True) for name in checkpoint.NEEDED)
     for group in optimizer["optimizer"]["param_groups"]:

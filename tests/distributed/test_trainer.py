@@ -24,6 +24,7 @@ from tests.nn.parameterizations import VARIANTS
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT.parent / "shared" / "data"
+needs_fsdp = pytest.mark.skipif(torch.__version__ < "2.11", reason="--fsdp wants torch 2.11")
 
 
 def measured(folder: Path, case: str) -> Any:
@@ -50,6 +51,7 @@ def close(found: dict[str, float], loss: float = 1e-5, weights: float = 1e-4) ->
     return found["loss"] <= loss and found["weights"] <= weights
 
 
+@needs_fsdp
 def test_a_sharded_run_goes_on_on_one_process(tmp_path):
     assert close(measured(tmp_path, "smoke"))
 
@@ -126,6 +128,7 @@ def test_processes_share_an_evaluation(batches, world):
     assert max(shares) == shares[0] and min(shares) >= shares[0] - 1
 
 
+@needs_fsdp
 @pytest.mark.parametrize(
     ("name", "value"), [("weights", "int8"), ("restarts", "merge"), ("restarts", "refactorize"), ("compile", True)]
 )

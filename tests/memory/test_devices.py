@@ -42,6 +42,7 @@ def job(optimizer: str, args: dict[str, Any]) -> Job:
     return Job(model="llama_9m", optimizer=optimizer, optimizer_args={**args, **rank}, seq_len=8)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="older gathers know no fake tensors")
 @pytest.mark.parametrize(
     ("optimizer", "args", "number"),
     [ROWS[0], *(pytest.param(*row, marks=pytest.mark.slow) for row in ROWS[1:])],

@@ -262,6 +262,7 @@ def test_dry_run_writes_nothing(arguments: list[str], tmp_path: Path, capsys: An
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="--fsdp wants torch 2.11")
 def test_a_dry_run_of_a_split_model_counts_the_part_of_a_process_and_speaks_once(
     tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
