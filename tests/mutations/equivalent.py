@@ -23,6 +23,7 @@ REASONS: tuple[tuple[str, str], ...] = (
     (r"lowrank_update.py:move_: isinstance.* or isinstance.* -> True", "decay in a pass of its own"),
     (r"lowrank_update.py:move_: len\(value\) == 1 -> False", "the batched product of one matrix"),
     (r"engine.py:.*refresh_seconds", "a measured time"),
+    (r"engine.py:LowRankOptimizer.refresh: layout is not None and .* -> False", "the whole gradient is gathered"),
     (r"sharding.py:Layout.unwrap: isinstance\(value, Tensor\)", "numbers have no axis to be cut along"),
     (r"random.py:(pick_columns|add_to_columns_): indices.ndim == 1 -> False", "the same elements by their places"),
 )

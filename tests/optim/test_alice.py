@@ -161,3 +161,14 @@ def test_vectors_have_betas_of_their_own() -> None:
 def test_values_out_of_range_are_named(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Alice([nn.Parameter(torch.ones(8, 8))], rank=2, **kwargs)
+
+
+def test_a_covariance_that_overflows_leaves_the_basis() -> None:
+    p = nn.Parameter(torch.zeros(200, 9))
+    optimizer = Alice([p], rank=3, leading=2, update_proj_gap=2)
+    # Rows whose squares are finite, and their sum is not.
+    for size in (3e18, 1.0, 1.0, 1.0):
+        p.grad = torch.randn(200, 9) * size
+        optimizer.step()
+    assert not optimizer.state[p]["covariance"].isfinite().all()
+    assert optimizer.state[p]["basis"].isfinite().all() and p.isfinite().all()
