@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.common import RESULTS, markdown, read_result
-from benchmarks.converge_runs import CPU, LONG, SUITES
+from benchmarks.converge_runs import SUITES
 from benchmarks.converge_table import COMMAND, Row, rows
 from lowrank_optim.memory.published import FULL, GALORE, LOW_RANK, RANKS, counts
 
@@ -51,8 +51,8 @@ def converged(suite: str) -> dict[str, Row]:
 
 def _pair(*names: str) -> list[Row] | None:
     """The rows of some methods in the longest suite that has them all, over the seeds that all of them have."""
-    for suite in (LONG, CPU):
-        known = converged(suite.name)
+    for suite in SUITES:
+        known = converged(suite)
         found = [known[name] for name in names if name in known]
         common = set.intersection(*(set(row.seeds) for row in found)) if len(found) == len(names) else set()
         if common:

@@ -18,8 +18,8 @@ from benchmarks.common import markdown
 from benchmarks.converge import DIVERGED
 from benchmarks.converge_runs import (
     CPU,
-    LONG,
     PILOT_SEED,
+    SUITES,
     Results,
     Suite,
     best_rate,
@@ -94,7 +94,7 @@ def longest(names: Sequence[str]) -> Suite:
     Raises:
         ValueError: there is none.
     """
-    for suite in (LONG, CPU):
+    for suite in SUITES.values():
         missing = {*names} - {row.name for row in rows(suite)}
         if not missing:
             return suite
@@ -119,7 +119,7 @@ def perplexities(names: Sequence[str]) -> tuple[dict[str, float], str]:
 
 def choosing() -> str:
     """The tables of docs/choosing.md, the longer suite first."""
-    return "\n\n".join(section(suite) for suite in (LONG, CPU) if results(suite))
+    return "\n\n".join(section(suite) for suite in SUITES.values() if results(suite))
 
 
 def section(suite: Suite) -> str:
