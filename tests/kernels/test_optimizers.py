@@ -72,6 +72,14 @@ def test_bfloat16_weights(name: str, rounding: str, device: torch.device) -> Non
         assert float((a - b).norm() / b.norm()) < (1e-4 if rounding == "compensated" else 2.0**-8)
 
 
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_bfloat16_weights_that_are_not_compressed(rounding: str, device: torch.device) -> None:
+    kwargs = {"weight_rounding": rounding, "lr": 1e-3, "rank": None}
+    theirs, ours = (run("GaLoreAdamW", kwargs, torch.bfloat16, device, backend) for backend in ("eager", "triton"))
+    for a, b in zip(theirs, ours):
+        assert float((a - b).norm() / b.norm()) < (1e-4 if rounding == "compensated" else 2.0**-8)
+
+
 @pytest.mark.parametrize(("name", "rounding"), list(zip(NAMES, ROUNDINGS * 2)), ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(96, 64), *nightly(((64, 96),))], ids=str)

@@ -10,7 +10,7 @@ from tests.mutations.sites import Site
 REASONS: tuple[tuple[str, str], ...] = (
     (r"ops/row_norms.py:row_norms: matrix.device", "a faster way to the same norms"),
     (r"ops/sltrain.py:_(weight|sddmm): .*is_cuda -> True", "the same by the operator that a compiler sees"),
-    (r"ops/chunks.py:as_batch: tensor.ndim == 3 -> False", "a view of the same shape"),
+    (r"ops/chunks.py:as_batch: tensor.ndim == [23] -> False", "a view of the same shape"),
     (r"ops/project.py:project: grad.dtype == wide -> False", "a product in parts"),
     (r"ops/project.py:project: grad.ndim == 2 -> False #1", "a product by way of a temporary"),
     (r"state_storage.py:slices: numel <= SLICE or .* -> \(not all", "one slice of all"),
@@ -21,6 +21,7 @@ REASONS: tuple[tuple[str, str], ...] = (
     (r"ops/blockwise.py:search_tables: device not in", "tables made anew"),
     (r"plans.py:.*_plan: self._checked.get\(id\(group\)\) != key -> True", "a check that is made again"),
     (r"lowrank_update.py:move_: isinstance.* or isinstance.* -> True", "decay in a pass of its own"),
+    (r"lowrank_update.py:_add_gradient_: not masks and len\(scales\) == 1 and .* -> False", "the same in parts"),
     (r"lowrank_update.py:move_: len\(value\) == 1 -> False", "the batched product of one matrix"),
     (r"engine.py:.*refresh_seconds", "a measured time"),
     (r"engine.py:LowRankOptimizer.refresh: layout is not None and .* -> False", "the whole gradient is gathered"),

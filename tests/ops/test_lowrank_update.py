@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_optim.ops import chunks, lowrank_update
 from lowrank_optim.ops.int8_weight import dequantize_int8_weight, quantize_int8_weight_, scale_shape
@@ -17,6 +18,19 @@ from tests.temporaries import CountTemporaries
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
 TERMS = ["product", "rows", "one", "columns", "both", "product and rows", "product and both"]
+
+
+class Products(TorchDispatchMode):
+    """Within the mode, the dtype of every sum with a matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "addmm" in str(func) or "baddbmm" in str(func):
+            self.dtypes.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
 
 
 def operands(terms: str, dtype: torch.dtype, batch: tuple[int, ...] = (), *, zeros: bool = False) -> dict[str, Any]:
@@ -139,6 +153,29 @@ def test_tensors_as_numbers(dtype: torch.dtype) -> None:
         results.append(start.clone())
         lowrank_update_(results[-1], **given, alpha=alpha, decay=decay)
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("terms", ["product", "rows", "product and both"])
+@pytest.mark.parametrize("which", ["alpha", "decay"])
+def test_a_number_on_a_device_is_not_read(which: str, terms: str, dtype: torch.dtype) -> None:
+    # On this device there is nothing to read.
+    given = {name: value.to("meta") for name, value in operands(terms, dtype).items() if value is not None}
+    given.setdefault("left", None), given.setdefault("right", None)
+    lowrank_update_(torch.ones(37, 61, dtype=dtype, device="meta"), **given, **{which: torch.ones((), device="meta")})
+
+
+@pytest.mark.parametrize("rounding", ["key", "correction"])
+def test_on_a_device_too_nothing_is_added_to_a_weight_that_is_rounded(rounding: str) -> None:
+    weight = torch.ones(37, 61, dtype=torch.bfloat16, device="meta")
+    left, right = (operands("product", torch.bfloat16)[side].to("meta") for side in ("left", "right"))
+    options = {"key": {"key": 3}, "correction": {"correction": torch.empty_like(weight, dtype=torch.int8)}}
+    with Products() as products:
+        lowrank_update_(weight, left, right, **options[rounding])
+    assert set(products.dtypes) == {torch.float32}
+    with Products() as products:
+        lowrank_update_(weight, left, right)
+    assert set(products.dtypes) == {torch.bfloat16}
 
 
 def test_a_gradient_without_scales_is_no_term() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.common import NewTensors
 from lowrank_optim import GaLoreAdafactor
@@ -161,3 +161,26 @@ def test_a_step_makes_no_full_size_tensor() -> None:
     with NewTensors(161) as larger:
         optimizer.step()
     assert any_size.count > 0 and larger.count == 0
+
+
+@pytest.mark.parametrize("step", [4, torch.tensor(4.0)], ids=["int", "tensor"])
+@pytest.mark.parametrize(("warmup_init", "size"), [(True, 4e-6), (False, 1e-2)])
+def test_early_relative_steps_have_a_ceiling(step: int | Tensor, warmup_init: bool, size: float) -> None:
+    p = nn.Parameter(torch.ones(9, 9))
+    capturable = isinstance(step, Tensor)
+    optimizer = GaLoreAdafactor(
+        [p], rank=4, warmup_init=warmup_init, scale_parameter=False, capturable=capturable
+    )
+    group = optimizer.param_groups[0]
+    optimizer.init_state(p, group)["step"] = step
+    found = optimizer.step_size(optimizer.plan_of(p, group), p, group)[0]
+    assert float(found) == pytest.approx(size)
+
+
+def test_without_a_mean_of_updates_only_the_second_moment_turns() -> None:
+    p = nn.Parameter(torch.ones(12, 9))
+    optimizer = GaLoreAdafactor([p], rank=4, update_proj_gap=1, moments="rotate", beta1=None)
+    for _ in range(3):
+        p.grad = torch.randn(12, 9)
+        optimizer.step()
+    assert p.isfinite().all() and "exp_avg" not in optimizer.state[p]

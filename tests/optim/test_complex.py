@@ -29,6 +29,9 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("LDAdamW", {"update_proj_gap": 1}),
     ("LDAdamW", {"update_proj_gap": 1, "proj_method": "svd"}),
     ("LDAdamW", {"update_proj_gap": 1, "error_feedback": False}),
+    *(("Alice", {"start": "svd", "beta3": beta3, "update_proj_gap": 2}) for beta3 in (0.0, 0.5)),
+    ("GoLoreAdamW", {"refresh": "svd", "update_proj_gap": 100, "random_from": 200}),
+    *((name, {}) for name in ("Muon", "SinkGD", "SCALE", "RACS")),
 ]
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in kwargs.items())]) for name, kwargs in ROWS]
 # Exact in floating point, and no two alike in the rows that matter.
@@ -53,6 +56,9 @@ OTHER_SIDE: list[tuple[str, dict[str, Any]]] = [
     ("LDAdamW", {"update_proj_gap": 1, "proj_method": "svd"}),
     ("Trion", {"similarity": "fft"}),
     ("Trion", {"basis": "dct3", "similarity": "fft", "update_proj_gap": 1}),
+    ("Alice", {"start": "svd", "leading": 2}),
+    ("GoLoreAdamW", {"random_from": 1}),
+    *((name, {}) for name in ("Muon", "SinkGD", "SCALE", "RACS")),
 ]
 OTHER_IDS = ["-".join([name, *(f"{k}={v}" for k, v in kwargs.items())]) for name, kwargs in OTHER_SIDE]
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lowrank_optim import GaLoreAdamW
 from lowrank_optim.optim.engine import LowRankOptimizer, refresh_due
+from lowrank_optim.optim.views import as_matrices
 from tests.conformance import FP32_AND_SLOW_BF16, SHAPES, every_variant, gradients, parameters, quiet, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*non-finite gradient", "ignore:.*kept an old basis")
@@ -82,6 +84,60 @@ def test_a_gradient_that_is_not_finite_counts_as_missing(name: str, kwargs: dict
             torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
             assert int(optimizer.state[p]["step"]) == int(reference.state[q]["step"])
     assert len(params) == len(SHAPES)
+
+
+@every_variant
+@pytest.mark.usefixtures("_blind")
+def test_a_gradient_that_is_not_finite_elsewhere_counts_as_missing_here(name: str, kwargs: dict[str, Any]) -> None:
+    """The verdict comes from another process, which has the values that are not finite."""
+    params, others = parameters(), parameters()
+    optimizer, reference = (quiet(name, ps, **{"weight_decay": 0.0, **kwargs}) for ps in (params, others))
+    for one, some in ((optimizer, params), (reference, others)):
+        train(one, some, range(1))
+    told = torch.tensor(torch.nan)
+    for p, grad in zip(params, gradients(params, 1)):
+        group = optimizer.entry(p).group
+        with torch.no_grad():
+            optimizer.update_param(p, grad, group, optimizer._key(group), told)
+    step_without(reference, others, 1)
+    for p, q in zip(params, others):
+        plan = optimizer.plan_of(p, optimizer.entry(p).group)
+        # Between two refreshes, and not where every value counts for itself.
+        if plan.parts.subspace is not None and optimizer.state[p]["step"] == reference.state[q]["step"]:
+            torch.testing.assert_close(p, q)
+            for key, value in optimizer.state[p].items():
+                torch.testing.assert_close(value, reference.state[q][key], equal_nan=True)
+
+
+@every_variant
+def test_a_lift_that_changes_gradients_says_so(name: str, kwargs: dict[str, Any]) -> None:
+    params = parameters()
+    optimizer = quiet(name, params, **kwargs)
+    train(optimizer, params, range(2))
+    for p, grad in zip(params, gradients(params, 2)):
+        group = optimizer.entry(p).group
+        plan = optimizer.plan_of(p, group)
+        subspace, _, lift = plan.parts
+        if subspace is not None:
+            oriented = subspace.orient(as_matrices(grad, plan.view), plan.state)
+            assert lift.changes_gradient or torch.equal(lift.before(oriented, plan.state, group), oriented)
+
+
+@pytest.mark.parametrize("refresh", ["svd", "power"])
+@pytest.mark.usefixtures("_blind")
+def test_a_convolution_keeps_its_bases_where_a_gradient_is_not_finite(refresh: str) -> None:
+    p = nn.Parameter(torch.randn(12, 10, 3, 3))
+    optimizer = GaLoreAdamW([p], rank=4, update_proj_gap=1, refresh=refresh)
+    p.grad = torch.randn(12, 10, 3, 3)
+    optimizer.step()
+    before = {key: value.clone() for key, value in optimizer.state[p].items() if key.startswith("basis.")}
+    assert len(before) == 2
+    p.grad = torch.randn(12, 10, 3, 3)
+    p.grad[1, 2] = torch.nan
+    optimizer.step()
+    assert p.isfinite().all()
+    for key, basis in before.items():
+        assert torch.equal(optimizer.state[p][key], basis)
 
 
 @every_variant

@@ -34,6 +34,16 @@ def test_groups_hold_one_layer_each_and_the_rest() -> None:
     assert methods["mlp.up_proj.A"] == "rank 4" and methods["mlp.up_proj.bias"] == "full-rank"
 
 
+def test_adapters_beside_a_weight_are_no_layers() -> None:
+    weights = {name: nn.Parameter(torch.ones(4, 4)) for name in ("up.B", "up.A", "down.lora_B", "down.lora_A")}
+    assert [group["param_names"] for group in factor_groups(weights.items())] == [
+        ["up.B", "up.A"],
+        ["down.lora_B", "down.lora_A"],
+    ]
+    with pytest.raises(ValueError, match="no factors B and A"):
+        factor_groups([(name, p) for name, p in weights.items() if "lora" in name])
+
+
 def test_an_ordinary_step_is_adam_scaled_by_the_rank() -> None:
     model = converted()
     reference = copy.deepcopy(model)

@@ -33,6 +33,14 @@ def test_the_cost_is_that_of_the_budget_up_to_a_rank(budget: int) -> None:
     assert allowed - max(sum(m.shape) for m in source.values()) < cost(ranks, source) <= allowed
 
 
+def test_of_a_model_stacks_of_experts_are_left_out() -> None:
+    model = block()
+    model.experts = nn.Parameter(torch.randn(3, 8, 8))
+    named = {name for name, p in model.named_parameters() if p.ndim == 2}
+    ranks = allocate_ranks(model, 2)
+    assert ranks and ranks.keys() <= named
+
+
 def test_ranks_rise_with_the_budget_and_do_not_depend_on_sizes() -> None:
     torch.manual_seed(0)
     source = {str(i): matrix(torch.linspace(1, 0, 12, dtype=torch.float64) ** (i + 1), 20) for i in range(4)}

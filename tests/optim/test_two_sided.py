@@ -132,6 +132,21 @@ def test_a_head_without_momentum_is_a_matrix() -> None:
     torch.testing.assert_close(*weights)
 
 
+@pytest.mark.parametrize("name", ["embed_tokens.weight", "lm_head.weight", "layers.0.weight"])
+def test_where_nobody_looks_a_gradient_that_is_not_finite_only_decays(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = nn.Parameter(torch.ones(14, 9))
+    optimizer = SCALE([(name, p), ("layers.1.weight", nn.Parameter(torch.ones(3, 3)))], lr=0.5, weight_decay=0.5)
+    step_with(optimizer, p, torch.randn(14, 9))
+    before = p.detach().clone()
+    monkeypatch.setattr("lowrank_optim.optim.finite.host_looks", lambda device: False)
+    bad = torch.randn(14, 9)
+    bad[3, 4] = torch.nan
+    step_with(optimizer, p, bad)
+    torch.testing.assert_close(p.detach(), 0.75 * before)
+
+
 def test_the_momentum_of_a_head_goes_on_after_a_resume() -> None:
     def optimizer_of(p: nn.Parameter) -> SCALE:
         return SCALE([("lm_head.weight", p), ("layers.1.weight", nn.Parameter(torch.ones(3, 3)))], lr=0.1)

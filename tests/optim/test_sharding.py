@@ -1,0 +1,98 @@
+"""What a parameter that is split over processes asks of its layout, without other processes.
+
+``tests/distributed`` runs the processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from lowrank_optim import GaLoreAdamW
+from lowrank_optim.optim import sharding
+from lowrank_optim.optim.sharding import Layout, Shards, agree
+from lowrank_optim.optim.state_storage import decode
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def split(mesh: DeviceMesh, *values: float, placement: Any = None) -> tuple[nn.Parameter, Tensor]:
+    grad = distribute_tensor(torch.tensor(values).view(-1, 1), mesh, [placement or Shard(0)])
+    return nn.Parameter(torch.zeros_like(grad)), grad
+
+
+def layout(kind: str, axis: int = 0, kept: str | None = "rows") -> Layout:
+    """The second half of 16."""
+    return Layout(Shards(axis, 8, 16, 16, None, None, ()), kind, kept=kept)
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_a_verdict_is_read_only_where_the_host_looks(
+    mesh: DeviceMesh, looks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowrank_optim.optim.finite.host_looks", lambda device: looks)
+    monkeypatch.setattr(sharding, "host_looks", lambda device: looks)
+    good, bad = split(mesh, 1.0, 2.0), split(mesh, 1.0, torch.nan)
+    found = agree([good, bad])
+    assert all(isinstance(found[p], Tensor) is not looks for p, _ in (good, bad))
+    assert torch.tensor(float(found[good[0]])).isfinite() and bool(found[good[0]])
+    assert (found[bad[0]] is False) if looks else bool(torch.as_tensor(found[bad[0]]).isnan())
+
+
+def test_what_every_process_holds_whole_needs_no_message(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Any] = []
+    monkeypatch.setattr(dist, "all_reduce", lambda *args, **_: sent.append(args))
+    param, grad = split(mesh, 1.0, torch.inf, placement=Replicate())
+    assert agree([(param, grad)]) == {param: False} and not sent
+    agree([split(mesh, 1.0)])
+    assert len(sent) == 1
+
+
+def test_a_split_parameter_without_a_gradient_stays(mesh: DeviceMesh) -> None:
+    (moved, grad), (frozen, _) = split(mesh, 1.0, 2.0), split(mesh, 3.0)
+    optimizer = GaLoreAdamW([moved, frozen], rank=None)
+    moved.grad = grad
+    optimizer.step()
+    assert sharding.whole(moved).ne(0).all() and sharding.whole(frozen).eq(0).all() and frozen not in optimizer.state
+
+
+def test_shapes_of_wholes_and_parts() -> None:
+    part, state = torch.zeros(5, 8), {"side": 16}
+    rows, columns, whole = (layout(kind) for kind in ("rows", "columns", "whole"))
+    assert rows.like(part, state) is part and whole.like(part, state) is part
+    like = columns.like(part, state)
+    assert like.shape == (5, 16) and like.untyped_storage().nbytes() == 4
+    assert columns.like(part.expand(3, 5, 8), state).shape == (3, 5, 16)
+    assert rows.shape(torch.Size((3, 8, 5))) == (3, 16, 5)
+    assert columns.shape(like.shape) == (5, 16) and whole.shape(part.shape) == (5, 8)
+
+
+@pytest.mark.parametrize("kind", ["rows", "elements", "whole"])
+def test_eight_bit_moments_of_a_whole_state(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of the whole do not begin where those of a part do."""
+    monkeypatch.setattr("lowrank_optim.optim.state_storage.MIN_8BIT_SIZE", 16)
+    torch.manual_seed(0)
+    param = nn.Parameter(torch.zeros(16, 9))
+    optimizer = GaLoreAdamW([param], rank=None if kind == "elements" else 3, state_dtype="int8")
+    param.grad = torch.randn(16, 9)
+    optimizer.step()
+    state, slots = optimizer.state[param], optimizer.slots_of(param, optimizer.param_groups[0])
+    part = layout(kind).unwrap(state, slots)
+    if kind == "whole":
+        assert part.keys() == state.keys() and torch.equal(part["exp_avg.codes"], state["exp_avg.codes"])
+        return
+    assert "exp_avg.codes" not in part and "exp_avg.scale" not in part
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(part[key], decode(state, key)[8:])
