@@ -386,9 +386,13 @@ class LowRankOptimizer(PlannedOptimizer):
         """As torch's, plus ``format_version``; loads with ``torch.load(..., weights_only=True)``.
 
         The keys of a parameter's state are always the same: what is absent at the moment is there as zeros on the CPU.
+        A state that an option of its group no longer fits is rebuilt now, as its next step would.
         """
-        saved = super().state_dict()
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        for param in params:
+            if param in self.state:
+                self.plan_of(param, self.entry(param).group)
+        saved = super().state_dict()
         ids = chain.from_iterable(group["params"] for group in saved["param_groups"])
         state = dict(saved["state"])
         for key, param in zip(ids, params):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -251,6 +252,25 @@ def test_a_group_that_changes_in_mid_run(name: str, kwargs: dict[str, Any], dtyp
                     assert (tuple(present[key].shape), present[key].dtype) == (slot.shape, slot.dtype), (change, key)
             assert bool(p.isfinite().all()), change
         assert [row[2:] for row in optimizer.explain()] == [row[2:] for row in fresh.explain()], change
+
+
+@every_variant
+@pytest.mark.usefixtures("_small_moments_in_8_bits")
+def test_a_change_that_no_step_has_seen_is_saved(name: str, kwargs: dict[str, Any]) -> None:
+    """A parameter without a gradient has, when it is saved, still the state of the old options."""
+    changes = changes_of(name, kwargs)
+    for change in (changes[0], changes[-1], *(one for one in changes if "state_dtype" in one)):
+        params = parameters(FEW)
+        optimizer = quiet(name, params, **kwargs)
+        train(optimizer, params, range(2))
+        optimizer.param_groups[0].update(change)
+        saved = copy.deepcopy(optimizer.state_dict())
+        others = [nn.Parameter(p.detach().clone()) for p in params]
+        loaded = quiet(name, others, **kwargs)
+        loaded.load_state_dict(saved)
+        for one, some in ((optimizer, params), (loaded, others)):
+            train(one, some, range(2, 5))
+        assert same(values(optimizer, params), values(loaded, others)), change
 
 
 @pytest.fixture

@@ -110,6 +110,17 @@ def test_bases_are_orthogonal_and_shared(basis: str, size: int) -> None:
     assert torch.equal(narrow, rows.float())
 
 
+def test_every_basis_is_another_one() -> None:
+    made = [basis_rows(basis, 7, torch.float64, CPU) for basis in BASES]
+    for i, one in enumerate(made):
+        assert all(float((one @ other.mT).abs().max(1).values.min()) < 0.99 for other in made[:i])
+    # The Q of a Gaussian matrix whose R has a positive diagonal.
+    drawn = torch.randn(7, 7, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    triangle = made[BASES.index("random")] @ drawn
+    torch.testing.assert_close(triangle.tril(-1), torch.zeros(7, 7, dtype=torch.float64))
+    assert bool((triangle.diagonal() > 0).all())
+
+
 def test_every_size_has_its_basis_and_none_is_in_the_state() -> None:
     shapes = [(30, 12), (12, 30), (9, 40), (12, 12)]
     params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
