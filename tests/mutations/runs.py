@@ -242,17 +242,15 @@ def _key(place: str) -> str:
 
 
 def in_order(tests: set[str], seconds: dict[str, float], first: list[str], near: set[str], budget: float) -> list[str]:
-    """At most ``budget`` seconds of tests: those of ``first``, then those of ``near``, then the others.
+    """At most ``budget`` seconds of tests: those of ``first``, then one case of every test, then a second one of each.
 
-    Short ones come first, and of the others one case of every test, then a second one of each.
+    Those of ``near`` come before the others, short ones before long ones.
     """
     cases: dict[str, list[str]] = defaultdict(list)
     for test in sorted(tests, key=lambda t: (seconds.get(t, 0.0), t)):
         cases[test.partition("[")[0]].append(test)
     rounds = [
-        (test not in near, n if test not in near else 0, seconds.get(test, 0.0), test)
-        for of in cases.values()
-        for n, test in enumerate(of)
+        (n, test not in near, seconds.get(test, 0.0), test) for of in cases.values() for n, test in enumerate(of)
     ]
     chosen, total = [], 0.0
     for test in [t for t in first if t in tests] + [test for *_, test in sorted(rounds)]:

@@ -157,7 +157,7 @@ def test_scores_by_fft_equal_those_by_product(
 def test_auto_takes_the_fft_from_the_measured_size_on() -> None:
     assert not uses_fft("dct2", "auto", 256, CPU) and uses_fft("dct2", "auto", 512, CPU)
     assert not uses_fft("random", "auto", 4096, CPU)
-    assert uses_fft("dct2", "fft", 8, CPU)
+    assert uses_fft("dct2", "fft", 8, CPU) and not uses_fft("dct2", "matmul", 4096, CPU)
 
 
 def test_selection_ties_zeros_and_the_bound_of_the_2_norm() -> None:

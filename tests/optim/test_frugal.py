@@ -140,6 +140,18 @@ def test_where_nobody_looks_a_bad_gradient_stays_out(projection: str, monkeypatc
         assert torch.equal(p, before)
 
 
+def test_experts_that_all_have_a_gradient_begin_anew_together() -> None:
+    p = nn.Parameter(torch.zeros(2, 8, 6))
+    optimizer = FRUGALAdamW([p], rank=2, update_proj_gap=2, betas=(0.5, 0.5))
+    first = torch.randn(2, 8, 6)
+    first[1] = 0
+    step_with(optimizer, p, first)
+    step_with(optimizer, p, first)
+    step_with(optimizer, p, torch.randn(2, 8, 6))
+    picked = p.grad.gather(-1, optimizer.state[p]["indices"].unsqueeze(-2).expand(2, 8, 2))
+    torch.testing.assert_close(optimizer.state[p]["exp_avg"], picked / 2)
+
+
 @pytest.mark.parametrize(("proj_type", "rank"), [("std", 3), ("reverse_std", 6), ("left", 6), ("right", 3)], ids=str)
 def test_density_is_a_share_of_the_compressed_side(proj_type: str, rank: int) -> None:
     p, bias = nn.Parameter(torch.ones(24, 12)), nn.Parameter(torch.ones(12))

@@ -295,6 +295,14 @@ def test_clipping_after_a_first_norm_that_is_not_finite() -> None:
     assert optimizer.state[weight]["exp_avg"].norm().item() == pytest.approx(1.0)
 
 
+def test_without_clipping_no_norm_is_kept() -> None:
+    model = Net()
+    optimizer = GaLoreAdamW(parameters(model), rank=4)
+    handle = step_in_backward(optimizer)
+    train(model, handle, batches(3))
+    assert handle.grad_norm > 0 and "clip_norm" not in optimizer.param_groups[0]
+
+
 def test_clipping_after_a_state_of_a_run_without_it() -> None:
     p = nn.Parameter(torch.zeros(8, 6))
     optimizer = GaLoreAdamW([p], rank=2)

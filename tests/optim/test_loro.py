@@ -34,6 +34,13 @@ def test_groups_hold_one_layer_each_and_the_rest() -> None:
     assert methods["mlp.up_proj.A"] == "rank 4" and methods["mlp.up_proj.bias"] == "full-rank"
 
 
+def test_parameters_that_are_no_factors_have_no_rank() -> None:
+    for shapes in ([(8, 4), (5, 9)], [(8, 4), (4,)], [(8, 4)], [(8, 4), (4, 9), (4, 9)]):
+        with pytest.raises(ValueError, match="Invalid rank: 4, expected None"):
+            LOROAdamW([{"params": [nn.Parameter(torch.ones(shape)) for shape in shapes], "rank": 4}])
+    LOROAdamW([{"params": [nn.Parameter(torch.ones(8, 4)), nn.Parameter(torch.ones(4, 9))], "rank": 4}])
+
+
 def test_adapters_beside_a_weight_are_no_layers() -> None:
     weights = {name: nn.Parameter(torch.ones(4, 4)) for name in ("up.B", "up.A", "down.lora_B", "down.lora_A")}
     assert [group["param_names"] for group in factor_groups(weights.items())] == [

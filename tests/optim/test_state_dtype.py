@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim import GaLoreAdamW
-from lowrank_optim.optim.state_storage import load_moment
+from lowrank_optim.optim.parts import Slot
+from lowrank_optim.optim.state_storage import load_moment, scale_slot
 
 LARGE = (300, 40)
 
@@ -131,3 +132,9 @@ def test_an_unknown_state_dtype_is_named() -> None:
         ValueError, match="Invalid state_dtype: 'fp8', expected one of 'float32', 'bfloat16', 'int8', 'int4'"
     ):
         GaLoreAdamW([nn.Parameter(torch.zeros(LARGE))], state_dtype="fp8")
+
+
+def test_the_blocks_of_linear_codes_end_where_rows_do() -> None:
+    # 15 rows of 257 values, in blocks of 256 of all values or of 128 of a row.
+    assert scale_slot(Slot((3, 5, 257), torch.uint8)).shape == (16,)
+    assert scale_slot(Slot((3, 5, 257), torch.int8)).shape == (45,)
