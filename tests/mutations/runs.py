@@ -249,9 +249,7 @@ def in_order(tests: set[str], seconds: dict[str, float], first: list[str], near:
     cases: dict[str, list[str]] = defaultdict(list)
     for test in sorted(tests, key=lambda t: (seconds.get(t, 0.0), t)):
         cases[test.partition("[")[0]].append(test)
-    rounds = [
-        (n, test not in near, seconds.get(test, 0.0), test) for of in cases.values() for n, test in enumerate(of)
-    ]
+    rounds = [(n, test not in near, seconds.get(test, 0.0), test) for of in cases.values() for n, test in enumerate(of)]
     chosen, total = [], 0.0
     for test in [t for t in first if t in tests] + [test for *_, test in sorted(rounds)]:
         if test not in chosen and total + seconds.get(test, 0.0) <= budget:

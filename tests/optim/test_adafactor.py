@@ -168,9 +168,7 @@ def test_a_step_makes_no_full_size_tensor() -> None:
 def test_early_relative_steps_have_a_ceiling(step: int | Tensor, warmup_init: bool, size: float) -> None:
     p = nn.Parameter(torch.ones(9, 9))
     capturable = isinstance(step, Tensor)
-    optimizer = GaLoreAdafactor(
-        [p], rank=4, warmup_init=warmup_init, scale_parameter=False, capturable=capturable
-    )
+    optimizer = GaLoreAdafactor([p], rank=4, warmup_init=warmup_init, scale_parameter=False, capturable=capturable)
     group = optimizer.param_groups[0]
     optimizer.init_state(p, group)["step"] = step
     found = optimizer.step_size(optimizer.plan_of(p, group), p, group)[0]
