@@ -26,6 +26,7 @@ REASONS: tuple[tuple[str, str], ...] = (
     (r"engine.py:.*refresh_seconds", "a measured time"),
     (r"engine.py:LowRankOptimizer.refresh: layout is not None and .* -> False", "the whole gradient is gathered"),
     (r"sharding.py:Layout.unwrap: isinstance\(value, Tensor\)", "numbers have no axis to be cut along"),
+    (r"fixed_basis.py:Columns.project_back_: .* -> False", "a product with the identity"),
     (r"random.py:(pick_columns|add_to_columns_): indices.ndim == 1 -> False", "the same elements by their places"),
 )
 

@@ -88,6 +88,19 @@ def test_tracking_keeps_its_basis_where_none_can_be_computed(
     assert not torch.equal(state["basis"], before)
 
 
+def test_a_stack_whose_mean_has_no_basis_takes_that_of_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    subspace, group, grad = Tracking(), {**OPTIONS, "proj_method": "svd"}, torch.randn(2, 9, 8)
+    view = View((2, 9, 8), torch.float32, torch.device("cpu"), "stack")
+    state: dict[str, Any] = {"seed": 1, "step": 1, "exp_avg": torch.randn(2, 9, 3)}
+    allocate_(state, subspace.slots(view, OPTIONS), torch.device("cpu"))
+    assert subspace.refresh(grad, state, group, COLD).renewed
+    expected = state["basis"].clone()
+    monkeypatch.setattr(subspace, "_turned", lambda *_: None)
+    some = Which(warm=torch.tensor([True, False]).view(2, 1, 1))
+    assert subspace.refresh(grad, state, group, some).renewed
+    torch.testing.assert_close(state["basis"].abs(), expected.abs())
+
+
 @pytest.mark.parametrize("refresh", ["power", "randomized", "svd"])
 def test_a_basis_that_cannot_be_computed_is_drawn_and_else_stays(refresh: str, monkeypatch: pytest.MonkeyPatch) -> None:
     subspace, group, grad = TopSingular(), {**OPTIONS, "refresh": refresh}, torch.randn(9, 8)

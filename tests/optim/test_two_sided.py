@@ -147,6 +147,16 @@ def test_where_nobody_looks_a_gradient_that_is_not_finite_only_decays(
     torch.testing.assert_close(p.detach(), 0.75 * before)
 
 
+@pytest.mark.parametrize("name", ["embed_tokens.weight", "layers.0.weight"])
+def test_rows_and_columns_of_zeros_stay(name: str) -> None:
+    p = nn.Parameter(torch.ones(14, 9))
+    optimizer = SCALE([(name, p), ("layers.1.weight", nn.Parameter(torch.ones(3, 3)))], lr=0.5)
+    grad = torch.randn(14, 9)
+    grad[:, 2], grad[4] = 0, 0
+    step_with(optimizer, p, grad)
+    assert torch.equal(p.ne(1), grad.ne(0)) and p.isfinite().all()
+
+
 def test_the_momentum_of_a_head_goes_on_after_a_resume() -> None:
     def optimizer_of(p: nn.Parameter) -> SCALE:
         return SCALE([("lm_head.weight", p), ("layers.1.weight", nn.Parameter(torch.ones(3, 3)))], lr=0.1)
