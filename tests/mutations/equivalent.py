@@ -27,6 +27,7 @@ REASONS: tuple[tuple[str, str], ...] = (
     (r"engine.py:LowRankOptimizer.refresh: layout is not None and .* -> False", "the whole gradient is gathered"),
     (r"sharding.py:Layout.unwrap: isinstance\(value, Tensor\)", "numbers have no axis to be cut along"),
     (r"fixed_basis.py:Columns.project_back_: .* -> False", "a product with the identity"),
+    (r"error_feedback.py:ErrorFeedback: True -> False #1", "a low-rank copy more"),
     (r"random.py:(pick_columns|add_to_columns_): indices.ndim == 1 -> False", "the same elements by their places"),
 )
 
