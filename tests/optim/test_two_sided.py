@@ -258,8 +258,8 @@ def test_nothing_of_the_size_of_the_weight_is_made(
 @pytest.mark.parametrize("cls", [SinkGD, SCALE, RACS], ids=lambda cls: cls.__name__)
 def test_what_has_one_row_or_column_is_a_vector(cls: type[LowRankOptimizer]) -> None:
     """Normalised by itself, every value of it would be a sign."""
-    params = [nn.Parameter(torch.ones(shape)) for shape in ((8, 1), (1, 8), (3, 1, 8), (2, 2))]
-    assert [row.method for row in cls(params).explain()] == [*["full-rank"] * 3, "whole"]
+    params = [nn.Parameter(torch.ones(shape)) for shape in ((8, 1), (1, 8), (2, 2))]
+    assert [row.method for row in cls(params).explain()] == ["full-rank", "full-rank", "whole"]
 
 
 @pytest.mark.parametrize("cls", [SinkGD, SCALE, RACS], ids=lambda cls: cls.__name__)
