@@ -28,6 +28,8 @@ REASONS: tuple[tuple[str, str], ...] = (
     (r"sharding.py:Layout.unwrap: isinstance\(value, Tensor\)", "numbers have no axis to be cut along"),
     (r"fixed_basis.py:Columns.project_back_: .* -> False", "a product with the identity"),
     (r"error_feedback.py:ErrorFeedback: True -> False #1", "a low-rank copy more"),
+    (r"scale.py:RowNormalisedMomentum: True -> False", "it tells refreshes, which there are none of"),
+    (r"schema.py:checked: isinstance\(correction, Slot\) and", "no number has this name"),
     (r"random.py:(pick_columns|add_to_columns_): indices.ndim == 1 -> False", "the same elements by their places"),
 )
 
