@@ -30,6 +30,7 @@ REASONS: tuple[tuple[str, str], ...] = (
     (r"error_feedback.py:ErrorFeedback: True -> False #1", "a low-rank copy more"),
     (r"scale.py:RowNormalisedMomentum: True -> False", "it tells refreshes, which there are none of"),
     (r"schema.py:checked: isinstance\(correction, Slot\) and", "no number has this name"),
+    (r"adam.py:Adam._kernel: AXIS in state and .* -> \(isinstance", "a call of the host more"),
     (r"random.py:(pick_columns|add_to_columns_): indices.ndim == 1 -> False", "the same elements by their places"),
 )
 
