@@ -31,6 +31,11 @@ REASONS: tuple[tuple[str, str], ...] = (
     (r"scale.py:RowNormalisedMomentum: True -> False", "it tells refreshes, which there are none of"),
     (r"schema.py:checked: isinstance\(correction, Slot\) and", "no number has this name"),
     (r"adam.py:Adam._kernel: AXIS in state and .* -> \(isinstance", "a call of the host more"),
+    (r"lowrank_update.py:lowrank_update_: in_place and weight.ndim == 2 -> False", "by way of a batch of one"),
+    (
+        r"state_storage.py:recoded: not suffix and isinstance\(slot, Slot\) and .* -> \(not suffix\) and \(holds",
+        "for types",
+    ),
     (r"random.py:(pick_columns|add_to_columns_): indices.ndim == 1 -> False", "the same elements by their places"),
 )
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim import GaLoreAdamW
+from lowrank_optim.ops import int8_blocks
 from lowrank_optim.optim.parts import Slot
 from lowrank_optim.optim.state_storage import load_moment, moment_slots, recoded, scale_slot
 
@@ -146,3 +147,13 @@ def test_values_of_another_shape_are_not_made_codes() -> None:
     saved = {"exp_avg": torch.ones(64, 128)}
     assert recoded(saved, slots) == saved
     assert recoded({"exp_avg": torch.ones(128, 64)}, slots).keys() == slots.keys()
+
+
+def test_an_error_that_was_decoded_becomes_its_codes_again() -> None:
+    error = torch.randn(16, 300)
+    codes, scale = torch.zeros(16, 300, dtype=torch.int8), torch.zeros(48)
+    int8_blocks.quantize_(codes, scale, error)
+    slots = {"error.codes": Slot((16, 300), torch.int8), "error.scale": Slot((48,), torch.float32)}
+    found = recoded({"error": int8_blocks.dequantize(codes, scale, torch.float32)}, slots)
+    assert found.keys() == slots.keys() and torch.equal(found["error.codes"], codes)
+    torch.testing.assert_close(found["error.scale"], scale)

@@ -17,6 +17,7 @@ from lowrank_optim.optim.subspaces.random import (
     RandomOrthonormal,
     noise,
     overlap_of,
+    pick_columns,
     predecessors,
     sketch_matrix,
 )
@@ -67,6 +68,18 @@ def test_noise_is_real_in_the_precision_of_what_it_meets(dtype: torch.dtype) -> 
     drawn = noise((2, 4, 3), torch.empty(0, dtype=dtype), 7, OPTIONS)
     assert drawn.shape == (2, 4, 3) and drawn.dtype == dtype.to_real() and not torch.equal(drawn[0], drawn[1])
     assert noise((4, 3), torch.empty(0, dtype=dtype), 7, OPTIONS).shape == (4, 3)
+
+
+@pytest.mark.parametrize("indices", [torch.tensor([3, 0]), torch.tensor([[3, 0], [1, 2]])], ids=["one", "stack"])
+@pytest.mark.parametrize(("dtype", "wide"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)], ids=str)
+def test_columns_are_picked_in_a_wide_dtype(indices: Tensor, dtype: torch.dtype, wide: torch.dtype) -> None:
+    matrix = torch.randn(*indices.shape[:-1], 5, 4).to(dtype)
+    picked = pick_columns(matrix, indices)
+    expected = [matrix[..., i] for i in (3, 0)] if indices.ndim == 1 else None
+    assert picked.dtype == wide
+    if expected is None:
+        expected = [torch.stack((matrix[0, :, a], matrix[1, :, b])) for a, b in ((3, 1), (0, 2))]
+    assert torch.equal(picked, torch.stack(expected, -1).to(wide))
 
 
 @pytest.mark.parametrize("method", ["power_iteration", "svd"])
