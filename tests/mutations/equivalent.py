@@ -36,6 +36,7 @@ REASONS: tuple[tuple[str, str], ...] = (
         r"state_storage.py:recoded: not suffix and isinstance\(slot, Slot\) and .* -> \(not suffix\) and \(holds",
         "for types",
     ),
+    (r"spectral_linear.py:_through_parts: r < s.numel\(\) and .* -> \(need", "products with nothing"),
     (r"random.py:(pick_columns|add_to_columns_): indices.ndim == 1 -> False", "the same elements by their places"),
 )
 
