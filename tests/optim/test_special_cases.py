@@ -13,6 +13,7 @@ from lowrank_optim.ops import lowrank_update
 from lowrank_optim.ops.chunks import chunks, row_blocks
 from lowrank_optim.ops.fused_adam import fused_adam_fits
 from lowrank_optim.ops.int8_weight import row_slices
+from lowrank_optim.ops.limited_scale import limited_scale
 from lowrank_optim.ops.newton_schulz import newton_schulz
 from lowrank_optim.ops.project import project
 from lowrank_optim.optim import plans, sharding, weight_storage
@@ -55,6 +56,23 @@ def test_only_a_graph_under_capture_never_refreshes(captures: bool, monkeypatch:
     group = {"update_proj_gap": 5, "stagger": False}
     for step, due in [(0, True), (torch.zeros(()), True), (on_gpu(torch.zeros(())), not captures)]:
         assert refresh_due({"step": step, "waiting": 0}, group, 0) is due
+
+
+@pytest.mark.usefixtures("compiling")
+def test_a_compiler_is_asked_no_value_of_a_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = torch.rand(2, 6) + 1, torch.rand(6, 1) + 1, torch.tensor(1.0)
+    options = {"gamma": 1.01, "inner": 0.25, "low": torch.randn(6, 3), "back": 1.0}
+    expected = limited_scale(*given, **options, direction=torch.ones(6, 3))
+
+    def asked(tensor: Tensor) -> bool:
+        raise AssertionError("a value is read")
+
+    for name in ("__bool__", "__float__", "item"):
+        monkeypatch.setattr(Tensor, name, asked)
+    found = limited_scale(*given, **options, direction=torch.ones(6, 3))
+    monkeypatch.undo()
+    for a, b in zip(found, expected):
+        assert a is not None and b is not None and torch.equal(a, b)
 
 
 def test_the_host_looks_on_the_cpu_alone() -> None:
