@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowrank_kernels import lowrank_update_int8
+from lowrank_kernels._cases import AotCase
 from lowrank_kernels._support import scalar
 from lowrank_kernels.lowrank_update import COLUMNS
 from lowrank_kernels.rounding import random_bits, round_to_whole
@@ -133,7 +134,7 @@ def launch_options(dtype: torch.dtype | None, rank: int, *, gradient: bool) -> d
     return {**options, "BLOCK_N": GROUP, "BLOCK_M": 2 * options["BLOCK_M"]}
 
 
-def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
+def aot_cases() -> list[AotCase]:
     # Scales of columns change as little here as in the kernel of int8 weights.
     kinds = [kind for kind in lowrank_update_int8.KINDS if COLUMNS[0] not in kind[1]]
     return lowrank_update_int8.cases_of("lowrank_update_int4", lowrank_update_int4_kernel, launch_options, "*u8", kinds)

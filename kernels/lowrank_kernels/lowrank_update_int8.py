@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_kernels._cases import AotCase, aot_case
 from lowrank_kernels._support import FLOATING, batch_strides, cdiv, check_operand, check_scales, power_of_2, scalar
 from lowrank_kernels.lowrank_update import COLUMNS, ROWS, absent, gradient, halves, on_device
 from lowrank_kernels.rounding import random_bits, round_to_whole
@@ -233,30 +234,22 @@ KINDS: list[Kind] = [
 ]
 
 
-def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
+def aot_cases() -> list[AotCase]:
     return cases_of("lowrank_update_int8", lowrank_update_int8_kernel, launch_options, "*i8", KINDS)
 
 
 def cases_of(
     name: str, kernel: Any, tiles: Callable[..., dict[str, Any]], codes: str, kinds: Sequence[Kind]
-) -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
-    """What Q-GaLore, Fira and APOLLO launch on LLaMA's matrices: label, kernel, signature, constants, options."""
+) -> list[AotCase]:
+    """What Q-GaLore, Fira and APOLLO launch on LLaMA's matrices."""
     cases = []
     for dtype, scales in kinds:
+        constants = {**tiles(dtype, 256, gradient=bool(scales)), "ONE_ROW_SCALE": False}
+        constants |= dict.fromkeys(("left_stride_k", "right_stride_k", "grad_stride_n"), 1)
+        constants |= absent(dtype is not None, scales)
+        types = {"codes_ptr": codes, **dict.fromkeys(("alpha", "decay", "grad_alpha"), "fp32")}
         pointer = "*fp32" if dtype == torch.float32 else "*bf16"
-        options = tiles(dtype, 256, gradient=bool(scales))
-        launched = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-        constants: dict[str, object] = {
-            **options,
-            "ONE_ROW_SCALE": False,
-            **dict.fromkeys(("left_stride_k", "right_stride_k", "grad_stride_n"), 1),
-            **absent(dtype is not None, scales),
-        }
-        types = {"codes_ptr": codes, "scale_ptr": "*fp32"}
-        types |= dict.fromkeys(("alpha", "decay", "grad_alpha"), "fp32")
-        types |= dict.fromkeys(ROWS + COLUMNS, "*fp32")
         types |= dict.fromkeys(("left_ptr", "right_ptr", "grad_ptr"), pointer)
-        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
         operands = "" if dtype is None else f" {dtype} product".replace("torch.", "")
-        cases.append((f"{name}{operands}{gradient(scales)}", kernel, signature, constants, launched))
+        cases.append(aot_case(f"{name}{operands}{gradient(scales)}", kernel, types, constants))
     return cases
