@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lowrank_kernels._cases import AotCase, aot_case
 from lowrank_kernels._support import FLOATING, batch_strides, cdiv, check_operand, check_scales, power_of_2, scalar
@@ -16,6 +17,7 @@ from lowrank_kernels.lowrank_update import COLUMNS, ROWS, absent, gradient, halv
 from lowrank_kernels.rounding import random_bits, round_to_whole
 from lowrank_kernels.tiles import grouped_tile, rescaled, tile_product
 from lowrank_optim.ops.int8_weight import GROUP
+from lowrank_optim.ops.lowrank_update_int8 import Move
 from lowrank_optim.ops.quantized_weight import INT8, Format
 
 QUARTER = tl.constexpr(64)
@@ -129,36 +131,22 @@ def lowrank_update_int8_kernel(
 
 
 def lowrank_update_int8_(
-    codes: Tensor,
-    scale: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    *,
-    alpha: float | Tensor = 1.0,
-    decay: float | Tensor = 1.0,
-    grad: Tensor | None = None,
-    grad_alpha: float | Tensor = 1.0,
-    row_scale: Tensor | None = None,
-    column_scale: Tensor | None = None,
-    key: int | Tensor,
+    codes: Tensor, scale: Tensor, left: Tensor | None, right: Tensor | None, *, key: int | Tensor, **move: Unpack[Move]
 ) -> None:
     """See ``lowrank_optim.ops.lowrank_update_int8``.
 
     Raises:
         ValueError: as :func:`launch`.
     """
-    launch(
-        lowrank_update_int8_kernel, INT8, launch_options, codes, scale, left, right, columns=codes.shape[1],
-        alpha=alpha, decay=decay, grad=grad, grad_alpha=grad_alpha, row_scale=row_scale, column_scale=column_scale,
-        key=key,
-    )  # fmt: skip
+    columns = codes.shape[1]
+    launch(lowrank_update_int8_kernel, INT8, launch_options, codes, scale, left, right, columns, (key,), **move)
 
 
 def launch(
     kernel: Any, stored: Format, tiles: Callable[..., dict[str, Any]], codes: Tensor, scale: Tensor,
-    left: Tensor | None, right: Tensor | None, *, columns: int, alpha: float | Tensor, decay: float | Tensor,
-    grad: Tensor | None, grad_alpha: float | Tensor, row_scale: Tensor | None, column_scale: Tensor | None,
-    **random: int | Tensor,
+    left: Tensor | None, right: Tensor | None, columns: int, random: tuple[int | Tensor, ...],
+    *, alpha: float | Tensor = 1.0, decay: float | Tensor = 1.0, grad: Tensor | None = None,
+    grad_alpha: float | Tensor = 1.0, row_scale: Tensor | None = None, column_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Check the operands of the update of a quantized weight (m, ``columns``) and launch its kernel.
 
@@ -193,7 +181,7 @@ def launch(
     alpha, decay, grad_alpha = (on_device(device, x) for x in (alpha, decay, grad_alpha))
     options = tiles(None if left is None else left.dtype, rank, gradient=grad is not None)
     kernel[(cdiv(m, options["BLOCK_M"]) * cdiv(n, options["BLOCK_N"]),)](
-        codes, scale, left, right, grad, row_scale, column_scale, *random.values(), alpha, decay, grad_alpha, m, n,
+        codes, scale, left, right, grad, row_scale, column_scale, *random, alpha, decay, grad_alpha, m, n,
         rank, *batch_strides("left", left)[1:], *batch_strides("right", right)[1:], *batch_strides("grad", grad)[1:],
         ONE_ROW_SCALE=one, **options,
     )  # fmt: skip
