@@ -88,7 +88,9 @@ def top_basis(
 def _svd_basis(grad: Tensor, rank: int, left: bool, selection: str, generator: torch.Generator) -> Tensor | None:
     try:
         # No copy of the gradient: LAPACK's input is overwritten in torch's own buffer.
-        u, singular_values, vh = torch.linalg.svd(grad.mT if left else grad, full_matrices=False)
+        matrix = grad.mT if left else grad
+        # An unfolded convolution may have fewer rows than the basis has columns.
+        u, singular_values, vh = torch.linalg.svd(matrix, full_matrices=min(matrix.shape[-2:]) < rank)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None
     vectors = u.conj() if left else vh.mH
