@@ -129,11 +129,15 @@ class LowRankOptimizer(PlannedOptimizer):
 
     def _agree(self, params: Iterable[Tensor]) -> dict[Tensor, bool | Tensor]:
         """The verdicts on the gradients of sharded parameters, in which no process must differ."""
-        if sharded_class() is None:
+        kind = sharded_class()
+        if kind is None:
+            return {}
+        sharded = [(p, p.grad) for p in params if isinstance(p, kind) and p.grad is not None]
+        if not sharded:
             return {}
         from lowrank_optim.optim.sharding import agree
 
-        return agree((p, p.grad) for p in params if p.grad is not None)
+        return agree(sharded)
 
     def _works_on_the_host(self) -> bool:
         """Whether the coming step allocates a state or renews a basis, of which a compiler makes little.
