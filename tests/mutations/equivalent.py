@@ -37,6 +37,7 @@ REASONS: tuple[tuple[str, str], ...] = (
         "for types",
     ),
     (r"spectral_linear.py:_through_parts: r < s.numel\(\) and .* -> \(need", "products with nothing"),
+    (r"sltrain.py:sltrain_gradients: x.shape\[0\] \* .* -> True", "another order of the same products"),
     (r"random.py:(pick_columns|add_to_columns_): indices.ndim == 1 -> False", "the same elements by their places"),
 )
 
