@@ -49,7 +49,7 @@ class LowRankAllReduce:
     def __init__(self, model: DistributedDataParallel, optimizer: LowRankOptimizer) -> None:
         self.optimizer, self.group = optimizer, model.process_group
         self.sent = self.whole = 0
-        if not any(self._reason(p) is None for group in optimizer.param_groups for p in group["params"]):
+        if all(reason != "low rank" for _, reason in self.explain()):
             warnings.warn(
                 f"{type(optimizer).__name__}: no parameter can be summed at low rank, all gradients are sent whole; "
                 "LowRankAllReduce.explain() says why",
@@ -63,16 +63,14 @@ class LowRankAllReduce:
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 entry = self.optimizer.entry(p)
-                rows.append((entry.name or f"param.{entry.place}", self._reason(p) or "low rank"))
+                reason = reason_to_send_whole(self.optimizer, p) or "low rank"
+                rows.append((entry.name or f"param.{entry.place}", reason))
         return rows
-
-    def _reason(self, param: Tensor) -> str | None:
-        return reason_to_send_whole(self.optimizer, param)
 
     def _plan(self, param: Tensor) -> Plan | None:
         """The plan of a parameter whose coming update can do with its low-rank gradient."""
         group = self.optimizer.entry(param).group
-        if self._reason(param) is not None:
+        if reason_to_send_whole(self.optimizer, param) is not None:
             return None
         plan = self.optimizer.plan_of(param, group)
         return None if refresh_due(plan.state, group, plan.place) else plan

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_kernels._cases import AotCase, aot_case
 from lowrank_kernels._support import cdiv, check_operand, check_scalar, scalar
-from lowrank_kernels.adam_direction import SCALARS, adam, check_verdict, move_elements
+from lowrank_kernels.adam_direction import NUMBERS, SCALARS, adam, check_verdict, move_elements
 from lowrank_kernels.rounding import round_to_nearest
 from lowrank_optim.ops.blockwise import BLOCK, DECADES, GREATEST_SCALE, LEAST_SCALE, search_tables
 
@@ -163,25 +164,17 @@ def check_codes(
     check_operand("exp_avg_sq_scale", exp_avg_sq_scale, blocks, device, (torch.float32,))
 
 
-def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
-    """Low-rank gradients and whole steps: label, kernel, signature, constants, options."""
-    types = {"exp_avg_ptr": "*u8", "exp_avg_sq_ptr": "*u8", "direction_ptr": "*bf16"}
-    types |= dict.fromkeys(("n", "key_weight", "start"), "i32")
-    cases: list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]] = []
+def aot_cases() -> list[AotCase]:
+    """Low-rank gradients and whole steps."""
+    cases = []
     for label, grad, rounding in (
         ("adam8bit_direction fp32", "fp32", None),
         ("adam_update bf16, moments int8", "bf16", "nearest"),
         ("adam_update bf16, moments int8, stochastic", "bf16", "stochastic"),
     ):
-        options = {**LAUNCH}
-        launch = {"num_warps": options.pop("num_warps")}
-        constants: dict[str, object] = {"ROUNDING": rounding or "nearest", **options, "correction_ptr": None}
+        constants = {**LAUNCH, "ROUNDING": rounding or "nearest", "correction_ptr": None}
         constants |= dict.fromkeys(("weight_ptr",) if rounding is None else ("direction_ptr", "ok_ptr"))
-        signature = {
-            name: "constexpr" if name in constants else types.get(name, "*fp32" if name.endswith("_ptr") else "fp32")
-            for name in adam8bit_direction_kernel.arg_names
-        }
-        signature["grad_ptr"] = f"*{grad}"
-        signature |= {} if rounding is None else {"weight_ptr": f"*{grad}"}
-        cases.append((label, adam8bit_direction_kernel, signature, constants, launch))
+        types = {"grad_ptr": f"*{grad}", "weight_ptr": f"*{grad}", "direction_ptr": "*bf16"}
+        types |= {"exp_avg_ptr": "*u8", "exp_avg_sq_ptr": "*u8", **dict.fromkeys(NUMBERS, "fp32")}
+        cases.append(aot_case(label, adam8bit_direction_kernel, types, constants))
     return cases

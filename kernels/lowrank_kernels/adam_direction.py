@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_kernels._cases import AotCase, aot_case
 from lowrank_kernels._support import all_finite, cdiv, check_operand, check_scalar, power_of_2, scalar
 from lowrank_kernels.rounding import join_24_bits, random_bits, round_to_bfloat16, round_to_nearest, store_rounded
 
@@ -18,6 +19,8 @@ BLOCK = 1024
 LOOKING = 1056
 
 SCALARS = (torch.float32, torch.float64)
+# The arguments of the kernels that are fp32.
+NUMBERS = ("beta1", "beta2", "one_minus_beta1", "one_minus_beta2", "eps", "alpha", "decay")
 
 
 @triton.jit
@@ -172,9 +175,9 @@ def check_verdict(ok: Tensor | None, device: torch.device) -> None:
         check_operand("ok", ok, ok.shape, device, (torch.float32,))
 
 
-def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
-    """Low-rank gradients, with their norms too, and whole steps: label, kernel, signature, constants, options."""
-    cases: list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]] = []
+def aot_cases() -> list[AotCase]:
+    """Low-rank gradients, with their norms too, and whole steps."""
+    cases = []
     for label, grad, moment, direction, rounding in (
         ("adam_direction fp32, moments fp32", "fp32", "fp32", "bf16", None),
         ("adam_direction fp32, moments bf16", "fp32", "bf16", "bf16", None),
@@ -184,19 +187,16 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
         ("adam_update bf16, moments bf16, stochastic", "bf16", "bf16", None, "stochastic"),
         ("adam_update fp32, moments fp32", "fp32", "fp32", None, "nearest"),
     ):
-        measured = label.endswith("norms")
-        constants: dict[str, object] = {"ROUNDING": rounding or "nearest"}
-        constants |= {"ROWS": BLOCK // 256, "COLUMNS": 256} if measured else {"ROWS": BLOCK, "COLUMNS": 1}
-        constants |= {} if measured else {"norms_ptr": None, "columns": 1}
+        constants: dict[str, Any] = {"ROUNDING": rounding or "nearest"}
+        if label.endswith("norms"):
+            constants |= {"ROWS": BLOCK // 256, "COLUMNS": 256}
+        else:
+            constants |= {"ROWS": BLOCK, "COLUMNS": 1, "norms_ptr": None, "columns": 1}
         constants |= dict.fromkeys(("weight_ptr",) if rounding is None else ("direction_ptr", "ok_ptr"))
-        constants |= {} if rounding == "compensated" else {"correction_ptr": None}
+        if rounding != "compensated":
+            constants["correction_ptr"] = None
         types = {"grad_ptr": f"*{grad}", "exp_avg_ptr": f"*{moment}", "exp_avg_sq_ptr": f"*{moment}"}
         types |= {"direction_ptr": f"*{direction}", "weight_ptr": f"*{grad}", "correction_ptr": "*i8"}
-        types |= dict.fromkeys(("norms_ptr", "ok_ptr"), "*fp32")
-        types |= dict.fromkeys(("key", "key_sq", "key_weight", "start", "looked", "rows", "columns"), "i32")
-        signature = {
-            name: "constexpr" if name in constants else types.get(name, "fp32")
-            for name in adam_direction_kernel.arg_names
-        }
-        cases.append((label, adam_direction_kernel, signature, constants, {}))
+        types |= dict.fromkeys(NUMBERS, "fp32")
+        cases.append(aot_case(label, adam_direction_kernel, types, constants))
     return cases

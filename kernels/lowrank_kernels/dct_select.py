@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_kernels._cases import aot_case
 from lowrank_kernels._support import cdiv
 from lowrank_optim.ops.chunks import as_batch
 from lowrank_optim.ops.dct_select import dct_select as eager
@@ -63,12 +64,8 @@ def dct_select(scored: Tensor, rank: int, *, ell_norm: int) -> Tensor:
 
 
 def aot_cases():
-    cases: list[object] = []
-    scores = {"scored_ptr": "*fp32", "partial_ptr": "*fp32", "rows": "i32", "columns": "i32"}
-    scores |= {"matrix_stride": "i32", "row_stride": "i32"}
-    for square in (False, True):
-        constants = {"SQUARE": square, "ROWS": ROWS, "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS}
-        signature = scores | dict.fromkeys(constants, "constexpr")
-        label = f"dct_select, {2 if square else 1}-norm"
-        cases.append((label, column_scores_kernel, signature, constants, {}))
-    return cases
+    constants = {"ROWS": ROWS, "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS}
+    return [
+        aot_case(f"dct_select, {norm}-norm", column_scores_kernel, {}, {**constants, "SQUARE": norm == 2})
+        for norm in (1, 2)
+    ]

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_kernels._cases import aot_case
 from lowrank_kernels._support import cdiv, check_operand
 from lowrank_kernels.rounding import round_to_nearest
 from lowrank_optim.ops.int4 import group_count, packed_shape
@@ -67,7 +68,5 @@ def dequantize_int4(
 
 
 def aot_cases():
-    signature = {"codes_ptr": "*u8", "scale_ptr": "*fp32", "zero_ptr": "*u8", "out_ptr": "*bf16", "BLOCK": "constexpr"}
-    names = dequantize_int4_kernel.arg_names
-    signature |= {name: "i32" for name in names if name not in signature}
-    return [("dequantize_int4", dequantize_int4_kernel, {n: signature[n] for n in names}, {"BLOCK": BLOCK}, {})]
+    types = {"codes_ptr": "*u8", "zero_ptr": "*u8", "out_ptr": "*bf16"}
+    return [aot_case("dequantize_int4", dequantize_int4_kernel, types, {"BLOCK": BLOCK})]

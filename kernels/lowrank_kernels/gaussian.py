@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_kernels._cases import aot_case
 from lowrank_kernels._support import cdiv, check_scalar, scalar
 from lowrank_kernels.rounding import random_bits
 
@@ -91,21 +92,8 @@ def check_counter(shape: Sequence[int], end: int) -> None:
 
 
 def aot_cases():
+    types = {"out_ptr": "*bf16", "scale": "fp32"}
     return [
-        (
-            f"gaussian, key {where}",
-            gaussian_kernel,
-            {
-                "out_ptr": "*bf16",
-                "key": key,
-                "first": "i32",
-                "size": "i32",
-                "scale": "fp32",
-                "half": "i32",
-                "BLOCK": "constexpr",
-            },
-            {"BLOCK": BLOCK},
-            {},
-        )
+        aot_case(f"gaussian, key {where}", gaussian_kernel, {**types, "key": key}, {"BLOCK": BLOCK})
         for where, key in (("from the host", "i32"), ("on the device", "*i32"))
     ]

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_kernels._cases import aot_case
 from lowrank_kernels._support import cdiv, check_operand
 from lowrank_optim.ops.chunks import as_batch
 from lowrank_optim.ops.gram import gram as eager
@@ -90,13 +91,9 @@ def gram(x: Tensor, addend: Tensor | None = None, *, alpha: float = 1.0, beta: f
 
 
 def aot_cases():
-    cases = []
-    for add in (False, True):
-        signature = dict.fromkeys(("x_ptr", "addend_ptr", "out_ptr"), "*bf16")
-        signature |= {"rows": "i32", "columns": "i32", "alpha": "fp32", "beta": "fp32"}
-        signature |= {"matrix_stride": "i32", "row_stride": "i32"}
-        constants = {"column_stride": 1, "ADD": add, "BLOCK": BLOCK, "BLOCK_K": BLOCK_K}
-        signature |= dict.fromkeys(constants, "constexpr")
-        label = f"gram{', addend' if add else ''}"
-        cases.append((label, gram_kernel, signature, constants, {"num_warps": 8, "num_stages": 2}))
-    return cases
+    types = {**dict.fromkeys(("x_ptr", "addend_ptr", "out_ptr"), "*bf16"), "alpha": "fp32", "beta": "fp32"}
+    constants = {"column_stride": 1, "BLOCK": BLOCK, "BLOCK_K": BLOCK_K, "num_warps": 8, "num_stages": 2}
+    return [
+        aot_case(label, gram_kernel, types, {**constants, "ADD": add})
+        for label, add in (("gram", False), ("gram, addend", True))
+    ]

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_kernels._cases import AotCase, aot_case
 from lowrank_kernels._support import all_finite, cdiv, check_operand, check_scalar, power_of_2, scalar
 from lowrank_kernels.lowrank_update import on_device
 from lowrank_kernels.rounding import round_to_nearest
@@ -167,18 +168,12 @@ def launch_options(rank: int) -> dict[str, Any]:
     return {"BLOCK": BLOCK, "ROWS": 2048 // columns, "COLUMNS": columns, "num_warps": 8}
 
 
-def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
-    """APOLLO's and Fira's: label, kernel, signature, constants, options."""
-    cases: list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]] = []
-    for label, rank in (("limited_scale", 0), ("limited_scale, direction", 256)):
-        options = {**launch_options(rank)}
-        launch = {"num_warps": options.pop("num_warps")}
-        constants: dict[str, object] = {"LIMITS": True, "WHOLE": False, **options}
-        constants |= dict.fromkeys(("image_ptr", *(() if rank else ("low_ptr", "direction_ptr", "left_ptr"))))
-        types = {"left_ptr": "*bf16", "rows": "i32", "rank": "i32"}
-        signature = {
-            name: "constexpr" if name in constants else types.get(name, "*fp32" if name.endswith("_ptr") else "fp32")
-            for name in limited_scale_kernel.arg_names
-        }
-        cases.append((label, limited_scale_kernel, signature, constants, launch))
-    return cases
+def aot_cases() -> list[AotCase]:
+    """APOLLO's and Fira's."""
+    types = {"left_ptr": "*bf16", **dict.fromkeys(("inner", "seen", "strength", "gamma", "back"), "fp32")}
+    constants = {"LIMITS": True, "WHOLE": False, "image_ptr": None}
+    without = dict.fromkeys(("low_ptr", "direction_ptr", "left_ptr"))
+    return [
+        aot_case("limited_scale", limited_scale_kernel, types, {**constants, **without, **launch_options(0)}),
+        aot_case("limited_scale, direction", limited_scale_kernel, types, {**constants, **launch_options(256)}),
+    ]

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_kernels._cases import AotCase, aot_case
 from lowrank_kernels._support import batch_strides, cdiv, check_operand, check_scales, scalar
 from lowrank_kernels.rounding import join_24_bits, store_rounded
 from lowrank_kernels.tiles import grouped_tile, rescaled, tile_options, tile_product
@@ -230,8 +231,8 @@ def in_units(strides: tuple[int, ...], unit: int) -> tuple[int, ...]:
     return strides[0], strides[1] // unit, strides[2]
 
 
-def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
-    """What GaLore, Fira and APOLLO launch on LLaMA's matrices: label, kernel, signature, constants, options."""
+def aot_cases() -> list[AotCase]:
+    """What GaLore, Fira and APOLLO launch on LLaMA's matrices."""
     types = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
     cases = []
     for dtype, product, scales, rounding in [
@@ -248,23 +249,15 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[
         (torch.float32, True, ROWS + COLUMNS, "nearest"),
         (torch.float32, False, ROWS, "nearest"),
     ]:
-        options: dict[str, Any] = launch_options(dtype, 256 if product else 0)
-        launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-        strides = ("weight_stride_n", "left_stride_k", "right_stride_k", "grad_stride_n")
-        constants: dict[str, object] = {**options, "ROUNDING": rounding, "UNIT": 1}
-        constants |= {**dict.fromkeys(strides, 1), **absent(product, scales), "ONE_ROW_SCALE": False, "WIDE": False}
-        constants["skip"] = None
+        constants = {**launch_options(dtype, 256 if product else 0), **absent(product, scales)}
+        constants |= {"ROUNDING": rounding, "UNIT": 1, "ONE_ROW_SCALE": False, "WIDE": False, "skip": None}
+        constants |= dict.fromkeys(("weight_stride_n", "left_stride_k", "right_stride_k", "grad_stride_n"), 1)
         if rounding != "compensated":
             constants["correction_ptr"] = None
-        pointers = dict.fromkeys(("weight_ptr", "left_ptr", "right_ptr", "grad_ptr"), types[dtype])
-        pointers |= dict.fromkeys(ROWS + COLUMNS, "*fp32")
-        pointers |= {"correction_ptr": "*i8", **dict.fromkeys(("alpha", "decay", "grad_alpha"), "fp32")}
-        signature = {
-            name: "constexpr" if name in constants else pointers.get(name, "i32")
-            for name in lowrank_update_kernel.arg_names
-        }
+        operands = dict.fromkeys(("weight_ptr", "left_ptr", "right_ptr", "grad_ptr"), types[dtype])
+        operands |= {"correction_ptr": "*i8", **dict.fromkeys(("alpha", "decay", "grad_alpha"), "fp32")}
         label = f"lowrank_update {dtype} {rounding}{' product' if product else ''}{gradient(scales)}"
-        cases.append((label.replace("torch.", ""), lowrank_update_kernel, signature, constants, launch))
+        cases.append(aot_case(label.replace("torch.", ""), lowrank_update_kernel, operands, constants))
     return cases
 
 

@@ -8,13 +8,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lowrank_kernels import lowrank_update_int8
+from lowrank_kernels._cases import AotCase
 from lowrank_kernels._support import scalar
 from lowrank_kernels.lowrank_update import COLUMNS
 from lowrank_kernels.rounding import random_bits, round_to_whole
 from lowrank_kernels.tiles import grouped_tile, rescaled, tile_product
 from lowrank_optim.ops.int4_weight import GROUP
+from lowrank_optim.ops.lowrank_update_int8 import Move
 from lowrank_optim.ops.quantized_weight import INT4
 
 
@@ -100,31 +103,17 @@ def lowrank_update_int4_kernel(
 
 
 def lowrank_update_int4_(
-    codes: Tensor,
-    scale: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    *,
-    columns: int,
-    alpha: float | Tensor = 1.0,
-    decay: float | Tensor = 1.0,
-    grad: Tensor | None = None,
-    grad_alpha: float | Tensor = 1.0,
-    row_scale: Tensor | None = None,
-    column_scale: Tensor | None = None,
-    key: int | Tensor,
-    step: int | Tensor,
-) -> None:
+    codes: Tensor, scale: Tensor, left: Tensor | None, right: Tensor | None, *, columns: int, key: int | Tensor,
+    step: int | Tensor, **move: Unpack[Move],
+) -> None:  # fmt: skip
     """See ``lowrank_optim.ops.lowrank_update_int4``.
 
     Raises:
         ValueError: as that of int8 weights.
     """
     lowrank_update_int8.launch(
-        lowrank_update_int4_kernel, INT4, launch_options, codes, scale, left, right, columns=columns, alpha=alpha,
-        decay=decay, grad=grad, grad_alpha=grad_alpha, row_scale=row_scale, column_scale=column_scale, key=key,
-        step=step,
-    )  # fmt: skip
+        lowrank_update_int4_kernel, INT4, launch_options, codes, scale, left, right, columns, (key, step), **move
+    )
 
 
 def launch_options(dtype: torch.dtype | None, rank: int, *, gradient: bool) -> dict[str, Any]:
@@ -133,7 +122,7 @@ def launch_options(dtype: torch.dtype | None, rank: int, *, gradient: bool) -> d
     return {**options, "BLOCK_N": GROUP, "BLOCK_M": 2 * options["BLOCK_M"]}
 
 
-def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
+def aot_cases() -> list[AotCase]:
     # Scales of columns change as little here as in the kernel of int8 weights.
     kinds = [kind for kind in lowrank_update_int8.KINDS if COLUMNS[0] not in kind[1]]
     return lowrank_update_int8.cases_of("lowrank_update_int4", lowrank_update_int4_kernel, launch_options, "*u8", kinds)

@@ -9,12 +9,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lowrank_kernels._cases import AotCase, aot_case
 from lowrank_kernels._support import FLOATING, batch_strides, cdiv, check_operand, check_scales, power_of_2, scalar
 from lowrank_kernels.lowrank_update import COLUMNS, ROWS, absent, gradient, halves, on_device
 from lowrank_kernels.rounding import random_bits, round_to_whole
 from lowrank_kernels.tiles import grouped_tile, rescaled, tile_product
 from lowrank_optim.ops.int8_weight import GROUP
+from lowrank_optim.ops.lowrank_update_int8 import Move
 from lowrank_optim.ops.quantized_weight import INT8, Format
 
 QUARTER = tl.constexpr(64)
@@ -128,36 +131,22 @@ def lowrank_update_int8_kernel(
 
 
 def lowrank_update_int8_(
-    codes: Tensor,
-    scale: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    *,
-    alpha: float | Tensor = 1.0,
-    decay: float | Tensor = 1.0,
-    grad: Tensor | None = None,
-    grad_alpha: float | Tensor = 1.0,
-    row_scale: Tensor | None = None,
-    column_scale: Tensor | None = None,
-    key: int | Tensor,
+    codes: Tensor, scale: Tensor, left: Tensor | None, right: Tensor | None, *, key: int | Tensor, **move: Unpack[Move]
 ) -> None:
     """See ``lowrank_optim.ops.lowrank_update_int8``.
 
     Raises:
         ValueError: as :func:`launch`.
     """
-    launch(
-        lowrank_update_int8_kernel, INT8, launch_options, codes, scale, left, right, columns=codes.shape[1],
-        alpha=alpha, decay=decay, grad=grad, grad_alpha=grad_alpha, row_scale=row_scale, column_scale=column_scale,
-        key=key,
-    )  # fmt: skip
+    columns = codes.shape[1]
+    launch(lowrank_update_int8_kernel, INT8, launch_options, codes, scale, left, right, columns, (key,), **move)
 
 
 def launch(
     kernel: Any, stored: Format, tiles: Callable[..., dict[str, Any]], codes: Tensor, scale: Tensor,
-    left: Tensor | None, right: Tensor | None, *, columns: int, alpha: float | Tensor, decay: float | Tensor,
-    grad: Tensor | None, grad_alpha: float | Tensor, row_scale: Tensor | None, column_scale: Tensor | None,
-    **random: int | Tensor,
+    left: Tensor | None, right: Tensor | None, columns: int, random: tuple[int | Tensor, ...],
+    *, alpha: float | Tensor = 1.0, decay: float | Tensor = 1.0, grad: Tensor | None = None,
+    grad_alpha: float | Tensor = 1.0, row_scale: Tensor | None = None, column_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Check the operands of the update of a quantized weight (m, ``columns``) and launch its kernel.
 
@@ -192,7 +181,7 @@ def launch(
     alpha, decay, grad_alpha = (on_device(device, x) for x in (alpha, decay, grad_alpha))
     options = tiles(None if left is None else left.dtype, rank, gradient=grad is not None)
     kernel[(cdiv(m, options["BLOCK_M"]) * cdiv(n, options["BLOCK_N"]),)](
-        codes, scale, left, right, grad, row_scale, column_scale, *random.values(), alpha, decay, grad_alpha, m, n,
+        codes, scale, left, right, grad, row_scale, column_scale, *random, alpha, decay, grad_alpha, m, n,
         rank, *batch_strides("left", left)[1:], *batch_strides("right", right)[1:], *batch_strides("grad", grad)[1:],
         ONE_ROW_SCALE=one, **options,
     )  # fmt: skip
@@ -233,30 +222,22 @@ KINDS: list[Kind] = [
 ]
 
 
-def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
+def aot_cases() -> list[AotCase]:
     return cases_of("lowrank_update_int8", lowrank_update_int8_kernel, launch_options, "*i8", KINDS)
 
 
 def cases_of(
     name: str, kernel: Any, tiles: Callable[..., dict[str, Any]], codes: str, kinds: Sequence[Kind]
-) -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
-    """What Q-GaLore, Fira and APOLLO launch on LLaMA's matrices: label, kernel, signature, constants, options."""
+) -> list[AotCase]:
+    """What Q-GaLore, Fira and APOLLO launch on LLaMA's matrices."""
     cases = []
     for dtype, scales in kinds:
+        constants = {**tiles(dtype, 256, gradient=bool(scales)), "ONE_ROW_SCALE": False}
+        constants |= dict.fromkeys(("left_stride_k", "right_stride_k", "grad_stride_n"), 1)
+        constants |= absent(dtype is not None, scales)
+        types = {"codes_ptr": codes, **dict.fromkeys(("alpha", "decay", "grad_alpha"), "fp32")}
         pointer = "*fp32" if dtype == torch.float32 else "*bf16"
-        options = tiles(dtype, 256, gradient=bool(scales))
-        launched = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-        constants: dict[str, object] = {
-            **options,
-            "ONE_ROW_SCALE": False,
-            **dict.fromkeys(("left_stride_k", "right_stride_k", "grad_stride_n"), 1),
-            **absent(dtype is not None, scales),
-        }
-        types = {"codes_ptr": codes, "scale_ptr": "*fp32"}
-        types |= dict.fromkeys(("alpha", "decay", "grad_alpha"), "fp32")
-        types |= dict.fromkeys(ROWS + COLUMNS, "*fp32")
         types |= dict.fromkeys(("left_ptr", "right_ptr", "grad_ptr"), pointer)
-        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
         operands = "" if dtype is None else f" {dtype} product".replace("torch.", "")
-        cases.append((f"{name}{operands}{gradient(scales)}", kernel, signature, constants, launched))
+        cases.append(aot_case(f"{name}{operands}{gradient(scales)}", kernel, types, constants))
     return cases

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_kernels._cases import aot_case
 from lowrank_kernels._support import cdiv, check_operand, power_of_2
 from lowrank_optim.ops.move_columns import move_columns_ as eager
 
@@ -56,10 +57,10 @@ def move_columns_(matrix: Tensor, source: Tensor) -> None:
 
 
 def aot_cases():
-    cases = []
-    for block in (128, BLOCK):
-        signature = {"matrix_ptr": "*fp32", "source_ptr": "*i64", "rows": "i32", "r": "i32"}
-        constants = {"ROWS": BLOCK // block, "BLOCK": block}
-        signature |= dict.fromkeys(constants, "constexpr")
-        cases.append((f"move_columns, {block}", move_columns_kernel, signature, constants, {"num_warps": 8}))
-    return cases
+    return [
+        aot_case(
+            f"move_columns, {block}", move_columns_kernel, {"source_ptr": "*i64"},
+            {"ROWS": BLOCK // block, "BLOCK": block, "num_warps": 8},
+        )
+        for block in (128, BLOCK)
+    ]  # fmt: skip

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_kernels._cases import SPARSE, aot_case
 from lowrank_kernels._support import INDICES, cdiv, check_operand, load_entries, tile_entries, unpacked
 from lowrank_optim.ops.sddmm import sddmm as eager
 
@@ -80,13 +81,10 @@ def sddmm(grad: Tensor, x: Tensor, index: Tensor, row_pointers: Tensor, *, count
 
 def aot_cases():
     cases = []
-    for dtype, index in (("bf16", "*i16"), ("bf16", "*i32"), ("bf16", "*i64"), ("fp32", "*i16")):
-        signature = dict.fromkeys(("grad_ptr", "x_ptr", "out_ptr"), f"*{dtype}")
-        signature |= {"index_ptr": index, "row_pointers_ptr": "*i32"}
-        signature |= dict.fromkeys(("T", "m", "n", "count", "grad_stride", "x_stride"), "i32")
-        constants = {"FLAT": index != "*i16", "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_T": BLOCK_T}
-        constants["ENTRIES"] = ENTRIES
-        signature |= dict.fromkeys(constants, "constexpr")
-        label = f"sddmm {dtype}, index {index[1:]}"
-        cases.append((label, sddmm_kernel, signature, constants, {"num_warps": 8, "num_stages": 3}))
+    for dtype, index in SPARSE:
+        types = dict.fromkeys(("grad_ptr", "x_ptr", "out_ptr"), f"*{dtype}")
+        types |= {"index_ptr": index, "row_pointers_ptr": "*i32"}
+        constants = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_T": BLOCK_T, "ENTRIES": ENTRIES}
+        constants |= {"FLAT": index != "*i16", "num_warps": 8, "num_stages": 3}
+        cases.append(aot_case(f"sddmm {dtype}, index {index[1:]}", sddmm_kernel, types, constants))
     return cases

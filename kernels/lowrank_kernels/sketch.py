@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_kernels._cases import AotCase, aot_case
 from lowrank_kernels._support import batch_strides, cdiv, check_operand, check_scalar, scalar
 from lowrank_kernels.gaussian import BLOCK, check_counter, draw
 from lowrank_optim.ops.sketch import sketch as eager
@@ -83,16 +84,10 @@ def launch_options(stride_column: int) -> dict[str, Any]:
     return {"ROWS": rows, "COLUMNS": 2048 // rows, "num_warps": 4}
 
 
-def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
-    """Of a tall and of a wide gradient: label, kernel, signature, constants, options."""
-    cases: list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]] = []
-    for label, along in (("sketch, rows", "stride_column"), ("sketch, columns", "stride_row")):
-        options = launch_options(1 if along == "stride_column" else 2)
-        launch = {"num_warps": options.pop("num_warps")}
-        constants: dict[str, object] = {"BLOCK": BLOCK, along: 1, **options}
-        types = {"grad_ptr": "*bf16", "basis_ptr": "*bf16", "norms_ptr": "*fp32", "scale": "fp32"}
-        signature = {
-            name: "constexpr" if name in constants else types.get(name, "i32") for name in sketch_kernel.arg_names
-        }
-        cases.append((label, sketch_kernel, signature, constants, launch))
-    return cases
+def aot_cases() -> list[AotCase]:
+    """Of a tall and of a wide gradient."""
+    types = {"grad_ptr": "*bf16", "basis_ptr": "*bf16", "scale": "fp32"}
+    return [
+        aot_case(f"sketch, {label}", sketch_kernel, types, {"BLOCK": BLOCK, along: 1, **launch_options(stride_column)})
+        for label, along, stride_column in (("rows", "stride_column", 1), ("columns", "stride_row", 2))
+    ]

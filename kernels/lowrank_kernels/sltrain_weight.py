@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_kernels._cases import SPARSE, aot_case
 from lowrank_kernels._support import INDICES, cdiv, check_operand, load_entries, tile_entries, unpacked
 from lowrank_optim.ops.sltrain import sltrain_weight as eager
 
@@ -89,13 +90,10 @@ def sltrain_weight(
 
 def aot_cases():
     cases = []
-    for dtype, index in (("bf16", "*i16"), ("bf16", "*i32"), ("bf16", "*i64"), ("fp32", "*i16")):
-        signature = dict.fromkeys(("B_ptr", "A_ptr", "values_ptr", "W_ptr"), f"*{dtype}")
-        signature |= {"index_ptr": index, "row_pointers_ptr": "*i32", "scale": "fp32"}
-        signature |= dict.fromkeys(("m", "n", "r", "count"), "i32")
-        constants = {"FLAT": index != "*i16", "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K}
-        constants["ENTRIES"] = ENTRIES
-        signature |= dict.fromkeys(constants, "constexpr")
-        label = f"sltrain_weight {dtype}, index {index[1:]}"
-        cases.append((label, sltrain_weight_kernel, signature, constants, launch(dtype == "fp32")))
+    for dtype, index in SPARSE:
+        types = dict.fromkeys(("B_ptr", "A_ptr", "values_ptr", "W_ptr"), f"*{dtype}")
+        types |= {"index_ptr": index, "row_pointers_ptr": "*i32", "scale": "fp32"}
+        constants = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "ENTRIES": ENTRIES}
+        constants |= {"FLAT": index != "*i16", **launch(dtype == "fp32")}
+        cases.append(aot_case(f"sltrain_weight {dtype}, index {index[1:]}", sltrain_weight_kernel, types, constants))
     return cases

@@ -13,7 +13,7 @@ from lowrank_kernels._support import power_of_2
 from lowrank_kernels.rounding import INTERPRETED
 
 
-def tile_options(dtype: torch.dtype, rank: int | None = None) -> dict[str, Any]:
+def tile_options(dtype: torch.dtype, rank: int) -> dict[str, Any]:
     """Tiles, warps and stages for operands of ``dtype``, and the precision of their product.
 
     128 x 128 outputs reuse an operand 128 times. Three stages of 64 two-byte or 32 four-byte steps are 96 KB, which
@@ -21,22 +21,20 @@ def tile_options(dtype: torch.dtype, rank: int | None = None) -> dict[str, Any]:
     operands stand in registers, which 64 x 64 outputs leave room for.
 
     Args:
-        rank: length of the sum where it is short, so that the steps are no longer than it.
+        rank: length of the sum; steps are no longer than it.
     """
     return {**_tiles(dtype, rank, dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32)}
 
 
 @functools.cache
-def _tiles(dtype: torch.dtype, rank: int | None, precise: bool) -> dict[str, Any]:
+def _tiles(dtype: torch.dtype, rank: int, precise: bool) -> dict[str, Any]:
     options: dict[str, Any] = {"num_warps": 8, "num_stages": 3}
     if precise:
         options |= {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "PRECISION": "ieee"}
     else:
         step = 32 if dtype == torch.float32 else 64
         options |= {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": step, "PRECISION": "tf32"}
-    if rank is not None:
-        options["BLOCK_K"] = min(options["BLOCK_K"], max(16, power_of_2(rank)))
-    return options
+    return {**options, "BLOCK_K": min(options["BLOCK_K"], max(16, power_of_2(rank)))}
 
 
 @triton.jit

@@ -71,20 +71,46 @@ class FactoredLinear(nn.Module):
         """y (..., m) from x (..., n)."""
         raise NotImplementedError
 
+    @torch.no_grad()
     def dense_weight(self) -> Tensor:
         """W (m, n), computed in fp32 or wider and rounded once to the dtype of the parameters.
 
         Raises:
             RuntimeError: a nonlinear layer.
         """
-        raise NotImplementedError
+        if self.nonlinear:
+            raise self.no_dense_weight()
+        return self.composed()
 
+    @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw everything anew, in place; the same values on every device, for all draws are the CPU's."""
+        self.draw_(generator)
+        self.reset_bias_(generator)
+
+    @torch.no_grad()
+    def from_weight_(self, weight: Tensor) -> None:
+        """Take over a trained dense weight (m, n), as closely as the parts can express it, in place.
+
+        Raises:
+            ValueError: a weight of another shape.
+        """
+        if tuple(weight.shape) != (self.out_features, self.in_features):
+            raise ValueError(
+                f"Invalid weight: shape {tuple(weight.shape)}, expected ({self.out_features}, {self.in_features})"
+            )
+        self.fit_(weight)
+
+    def composed(self) -> Tensor:
+        """What :meth:`dense_weight` returns."""
         raise NotImplementedError
 
-    def from_weight_(self, weight: Tensor) -> None:
-        """Take over a trained dense weight (m, n), as closely as the parts can express it, in place."""
+    def draw_(self, generator: torch.Generator | None) -> None:
+        """The part of :meth:`reset_parameters` that is not the bias."""
+        raise NotImplementedError
+
+    def fit_(self, weight: Tensor) -> None:
+        """What :meth:`from_weight_` does with a weight of the right shape."""
         raise NotImplementedError
 
     def reset_bias_(self, generator: torch.Generator | None = None) -> None:
@@ -120,6 +146,9 @@ class ParameterizedLinear(FactoredLinear):
         """Create what the layer holds beside its bias, without values."""
         raise NotImplementedError
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.options}"
+
 
 def check_rank(rank: int, in_features: int, out_features: int) -> None:
     """Raise ValueError where a layer is too small for ``rank``."""
@@ -138,14 +167,6 @@ def empty_factors(
     shapes = (rank, layer.in_features), (layer.out_features, rank)
     a, b = (nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in shapes)
     return a, b
-
-
-def check_weight(weight: Tensor, layer: FactoredLinear) -> None:
-    """Raise ValueError where a dense weight does not fit a layer."""
-    if tuple(weight.shape) != (layer.out_features, layer.in_features):
-        raise ValueError(
-            f"Invalid weight: shape {tuple(weight.shape)}, expected ({layer.out_features}, {layer.in_features})"
-        )
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -11,7 +11,6 @@ from lowrank_optim.nn.base import (
     Parameterization,
     ParameterizedLinear,
     check_rank,
-    check_weight,
     empty_factors,
     normal_,
     working_dtype,
@@ -20,54 +19,6 @@ from lowrank_optim.nn.lowrank import factors_through_silu, scaled_product
 from lowrank_optim.nn.sltrain import check_sparsity
 from lowrank_optim.ops.lost import lost_linear
 from lowrank_optim.optim.validation import check_choice, check_positive_int, check_range
-
-
-@dataclass(frozen=True)
-class LOST(Parameterization):
-    """y = gamma B act(A x) + (1 - gamma) C x_I + b, with I a fixed set of input channels (arXiv 2508.02668).
-
-        W0 ~ N(0, std²) = U Σ Vᵀ
-        B = U_r sqrt(Σ_r)   A = sqrt(Σ_r) V_rᵀ
-        score_j = norm of column j of what the singular values r+1 ... r+tail_rank make up
-        I = the channels with the largest scores   C = W0[:, I]
-
-    At the start the layer is smaller than W0: by gamma and by the energy that r directions hold, and by
-    about another half with the activation.
-
-    Args:
-        rank: r, columns of B (m, r) and rows of A (r, n).
-        sparsity: the share of input channels in I, above 0 and below 1; at least one channel is taken.
-        gamma: the share of the low-rank part, in [0, 1]; published runs lie between 0.5 and 0.9.
-        act: "silu", or "none" for a layer that can be merged.
-        tail_rank: how many singular values after the first r score the channels.
-        std: deviation of the dense start.
-
-    Raises:
-        ValueError: an option out of range; on building, a rank that is not below the smaller side of the
-            layer, for then no singular values remain to score the channels.
-
-    Deviations: written from the paper's reviews and related code of its authors, since no code of the
-    paper itself is published; gamma and sparsity are the authors' later settings.
-    """
-
-    rank: int = 128
-    sparsity: float = 0.01
-    gamma: float = 0.7
-    act: str = "silu"
-    tail_rank: int = 256
-    std: float = 0.02
-
-    def __post_init__(self) -> None:
-        check_positive_int("rank", self.rank)
-        check_sparsity(self.sparsity)
-        check_range("gamma", self.gamma, low=0.0, high=1.0)
-        check_choice("act", self.act, ("silu", "none"))
-        check_positive_int("tail_rank", self.tail_rank)
-        check_range("std", self.std, low=0.0)
-
-    @property
-    def layer(self) -> type[LOSTLinear]:
-        return LOSTLinear
 
 
 class LOSTLinear(ParameterizedLinear):
@@ -98,27 +49,20 @@ class LOSTLinear(ParameterizedLinear):
             x, self.B, self.A, self.C, self.bias, self.channels, gamma=self.options.gamma, silu=self.nonlinear
         )
 
-    @torch.no_grad()
-    def dense_weight(self) -> Tensor:
-        if self.nonlinear:
-            raise self.no_dense_weight()
+    def composed(self) -> Tensor:
         gamma = self.options.gamma
         W = scaled_product(self.B, self.A, gamma)
         return W.index_add_(1, self.channels, self.C.to(W.dtype), alpha=1 - gamma).to(self.A.dtype)
 
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def draw_(self, generator: torch.Generator | None) -> None:
         if not self.A.is_meta:
             shape = (self.out_features, self.in_features)
             start = torch.empty(shape, device=self.A.device, dtype=working_dtype(self.A.dtype))
             normal_(start, self.options.std, generator)
             self._split_(start)
-        self.reset_bias_(generator)
 
-    @torch.no_grad()
-    def from_weight_(self, weight: Tensor) -> None:
+    def fit_(self, weight: Tensor) -> None:
         """The best rank-r approximation, with silu in the range where it is nearly linear, and the exact channels I."""
-        check_weight(weight, self)
         weight = weight.to(working_dtype(weight.dtype))
         b, a = self._split_(weight)
         gamma, chosen = self.options.gamma, self.channels.long()
@@ -148,8 +92,47 @@ class LOSTLinear(ParameterizedLinear):
         self.C.copy_(weight[:, chosen])
         return b, a
 
-    def extra_repr(self) -> str:
-        return (
-            f"{super().extra_repr()}, rank={self.options.rank}, channels={self.channels.numel()}, "
-            f"gamma={self.options.gamma:g}, act={self.options.act!r}"
-        )
+
+@dataclass(frozen=True)
+class LOST(Parameterization):
+    """y = gamma B act(A x) + (1 - gamma) C x_I + b, with I a fixed set of input channels (arXiv 2508.02668).
+
+        W0 ~ N(0, std²) = U Σ Vᵀ
+        B = U_r sqrt(Σ_r)   A = sqrt(Σ_r) V_rᵀ
+        score_j = norm of column j of what the singular values r+1 ... r+tail_rank make up
+        I = the channels with the largest scores   C = W0[:, I]
+
+    At the start the layer is smaller than W0: by gamma and by the energy that r directions hold, and by
+    about another half with the activation.
+
+    Args:
+        rank: r, columns of B (m, r) and rows of A (r, n).
+        sparsity: the share of input channels in I, above 0 and below 1; at least one channel is taken.
+        gamma: the share of the low-rank part, in [0, 1]; published runs lie between 0.5 and 0.9.
+        act: "silu", or "none" for a layer that can be merged.
+        tail_rank: how many singular values after the first r score the channels.
+        std: deviation of the dense start.
+
+    Raises:
+        ValueError: an option out of range; on building, a rank that is not below the smaller side of the
+            layer, for then no singular values remain to score the channels.
+
+    Deviations: written from the paper's reviews and related code of its authors, since no code of the
+    paper itself is published; gamma and sparsity are the authors' later settings.
+    """
+
+    layer = LOSTLinear
+    rank: int = 128
+    sparsity: float = 0.01
+    gamma: float = 0.7
+    act: str = "silu"
+    tail_rank: int = 256
+    std: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_positive_int("rank", self.rank)
+        check_sparsity(self.sparsity)
+        check_range("gamma", self.gamma, low=0.0, high=1.0)
+        check_choice("act", self.act, ("silu", "none"))
+        check_positive_int("tail_rank", self.tail_rank)
+        check_range("std", self.std, low=0.0)

@@ -8,15 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear, silu
 
-from lowrank_optim.nn.base import (
-    Parameterization,
-    ParameterizedLinear,
-    check_weight,
-    empty_factors,
-    normal_,
-    uniform_,
-    working_dtype,
-)
+from lowrank_optim.nn.base import Parameterization, ParameterizedLinear, empty_factors, normal_, uniform_, working_dtype
 from lowrank_optim.optim.validation import check_choice, check_positive_int, check_range
 
 INITS = ("normal", "spectral", "kaiming", "xavier")
@@ -24,6 +16,47 @@ INITS = ("normal", "spectral", "kaiming", "xavier")
 # Rows of A after from_weight_ of a CoLA layer: for inputs of variance 1 the hidden h has this deviation, and
 # silu(h) = h/2 + h^2/4 - ... is linear up to a relative error of h/2.
 _LINEAR_RANGE = 0.1
+
+
+class LowRankLinear(ParameterizedLinear):
+    """The layer of :class:`LowRank`: parameters ``A`` (r, n), ``B`` (m, r), ``bias`` (m,)."""
+
+    options: LowRank
+
+    def make_parts_(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        self.scale = scale_of(self.options.alpha, self.options.rank)
+        self.A, self.B = empty_factors(self, self.options.rank, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(scaled(linear(x, self.A), self.scale), self.B, self.bias)
+
+    def composed(self) -> Tensor:
+        return scaled_product(self.B, self.A, self.scale).to(self.A.dtype)
+
+    def draw_(self, generator: torch.Generator | None) -> None:
+        m, n, r = self.out_features, self.in_features, self.options.rank
+        if self.options.init == "kaiming":
+            uniform_(self.A, n**-0.5, generator)
+            uniform_(self.B, r**-0.5, generator)
+        elif self.options.init == "xavier":
+            normal_(self.A, (2 / (n + r)) ** 0.5, generator)
+            normal_(self.B, (2 / (m + r)) ** 0.5, generator)
+        elif self.options.init == "spectral":
+            if not self.A.is_meta:
+                dense = torch.empty(m, n, device=self.A.device, dtype=working_dtype(self.A.dtype))
+                normal_(dense, self.options.std, generator)
+                self.from_weight_(dense)
+        else:
+            # An entry of s B A sums r products: std² = s² r σ⁴.
+            std = (self.options.std / (self.scale * r**0.5)) ** 0.5
+            normal_(self.A, std, generator)
+            normal_(self.B, std, generator)
+
+    def fit_(self, weight: Tensor) -> None:
+        """The best rank-r approximation, the singular values split evenly between the factors."""
+        b, a = balanced_factors(weight, self.options.rank)
+        self.B.copy_(b / self.scale**0.5)
+        self.A.copy_(a / self.scale**0.5)
 
 
 @dataclass(frozen=True)
@@ -45,6 +78,7 @@ class LowRank(Parameterization):
         ValueError: an option out of range; on building, a rank above the smaller side of the layer.
     """
 
+    layer = LowRankLinear
     rank: int = 128
     alpha: float | None = None
     init: str = "normal"
@@ -56,10 +90,6 @@ class LowRank(Parameterization):
         check_choice("init", self.init, INITS)
         check_range("std", self.std, low=0.0)
 
-    @property
-    def layer(self) -> type[LowRankLinear]:
-        return LowRankLinear
-
 
 @dataclass(frozen=True)
 class LORO(LowRank):
@@ -69,6 +99,36 @@ class LORO(LowRank):
     """
 
     init: str = "xavier"
+
+
+class CoLALinear(ParameterizedLinear):
+    """The layer of :class:`CoLA`: parameters ``A`` (r, n), ``B`` (m, r), ``bias`` (m,)."""
+
+    options: CoLA
+
+    def make_parts_(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        self.nonlinear = self.options.act != "none"
+        self.A, self.B = empty_factors(self, self.options.rank, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = linear(x, self.A)
+        return linear(silu(hidden) if self.nonlinear else hidden, self.B, self.bias)
+
+    def composed(self) -> Tensor:
+        return scaled_product(self.B, self.A, 1.0).to(self.A.dtype)
+
+    def draw_(self, generator: torch.Generator | None) -> None:
+        std = (self.options.rank * (self.out_features + self.in_features)) ** -0.25
+        normal_(self.A, std, generator)
+        normal_(self.B, std, generator)
+
+    def fit_(self, weight: Tensor) -> None:
+        """The best rank-r approximation, with the activation in the range where it is nearly linear."""
+        b, a = balanced_factors(weight, self.options.rank)
+        if self.nonlinear:
+            b, a = factors_through_silu(b, a)
+        self.B.copy_(b)
+        self.A.copy_(a)
 
 
 @dataclass(frozen=True)
@@ -86,6 +146,7 @@ class CoLA(Parameterization):
         ValueError: an option out of range; on building, a rank above the smaller side of the layer.
     """
 
+    layer = CoLALinear
     rank: int = 128
     act: str = "silu"
 
@@ -93,9 +154,39 @@ class CoLA(Parameterization):
         check_positive_int("rank", self.rank)
         check_choice("act", self.act, ("silu", "none"))
 
-    @property
-    def layer(self) -> type[CoLALinear]:
-        return CoLALinear
+
+class LoRALinear(ParameterizedLinear):
+    """The layer of :class:`LoRA`: ``weight`` (m, n) without gradient, ``A`` (r, n), ``B`` (m, r), ``bias`` (m,)."""
+
+    options: LoRA
+
+    def make_parts_(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        self.scale = scale_of(self.options.alpha, self.options.rank)
+        weight = torch.empty(self.out_features, self.in_features, device=device, dtype=dtype)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.A, self.B = empty_factors(self, self.options.rank, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = linear(dropout(x, self.options.dropout, self.training), self.A)
+        return linear(x, self.weight, self.bias) + linear(scaled(hidden, self.scale), self.B)
+
+    def composed(self) -> Tensor:
+        return scaled_product(self.B, self.A, self.scale).add_(self.weight).to(self.weight.dtype)
+
+    def draw_(self, generator: torch.Generator | None) -> None:
+        normal_(self.weight, self.options.std, generator)
+        self.reset_factors_(generator)
+
+    @torch.no_grad()
+    def reset_factors_(self, generator: torch.Generator | None = None) -> None:
+        """Draw A anew and set B to zero, so that B A = 0; never both zero, for then nothing would train."""
+        uniform_(self.A, self.in_features**-0.5, generator)
+        self.B.zero_()
+
+    def fit_(self, weight: Tensor) -> None:
+        """Exact: the weight becomes W0 and B becomes zero."""
+        self.weight.copy_(weight)
+        self.B.zero_()
 
 
 @dataclass(frozen=True)
@@ -114,6 +205,7 @@ class LoRA(Parameterization):
         ValueError: an option out of range; on building, a rank above the smaller side of the layer.
     """
 
+    layer = LoRALinear
     rank: int = 128
     alpha: float | None = 32
     dropout: float = 0.0
@@ -125,153 +217,6 @@ class LoRA(Parameterization):
         check_range("dropout", self.dropout, low=0.0, high=1.0, high_open=True)
         check_range("std", self.std, low=0.0)
 
-    @property
-    def layer(self) -> type[LoRALinear]:
-        return LoRALinear
-
-
-@dataclass(frozen=True)
-class ReLoRA(LoRA):
-    """LoRA whose factors are merged into W0 and drawn anew every so many updates (arXiv 2307.05695).
-
-    The restarts are :class:`lowrank_optim.nn.MergeAndRestart`'s; without it this is LoRA.
-    """
-
-    @property
-    def layer(self) -> type[ReLoRALinear]:
-        return ReLoRALinear
-
-
-class LowRankLinear(ParameterizedLinear):
-    """The layer of :class:`LowRank`: parameters ``A`` (r, n), ``B`` (m, r), ``bias`` (m,)."""
-
-    options: LowRank
-
-    def make_parts_(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        self.scale = scale_of(self.options.alpha, self.options.rank)
-        self.A, self.B = empty_factors(self, self.options.rank, device, dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(scaled(linear(x, self.A), self.scale), self.B, self.bias)
-
-    @torch.no_grad()
-    def dense_weight(self) -> Tensor:
-        return scaled_product(self.B, self.A, self.scale).to(self.A.dtype)
-
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        m, n, r = self.out_features, self.in_features, self.options.rank
-        if self.options.init == "kaiming":
-            uniform_(self.A, n**-0.5, generator)
-            uniform_(self.B, r**-0.5, generator)
-        elif self.options.init == "xavier":
-            normal_(self.A, (2 / (n + r)) ** 0.5, generator)
-            normal_(self.B, (2 / (m + r)) ** 0.5, generator)
-        elif self.options.init == "spectral":
-            if not self.A.is_meta:
-                dense = torch.empty(m, n, device=self.A.device, dtype=working_dtype(self.A.dtype))
-                normal_(dense, self.options.std, generator)
-                self.from_weight_(dense)
-        else:
-            # An entry of s B A sums r products: std² = s² r σ⁴.
-            std = (self.options.std / (self.scale * r**0.5)) ** 0.5
-            normal_(self.A, std, generator)
-            normal_(self.B, std, generator)
-        self.reset_bias_(generator)
-
-    @torch.no_grad()
-    def from_weight_(self, weight: Tensor) -> None:
-        """The best rank-r approximation, the singular values split evenly between the factors."""
-        check_weight(weight, self)
-        b, a = balanced_factors(weight, self.options.rank)
-        self.B.copy_(b / self.scale**0.5)
-        self.A.copy_(a / self.scale**0.5)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.options.rank}, scale={self.scale:g}"
-
-
-class CoLALinear(ParameterizedLinear):
-    """The layer of :class:`CoLA`: parameters ``A`` (r, n), ``B`` (m, r), ``bias`` (m,)."""
-
-    options: CoLA
-
-    def make_parts_(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        self.nonlinear = self.options.act != "none"
-        self.A, self.B = empty_factors(self, self.options.rank, device, dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = linear(x, self.A)
-        return linear(silu(hidden) if self.nonlinear else hidden, self.B, self.bias)
-
-    @torch.no_grad()
-    def dense_weight(self) -> Tensor:
-        if self.nonlinear:
-            raise self.no_dense_weight()
-        return scaled_product(self.B, self.A, 1.0).to(self.A.dtype)
-
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        std = (self.options.rank * (self.out_features + self.in_features)) ** -0.25
-        normal_(self.A, std, generator)
-        normal_(self.B, std, generator)
-        self.reset_bias_(generator)
-
-    @torch.no_grad()
-    def from_weight_(self, weight: Tensor) -> None:
-        """The best rank-r approximation, with the activation in the range where it is nearly linear."""
-        check_weight(weight, self)
-        b, a = balanced_factors(weight, self.options.rank)
-        if self.nonlinear:
-            b, a = factors_through_silu(b, a)
-        self.B.copy_(b)
-        self.A.copy_(a)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.options.rank}, act={self.options.act!r}"
-
-
-class LoRALinear(ParameterizedLinear):
-    """The layer of :class:`LoRA`: ``weight`` (m, n) without gradient, ``A`` (r, n), ``B`` (m, r), ``bias`` (m,)."""
-
-    options: LoRA
-
-    def make_parts_(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        self.scale = scale_of(self.options.alpha, self.options.rank)
-        weight = torch.empty(self.out_features, self.in_features, device=device, dtype=dtype)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.A, self.B = empty_factors(self, self.options.rank, device, dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = linear(dropout(x, self.options.dropout, self.training), self.A)
-        return linear(x, self.weight, self.bias) + linear(scaled(hidden, self.scale), self.B)
-
-    @torch.no_grad()
-    def dense_weight(self) -> Tensor:
-        return scaled_product(self.B, self.A, self.scale).add_(self.weight).to(self.weight.dtype)
-
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        normal_(self.weight, self.options.std, generator)
-        self.reset_factors_(generator)
-        self.reset_bias_(generator)
-
-    @torch.no_grad()
-    def reset_factors_(self, generator: torch.Generator | None = None) -> None:
-        """Draw A anew and set B to zero, so that B A = 0; never both zero, for then nothing would train."""
-        uniform_(self.A, self.in_features**-0.5, generator)
-        self.B.zero_()
-
-    @torch.no_grad()
-    def from_weight_(self, weight: Tensor) -> None:
-        """Exact: the weight becomes W0 and B becomes zero."""
-        check_weight(weight, self)
-        self.weight.copy_(weight)
-        self.B.zero_()
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.options.rank}, scale={self.scale:g}"
-
 
 class ReLoRALinear(LoRALinear):
     """The layer of :class:`ReLoRA`; :meth:`merge_and_restart_` is one restart."""
@@ -281,6 +226,16 @@ class ReLoRALinear(LoRALinear):
         """W0 += s B A, rounded once; A is drawn anew and B becomes zero."""
         self.weight.copy_(self.dense_weight())
         self.reset_factors_(generator)
+
+
+@dataclass(frozen=True)
+class ReLoRA(LoRA):
+    """LoRA whose factors are merged into W0 and drawn anew every so many updates (arXiv 2307.05695).
+
+    The restarts are :class:`lowrank_optim.nn.MergeAndRestart`'s; without it this is LoRA.
+    """
+
+    layer = ReLoRALinear
 
 
 def check_alpha(alpha: float | None) -> None:

@@ -11,38 +11,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.optim import Optimizer
 
-from lowrank_optim.nn.base import Parameterization, ParameterizedLinear, check_weight, empty_factors, normal_
+from lowrank_optim.nn.base import Parameterization, ParameterizedLinear, empty_factors, normal_
 from lowrank_optim.nn.convert import factored_layers, layer_generator
 from lowrank_optim.nn.lowrank import balanced_factors, scaled_product
 from lowrank_optim.nn.restarts import Restart
 from lowrank_optim.optim.validation import check_positive_int, check_range
-
-
-@dataclass(frozen=True)
-class Maestro(Parameterization):
-    """y = B[:, :b] (A[:b] x) + b with a width b that :class:`OrderedDropout` draws (arXiv 2308.14929).
-
-    Without the callback, and in evaluation, b is the whole rank: plain factors. With it the k-th components of A and B
-    learn what the first k - 1 leave over, as in an SVD, and those for which nothing is left disappear.
-
-    Args:
-        rank: r at the start, columns of B (m, r) and rows of A (r, n); None for the smaller side of the layer.
-        std: deviation of the entries of B A at the start; both factors are Gaussian.
-
-    Raises:
-        ValueError: an option out of range; on building, a rank above the smaller side of the layer.
-    """
-
-    rank: int | None = None
-    std: float = 0.02
-
-    def __post_init__(self) -> None:
-        check_positive_int("rank", self.rank, optional=True)
-        check_range("std", self.std, low=0.0)
-
-    @property
-    def layer(self) -> type[MaestroLinear]:
-        return MaestroLinear
 
 
 class MaestroLinear(ParameterizedLinear):
@@ -70,23 +43,18 @@ class MaestroLinear(ParameterizedLinear):
         width = self.width if self.training else self.rank
         return linear(linear(x, self.A[:width]), self.B[:, :width], self.bias)
 
-    @torch.no_grad()
-    def dense_weight(self) -> Tensor:
+    def composed(self) -> Tensor:
         return scaled_product(self.B[:, : self.rank], self.A[: self.rank], 1.0).to(self.A.dtype)
 
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def draw_(self, generator: torch.Generator | None) -> None:
         self._keep(len(self.A))
         # An entry of B A sums r products.
         std = (self.options.std / self.rank**0.5) ** 0.5
         normal_(self.A, std, generator)
         normal_(self.B, std, generator)
-        self.reset_bias_(generator)
 
-    @torch.no_grad()
-    def from_weight_(self, weight: Tensor) -> None:
+    def fit_(self, weight: Tensor) -> None:
         """The best approximation of the rank, its singular values split evenly and in descending order."""
-        check_weight(weight, self)
         self._keep(len(self.A))
         b, a = balanced_factors(weight, self.rank)
         self.B.copy_(b)
@@ -110,6 +78,30 @@ class MaestroLinear(ParameterizedLinear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}"
+
+
+@dataclass(frozen=True)
+class Maestro(Parameterization):
+    """y = B[:, :b] (A[:b] x) + b with a width b that :class:`OrderedDropout` draws (arXiv 2308.14929).
+
+    Without the callback, and in evaluation, b is the whole rank: plain factors. With it the k-th components of A and B
+    learn what the first k - 1 leave over, as in an SVD, and those for which nothing is left disappear.
+
+    Args:
+        rank: r at the start, columns of B (m, r) and rows of A (r, n); None for the smaller side of the layer.
+        std: deviation of the entries of B A at the start; both factors are Gaussian.
+
+    Raises:
+        ValueError: an option out of range; on building, a rank above the smaller side of the layer.
+    """
+
+    layer = MaestroLinear
+    rank: int | None = None
+    std: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_positive_int("rank", self.rank, optional=True)
+        check_range("std", self.std, low=0.0)
 
 
 class OrderedDropout(Restart):

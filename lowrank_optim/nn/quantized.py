@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from lowrank_optim.nn.base import FactoredLinear, check_weight, uniform_, working_dtype
+from lowrank_optim.nn.base import FactoredLinear, uniform_, working_dtype
 from lowrank_optim.nn.convert import check_shared, select_linears, sharing_key
 from lowrank_optim.ops.autocast import compute_dtype
 from lowrank_optim.ops.quantized_weight import FORMATS, INT4, INT8, Format
@@ -114,21 +114,16 @@ class QuantizedLinear(FactoredLinear):
         y: Tensor = _QuantizedLinear.apply(x, self.weight, self.bias, self.weight_codes, self.weight_scale)  # type: ignore[no-untyped-call]
         return y
 
-    @torch.no_grad()
-    def dense_weight(self) -> Tensor:
+    def composed(self) -> Tensor:
         return self.format.dequantize(self.weight_codes, self.weight_scale, self.in_features, self.weight.dtype)
 
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def draw_(self, generator: torch.Generator | None) -> None:
         W = torch.empty(self.weight.shape, dtype=working_dtype(self.weight.dtype), device=self.weight.device)
         uniform_(W, self.in_features**-0.5, generator)
         self.from_weight_(W)
-        self.reset_bias_(generator)
 
-    @torch.no_grad()
-    def from_weight_(self, weight: Tensor) -> None:
+    def fit_(self, weight: Tensor) -> None:
         """Each value to the nearest code."""
-        check_weight(weight, self)
         # Without data only the shapes count.
         if not weight.is_meta:
             self.format.quantize_(self.weight_codes, self.weight_scale, weight)

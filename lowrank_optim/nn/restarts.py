@@ -19,6 +19,7 @@ from lowrank_optim.nn.base import FactoredLinear, working_dtype
 from lowrank_optim.nn.convert import factored_layers, layer_generator, layer_positions
 from lowrank_optim.nn.lowrank import ReLoRALinear
 from lowrank_optim.ops.factors import balance_factors
+from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.optim.validation import check_choice, check_positive_int, check_range
 
 SCOPES = ("all", "factors")
@@ -26,10 +27,10 @@ PRUNING = ("random", "magnitude")
 
 # State keys of a first and of a second moment in torch.optim, here, and in bitsandbytes. A key also stands for its
 # parts ("exp_avg.codes"). Codes of 8-bit moments mean zero where their scales are zero.
-FIRST = ("exp_avg", "momentum_buffer", "state1", "absmax1")
+FIRST = ("exp_avg", "momentum", "momentum_buffer", "state1", "absmax1")
 SECOND = (
     *("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "sum", "row_var", "col_var", "variance"),
-    *("state2", "absmax2", "exp_avg_sq_row", "exp_avg_sq_col"),
+    *("state2", "absmax2", "exp_avg_sq_row", "exp_avg_sq_col", "row_scale", "column_scale"),
 )
 # Factor of the learning rate at the first update after a restart.
 RAMP_START = 0.001
@@ -267,14 +268,14 @@ def reset_moments_(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
     """Set moments and step counts to zero, in place; parameters without state have nothing to reset.
 
     Raises:
-        ValueError: a state in which no moment is known.
+        ValueError: a state of another package's optimizer in which no moment is known.
     """
     for parameter in parameters:
         state = optimizer.state.get(parameter)
         if not state:
             continue
         keys = [key for key in state if key == "step" or _moment(key)]
-        if not any(_moment(key) for key in keys):
+        if not any(_moment(key) for key in keys) and not isinstance(optimizer, LowRankOptimizer):
             raise ValueError(
                 f"Invalid optimizer: {type(optimizer).__name__} keeps {', '.join(map(str, state))}, and none of these "
                 "is known to be a moment"
@@ -287,14 +288,16 @@ def reset_moments_(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
 
 
 def _moment(key: str) -> bool:
-    return str(key).split(".")[0] in (*FIRST, *SECOND)
+    name, _, part = str(key).partition(".")
+    # A product of two factors is zero where the left one is; if both were, neither would ever move again.
+    return name in (*FIRST, *SECOND) and part != "right"
 
 
 def _prune_moments_(state: dict[str, Any], share: float, by: str, generator: torch.Generator) -> None:
     moments = [value for key, value in state.items() if _moment(key) and isinstance(value, Tensor)]
     if not moments:
         return
-    first = state.get("exp_avg")
+    first = state.get("exp_avg", state.get("momentum"))
     if first is None or not all(m.is_floating_point() and m.shape == first.shape for m in moments):
         raise ValueError(f"Invalid prune: {share}, expected 1 for moments of the kind {', '.join(state)}")
     if by == "random":

@@ -7,49 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim.nn.base import (
-    Parameterization,
-    ParameterizedLinear,
-    check_rank,
-    check_weight,
-    normal_,
-    working_dtype,
-)
+from lowrank_optim.nn.base import Parameterization, ParameterizedLinear, check_rank, normal_, working_dtype
 from lowrank_optim.ops.spectral_linear import spectral_linear
 from lowrank_optim.ops.triplets import Triplets, activate_, compose, decompose_, draw_slots
 from lowrank_optim.optim.validation import check_positive_int, check_range
-
-
-@dataclass(frozen=True)
-class SST(Parameterization):
-    """W = U diag(S) Vᵀ; every singular value trains, and ``rank`` pairs of singular vectors at a time.
-
-    Sparse spectral training (Zhao et al. 2024, arXiv 2405.15481). :class:`lowrank_optim.SSTAdamW` keeps the vectors at
-    unit length, draws which of them train and decomposes W anew every round; with any other optimizer the pairs drawn
-    at the start train for good. The parts take more memory than W (q (m + n + 1) values with q = min(m, n));
-    gradients and optimizer states are those of rank (m + n) + q values.
-
-    Args:
-        rank: r, pairs of singular vectors that train at a time.
-        enhanced: train the vectors on the gradient without the factor S, so that those of small singular values
-            learn as well; else on the true gradient.
-        std: deviation of the initial dense weight.
-
-    Raises:
-        ValueError: an option out of range; on building, a rank above the smaller side of the layer.
-    """
-
-    rank: int = 128
-    enhanced: bool = True
-    std: float = 0.02
-
-    def __post_init__(self) -> None:
-        check_positive_int("rank", self.rank)
-        check_range("std", self.std, low=0.0)
-
-    @property
-    def layer(self) -> type[SSTLinear]:
-        return SSTLinear
 
 
 class SSTLinear(ParameterizedLinear):
@@ -82,28 +43,23 @@ class SSTLinear(ParameterizedLinear):
         y = spectral_linear(x, *self.parts, enhanced=self.options.enhanced)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    @torch.no_grad()
-    def dense_weight(self) -> Tensor:
+    def composed(self) -> Tensor:
         return compose(self.parts).to(self.u.dtype)
 
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def draw_(self, generator: torch.Generator | None) -> None:
         """The decomposition of a Gaussian weight, and a sample of it to train."""
         if not self.u.is_meta:
             dtype = working_dtype(self.u.dtype)
             dense = torch.empty(self.out_features, self.in_features, device=self.u.device, dtype=dtype)
             normal_(dense, self.options.std, generator)
             self._take_(dense, generator)
-        self.reset_bias_(generator)
 
-    @torch.no_grad()
-    def from_weight_(self, weight: Tensor) -> None:
+    def fit_(self, weight: Tensor) -> None:
         """Exact but for rounding; which triplets train at first is drawn with a fixed seed.
 
         Raises:
             ValueError: a weight of another shape, or without a singular value decomposition.
         """
-        check_weight(weight, self)
         self._take_(weight, torch.Generator().manual_seed(0))
 
     def _take_(self, weight: Tensor, generator: torch.Generator | None) -> None:
@@ -112,5 +68,31 @@ class SSTLinear(ParameterizedLinear):
             raise ValueError("Invalid weight: it has no singular value decomposition, expected finite values")
         activate_(self.parts, slots)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.options.rank}, enhanced={self.options.enhanced}"
+
+@dataclass(frozen=True)
+class SST(Parameterization):
+    """W = U diag(S) Vᵀ; every singular value trains, and ``rank`` pairs of singular vectors at a time.
+
+    Sparse spectral training (Zhao et al. 2024, arXiv 2405.15481). :class:`lowrank_optim.SSTAdamW` keeps the vectors at
+    unit length, draws which of them train and decomposes W anew every round; with any other optimizer the pairs drawn
+    at the start train for good. The parts take more memory than W (q (m + n + 1) values with q = min(m, n));
+    gradients and optimizer states are those of rank (m + n) + q values.
+
+    Args:
+        rank: r, pairs of singular vectors that train at a time.
+        enhanced: train the vectors on the gradient without the factor S, so that those of small singular values
+            learn as well; else on the true gradient.
+        std: deviation of the initial dense weight.
+
+    Raises:
+        ValueError: an option out of range; on building, a rank above the smaller side of the layer.
+    """
+
+    layer = SSTLinear
+    rank: int = 128
+    enhanced: bool = True
+    std: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_positive_int("rank", self.rank)
+        check_range("std", self.std, low=0.0)

@@ -11,18 +11,52 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from lowrank_optim.nn.base import (
-    Parameterization,
-    ParameterizedLinear,
-    check_weight,
-    empty_factors,
-    normal_,
-    uniform_,
-    working_dtype,
-)
+from lowrank_optim.nn.base import Parameterization, ParameterizedLinear, empty_factors, normal_, uniform_, working_dtype
 from lowrank_optim.nn.lowrank import balanced_factors, scaled_product
 from lowrank_optim.ops.autocast import compute_dtype
 from lowrank_optim.optim.validation import check_positive_int, check_range
+
+
+class TernaryLowRankLinear(ParameterizedLinear):
+    """The layer of :class:`TernaryLowRank`.
+
+    Parameters ``weight`` W (m, n), ``A`` (r, n), ``B`` (m, r), ``gate`` θ (), ``bias`` (m,).
+    """
+
+    options: TernaryLowRank
+
+    def make_parts_(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        self.weight = nn.Parameter(torch.empty(self.out_features, self.in_features, device=device, dtype=dtype))
+        self.A, self.B = empty_factors(self, self.options.rank, device, dtype)
+        self.gate = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _TernaryLinear.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        return y + linear(linear(x, self.A) * self.gate.tanh(), self.B)
+
+    def composed(self) -> Tensor:
+        dtype = working_dtype(self.weight.dtype)
+        W = ternary(self.weight, dtype) + scaled_product(self.B, self.A, 1.0) * self.gate.to(dtype).tanh()
+        return W.to(self.weight.dtype)
+
+    def draw_(self, generator: torch.Generator | None) -> None:
+        normal_(self.weight, self.options.std, generator)
+        uniform_(self.A, self.in_features**-0.5, generator)
+        self.B.zero_()
+        self.gate.fill_(math.atanh(self.options.gate))
+
+    def fit_(self, weight: Tensor) -> None:
+        """The ternary part of the weight, and of what it misses the best rank-r approximation."""
+        self.weight.copy_(weight)
+        self.gate.fill_(math.atanh(self.options.gate))
+        if self.options.gate == 0:
+            self.B.zero_()
+            return
+        dtype = working_dtype(weight.dtype)
+        missed = weight.to(dtype) - ternary(self.weight, dtype)
+        b, a = balanced_factors(missed / self.options.gate, self.options.rank)
+        self.B.copy_(b)
+        self.A.copy_(a)
 
 
 @dataclass(frozen=True)
@@ -47,6 +81,7 @@ class TernaryLowRank(Parameterization):
     freezes one. Training takes the memory of a dense layer and of the factors; what is small is the trained model.
     """
 
+    layer = TernaryLowRankLinear
     rank: int = 8
     gate: float = 0.1
     std: float = 0.02
@@ -56,60 +91,6 @@ class TernaryLowRank(Parameterization):
         check_range("std", self.std, low=0.0)
         if isinstance(self.gate, bool) or not isinstance(self.gate, (int, float)) or not -1 < self.gate < 1:
             raise ValueError(f"Invalid gate: {self.gate!r}, expected a number in (-1, 1)")
-
-    @property
-    def layer(self) -> type[TernaryLowRankLinear]:
-        return TernaryLowRankLinear
-
-
-class TernaryLowRankLinear(ParameterizedLinear):
-    """The layer of :class:`TernaryLowRank`.
-
-    Parameters ``weight`` W (m, n), ``A`` (r, n), ``B`` (m, r), ``gate`` θ (), ``bias`` (m,).
-    """
-
-    options: TernaryLowRank
-
-    def make_parts_(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        self.weight = nn.Parameter(torch.empty(self.out_features, self.in_features, device=device, dtype=dtype))
-        self.A, self.B = empty_factors(self, self.options.rank, device, dtype)
-        self.gate = nn.Parameter(torch.empty((), device=device, dtype=dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _TernaryLinear.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
-        return y + linear(linear(x, self.A) * self.gate.tanh(), self.B)
-
-    @torch.no_grad()
-    def dense_weight(self) -> Tensor:
-        dtype = working_dtype(self.weight.dtype)
-        W = ternary(self.weight, dtype) + scaled_product(self.B, self.A, 1.0) * self.gate.to(dtype).tanh()
-        return W.to(self.weight.dtype)
-
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        normal_(self.weight, self.options.std, generator)
-        uniform_(self.A, self.in_features**-0.5, generator)
-        self.B.zero_()
-        self.gate.fill_(math.atanh(self.options.gate))
-        self.reset_bias_(generator)
-
-    @torch.no_grad()
-    def from_weight_(self, weight: Tensor) -> None:
-        """The ternary part of the weight, and of what it misses the best rank-r approximation."""
-        check_weight(weight, self)
-        self.weight.copy_(weight)
-        self.gate.fill_(math.atanh(self.options.gate))
-        if self.options.gate == 0:
-            self.B.zero_()
-            return
-        dtype = working_dtype(weight.dtype)
-        missed = weight.to(dtype) - ternary(self.weight, dtype)
-        b, a = balanced_factors(missed / self.options.gate, self.options.rank)
-        self.B.copy_(b)
-        self.A.copy_(a)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.options.rank}"
 
 
 def ternary(weight: Tensor, dtype: torch.dtype) -> Tensor:

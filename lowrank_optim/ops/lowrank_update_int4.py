@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from lowrank_optim.ops.int4_weight import dequantize_int4_weight, quantize_int4_weight_
-from lowrank_optim.ops.lowrank_update_int8 import moved_rows
+from lowrank_optim.ops.lowrank_update_int8 import Move, update_stored_
+from lowrank_optim.ops.quantized_weight import INT4
 
 
 def lowrank_update_int4_(
-    codes: Tensor,
-    scale: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    *,
-    columns: int,
-    alpha: float | Tensor = 1.0,
-    decay: float | Tensor = 1.0,
-    grad: Tensor | None = None,
-    grad_alpha: float | Tensor = 1.0,
-    row_scale: Tensor | None = None,
-    column_scale: Tensor | None = None,
-    key: int | Tensor,
-    step: int | Tensor,
-) -> None:
+    codes: Tensor, scale: Tensor, left: Tensor | None, right: Tensor | None, *, columns: int, key: int | Tensor,
+    step: int | Tensor, **move: Unpack[Move],
+) -> None:  # fmt: skip
     """:func:`lowrank_optim.ops.lowrank_update_int8.lowrank_update_int8_` of a weight in 4 bits.
 
     Args:
@@ -33,12 +21,4 @@ def lowrank_update_int4_(
         left, right, alpha, decay, grad, grad_alpha, row_scale, column_scale: as there.
         key, step: of the random numbers, see :func:`lowrank_optim.ops.int4_weight.quantize_int4_weight_`.
     """
-
-    def read(rows: slice) -> Tensor:
-        return dequantize_int4_weight(codes[rows], scale[rows], columns, torch.float32)
-
-    for rows, value in moved_rows(
-        codes, read, left, right, alpha=alpha, decay=decay, grad=grad, grad_alpha=grad_alpha, row_scale=row_scale,
-        column_scale=column_scale,
-    ):  # fmt: skip
-        quantize_int4_weight_(codes[rows], scale[rows], value, key, step=step, start=rows.start * columns)
+    update_stored_(INT4, codes, scale, left, right, columns, {"key": key, "step": step}, **move)

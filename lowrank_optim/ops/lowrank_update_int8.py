@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from typing import TypedDict
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lowrank_optim.ops.chunks import row_blocks
-from lowrank_optim.ops.int8_weight import dequantize_int8_weight, quantize_int8_weight_
 from lowrank_optim.ops.lowrank_update import COPIED, move_, rescaled_by
+from lowrank_optim.ops.quantized_weight import INT8, Format
+
+
+class Move(TypedDict, total=False):
+    """How a weight moves, as :func:`lowrank_update_int8_` explains it."""
+
+    alpha: float | Tensor
+    decay: float | Tensor
+    grad: Tensor | None
+    grad_alpha: float | Tensor
+    row_scale: Tensor | None
+    column_scale: Tensor | None
 
 
 def lowrank_update_int8_(
-    codes: Tensor,
-    scale: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    *,
-    alpha: float | Tensor = 1.0,
-    decay: float | Tensor = 1.0,
-    grad: Tensor | None = None,
-    grad_alpha: float | Tensor = 1.0,
-    row_scale: Tensor | None = None,
-    column_scale: Tensor | None = None,
-    key: int | Tensor,
+    codes: Tensor, scale: Tensor, left: Tensor | None, right: Tensor | None, *, key: int | Tensor, **move: Unpack[Move]
 ) -> None:
     """Move a weight once, computing in fp32 some rows at a time, and round it stochastically to codes of new scales::
 
@@ -40,28 +41,16 @@ def lowrank_update_int8_(
             what the gradient holds.
         key: of the random bits, see :func:`lowrank_optim.ops.rounding.random_bits`.
     """
-    columns = codes.shape[1]
-
-    def read(rows: slice) -> Tensor:
-        return dequantize_int8_weight(codes[rows], scale[rows], torch.float32)
-
-    for rows, value in moved_rows(
-        codes, read, left, right, alpha=alpha, decay=decay, grad=grad, grad_alpha=grad_alpha, row_scale=row_scale,
-        column_scale=column_scale,
-    ):  # fmt: skip
-        quantize_int8_weight_(codes[rows], scale[rows], value, key, start=rows.start * columns)
+    update_stored_(INT8, codes, scale, left, right, codes.shape[1], {"key": key}, **move)
 
 
-def moved_rows(
-    codes: Tensor, read: Callable[[slice], Tensor], left: Tensor | None, right: Tensor | None,
-    *, alpha: float | Tensor, decay: float | Tensor, grad: Tensor | None, grad_alpha: float | Tensor,
-    row_scale: Tensor | None, column_scale: Tensor | None,
-) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
-    """Some rows of a quantized weight after another, moved and not yet rounded, for :func:`lowrank_update_int8_`.
-
-    Args:
-        codes: (m, ...), of which ``read`` makes fp32 values (rows, n).
-    """
+def update_stored_(
+    stored: Format, codes: Tensor, scale: Tensor, left: Tensor | None, right: Tensor | None, columns: int,
+    random: dict[str, int | Tensor], *, alpha: float | Tensor = 1.0, decay: float | Tensor = 1.0,
+    grad: Tensor | None = None, grad_alpha: float | Tensor = 1.0, row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
+) -> None:  # fmt: skip
+    """:func:`lowrank_update_int8_` of a weight (m, ``columns``) in any format, rounded with ``random``."""
     if left is None or right is None:
         left = right = None
     else:
@@ -70,8 +59,8 @@ def moved_rows(
         grad = None
     row_scale, column_scale = rescaled_by(grad_alpha, row_scale, column_scale)
     for _, rows in row_blocks(codes.unsqueeze(0), COPIED):
-        value = read(rows)
+        value = stored.dequantize(codes[rows], scale[rows], columns, torch.float32)
         row_scales = row_scale if row_scale is None or len(row_scale) == 1 else row_scale[rows]
         left_rows, grad_rows = (tensor if tensor is None else tensor[rows] for tensor in (left, grad))
         move_(value, left_rows, right, alpha, decay, grad_rows, row_scales, column_scale)
-        yield rows, value
+        stored.quantize_(codes[rows], scale[rows], value, start=rows.start * columns, **random)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.ops.project import project
+from lowrank_optim.ops.two_sided import largest_entry
 
 
 def orthonormalize(matrix: Tensor) -> Tensor:
@@ -89,16 +90,8 @@ class Sums(Protocol):
 
 def normalize_(tensor: Tensor, sums: Sums | None = None) -> None:
     """Divide each matrix by its largest entry, so that products of 1e-20 or 1e20 neither under- nor overflow."""
-    entries = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    axes = (-3, -2, -1) if tensor.is_complex() else (-2, -1)
-    if tensor.numel():
-        # Unlike abs(), these make no copy.
-        largest = torch.maximum(entries.amax(axes), -entries.amin(axes))
-    else:
-        largest = entries.new_zeros(tensor.shape[:-2])
-    if sums is not None:
-        sums.max_(largest)
-    tensor.div_(largest.clamp_min_(torch.finfo(tensor.dtype).tiny)[..., None, None])
+    largest = largest_entry(tensor)
+    tensor.div_(largest if sums is None else sums.max_(largest))
 
 
 def sketch_again(tall: Tensor, start: Tensor, sums: Sums | None = None) -> Tensor:

@@ -19,8 +19,11 @@ def largest_entry(matrix: Tensor) -> Tensor:
     """The largest entry, real or imaginary part, of every matrix, (..., 1, 1), in fp32 or wider, and above zero."""
     entries = torch.view_as_real(matrix) if matrix.is_complex() else matrix
     axes = (-3, -2, -1) if matrix.is_complex() else (-2, -1)
-    # Unlike abs(), these make no copy.
-    found = torch.maximum(entries.amax(axes), -entries.amin(axes))
+    if matrix.numel():
+        # Unlike abs(), these make no copy.
+        found = torch.maximum(entries.amax(axes), -entries.amin(axes))
+    else:
+        found = entries.new_zeros(matrix.shape[:-2])
     found = found.to(torch.promote_types(found.dtype, torch.float32))
     return found.clamp_min(torch.finfo(found.dtype).tiny)[..., None, None]
 

@@ -31,13 +31,13 @@ from lowrank_optim.optim.parts import (
 )
 from lowrank_optim.optim.rules.adam import Adam, CorrectedAdam, check_betas
 from lowrank_optim.optim.state_storage import SALTS
-from lowrank_optim.optim.subspaces.oriented import Oriented, keep_where
+from lowrank_optim.optim.subspaces.oriented import Stored, keep_where
 from lowrank_optim.optim.subspaces.random import noise
 from lowrank_optim.optim.subspaces.singular import top_basis, usable
 from lowrank_optim.optim.two_rates import TwoRates
 
 
-class TrackedEigen(Oriented):
+class TrackedEigen(Stored):
     """``leading`` eigenvectors of a tracked covariance of the smaller side, and random directions beside them."""
 
     options = {
@@ -47,9 +47,7 @@ class TrackedEigen(Oriented):
     }
 
     def slots(self, view: View, group: Group) -> Slots:
-        _, d, _, along = self.sides(view, group)
-        rank = self.rank(view.shape, group)
-        slots = {**super().slots(view, group), "basis": Slot((*view.batch, d, rank), view.dtype, along)}
+        slots, rank = super().slots(view, group), self.rank(view.shape, group)
         # Without a memory the tracked part is zero.
         return {**slots, "covariance": Slot((*view.batch, rank, rank), view.wide)} if group["beta3"] > 0 else slots
 
@@ -106,10 +104,6 @@ class TrackedEigen(Oriented):
         known = vectors if d - rank >= rank - leading else kept
         drawn -= known @ (known.mH @ drawn)
         return orthonormalize(torch.cat((kept, drawn), -1))
-
-    def basis(self, like: Tensor, state: State, group: Group) -> Tensor:
-        basis: Tensor = state["basis"]
-        return basis.to(like.dtype)
 
 
 class TrackingAdam(Adam):

@@ -67,7 +67,6 @@ class Restarting(Oriented):
 class CosineColumns(Columns):
     """The columns of the orthonormal DCT-II in which the gradient is largest, on any side."""
 
-    accumulation: ClassVar[Accumulation | None] = None
     options = {}
 
     def check(self, group: Group) -> None:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from lowrank_optim.ops.orthonormal import orthonormalize
 from lowrank_optim.ops.rounding import mix_key
 from lowrank_optim.optim.engine import LowRankOptimizer
 from lowrank_optim.optim.lifts.plain import Plain
@@ -16,7 +15,7 @@ from lowrank_optim.optim.options import Common, arguments, natural
 from lowrank_optim.optim.parts import Accumulation, Group, Option, Parts, Refresh, State, Which
 from lowrank_optim.optim.rules.adam import Adam
 from lowrank_optim.optim.state_storage import SALTS, load_moment, store_moment_
-from lowrank_optim.optim.subspaces.random import noise
+from lowrank_optim.optim.subspaces.random import random_basis
 from lowrank_optim.optim.subspaces.singular import HalfIterations, TopSingular
 
 
@@ -54,11 +53,8 @@ class TopThenRandom(TopSingular):
 
     def draw(self, like: Tensor, state: State, group: Group, which: Which) -> Refresh:
         """The next random basis, a function of seed and update."""
-        wide = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
         key = mix_key(state["seed"], state["step"], SALTS["basis"])
-        # R's diagonal must be positive, or the distribution is not uniform.
-        drawn = noise(tuple(state["basis"].shape), wide, key, group)
-        return self.replace_basis_(orthonormalize(drawn).to(wide.dtype), state, group, which)
+        return self.replace_basis_(random_basis(like, state, key, group), state, group, which)
 
 
 class FirstMomentMoves(Adam):

@@ -59,9 +59,6 @@ class GeneralizedErrorFeedback(Lift):
     splits = frozenset({"rows"})
     options = {"error_feedback": Option(flag, True)}
 
-    def reads_gradient(self, group: Group) -> bool:
-        return True
-
     def slots(self, view: View, shape: tuple[int, ...], group: Group) -> Slots:
         if not group["error_feedback"]:
             return {}

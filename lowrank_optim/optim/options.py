@@ -40,17 +40,12 @@ class Common(TypedDict, total=False):
 
 def one_of(*choices: Any) -> Callable[[str, Any], None]:
     """A check for one of ``choices``."""
-    return partial(_check_choice, choices=choices)
+    return partial(check_choice, choices=choices)
 
 
 def number(low: float = 0.0, high: float = float("inf"), *, high_open: bool = False) -> Callable[[str, Any], None]:
     """A check for a number, or a tensor of one element, in [low, high] or [low, high)."""
     return partial(check_range, low=low, high=high, high_open=high_open)
-
-
-def positive_int(name: str, value: Any) -> None:
-    """Raise ValueError unless ``value`` is an int of at least 1."""
-    check_positive_int(name, value)
 
 
 def natural(name: str, value: Any) -> None:
@@ -64,21 +59,14 @@ def optional(check: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
     return partial(_check_optional, check=check)
 
 
-def optional_positive_int(name: str, value: Any) -> None:
-    """Raise ValueError unless ``value`` is an int of at least 1 or None."""
-    check_positive_int(name, value, optional=True)
-
-
-def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    check_choice(name, value, choices)
-
-
 def _check_optional(name: str, value: Any, check: Callable[[str, Any], None]) -> None:
     if value is not None:
         check(name, value)
 
 
 flag = one_of(True, False)
+positive_int = check_positive_int
+optional_positive_int = partial(check_positive_int, optional=True)
 
 # Read by the engine itself.
 ENGINE: Mapping[str, Option] = {

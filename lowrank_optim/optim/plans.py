@@ -218,9 +218,9 @@ class PlannedOptimizer(Optimizer):
         """How a parameter is split over processes; None where it is a plain tensor."""
         if not is_sharded(param):
             return None
-        from lowrank_optim.optim.sharding import layout_of
+        from lowrank_optim.optim.sharding import layout_for, shards_of
 
-        return layout_of(param, view, parts, group)
+        return layout_for(shards_of(param), param.ndim, view, parts, group)
 
     def _slots(self, param: Tensor, group: Group, view: View, parts: Parts) -> Slots:
         step = Slot((), torch.float32) if group["capturable"] else Number(0)

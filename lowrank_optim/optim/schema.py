@@ -12,28 +12,15 @@ from torch import Tensor
 from lowrank_optim.ops.gaussian import gaussian
 from lowrank_optim.ops.rounding import mix_key
 from lowrank_optim.optim.parts import Group, Number, Slot, Slots, State
-from lowrank_optim.optim.state_storage import SALTS
+from lowrank_optim.optim.state_storage import PART, SALTS
 
 # What some method of the package keeps, up to the first dot. Everything else in a state belongs to somebody else.
 OWN = frozenset(
     {
-        *(
-            "step",
-            "seed",
-            "left",
-            "side",
-            "rank",
-            "waiting",
-            "basis",
-            "indices",
-            "refreshes",
-            "gap",
-            "overlaps",
-            "pending",
-            "first",
-        ),
+        *("step", "seed", "left", "side", "rank", "waiting", "basis", "indices", "refreshes", "gap", "overlaps"),
         *("exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "error", "momentum", "update_norm"),
         *("covariance", "outside", "row_scale", "column_scale", "reset_step", "updates", "weight_correction", "batch"),
+        *("pending", *PART),
     }
 )
 

@@ -312,15 +312,6 @@ def shards_of(param: Any) -> Shards:
     return Shards(axis, start, stop, size, mesh.get_group(along), mesh, placements)
 
 
-def layout_of(param: Tensor, view: View, parts: Parts, group: Group) -> Layout | None:
-    """How a parameter is stepped; None for one that is a plain tensor.
-
-    Raises:
-        ValueError: as :func:`layout_for`.
-    """
-    return layout_for(shards_of(param), param.ndim, view, parts, group) if isinstance(param, DTensor) else None
-
-
 def layout_for(shards: Shards, ndim: int, view: View, parts: Parts, group: Group) -> Layout:
     """How a parameter of so many dimensions is stepped that is split in some way.
 

@@ -21,8 +21,9 @@ from lowrank_optim.nn import (
     WeightRefactorization,
     convert,
 )
-from lowrank_optim.nn.restarts import Restart
+from lowrank_optim.nn.restarts import Restart, reset_moments_
 from tests.nn.parameterizations import Block, block, loss_of, train
+from tests.optimizers import build
 
 
 def model_and_optimizer(options: Any = None, **kwargs: Any) -> tuple[Block, torch.optim.AdamW]:
@@ -256,6 +257,22 @@ def test_ours_can_be_reset() -> None:
     for state in optimizer.state.values():
         assert state["step"] == 0 and not state["exp_avg"].any() and not state["exp_avg_sq"].any()
     train(model, optimizer, 4, 2)
+
+
+@pytest.mark.parametrize("name", ["Muon", "Trion", "RACS", "SinkGD", "LoRAPre"])
+def test_a_reset_takes_every_optimizer_of_the_package(name: str) -> None:
+    p = nn.Parameter(torch.randn(6, 4))
+    optimizer = build(name, [p], **({"rank": 2} if name in ("Trion", "LoRAPre") else {}))
+    for _ in range(2):
+        p.grad = torch.randn(6, 4)
+        optimizer.step()
+        reset_moments_(optimizer, [p])
+        state = optimizer.state[p]
+        assert state["step"] == 0
+        assert not any(state[key].any() for key in ("momentum", "row_scale", "column_scale") if key in state)
+    optimizer.step()
+    # From two factors of zeros no moment would ever move again.
+    assert name != "LoRAPre" or (state["exp_avg.left"] @ state["exp_avg.right"].mT).any()
 
 
 def test_8_bit_moments_read_as_zero_after_a_reset() -> None:

@@ -135,6 +135,19 @@ def test_a_rank_that_does_not_compress_is_adam() -> None:
         torch.testing.assert_close(p, q)
 
 
+@pytest.mark.parametrize("refresh", ["randomized", "svd"])
+def test_a_basis_may_have_more_columns_than_the_gradient_has_rows(refresh: str) -> None:
+    """A depthwise convolution: its 16 filters have 9 values each."""
+    p = nn.Parameter(torch.zeros(16, 1, 3, 3))
+    optimizer = GaLoreAdamW([p], rank=12, refresh=refresh)
+    grad = torch.randn_like(p)
+    step_with(optimizer, p, grad)
+    basis, filters = optimizer.state[p]["basis.0"], grad.flatten(1)
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(12), rtol=0, atol=1e-5)
+    # Nothing of the gradient lies outside.
+    torch.testing.assert_close(basis @ (basis.mT @ filters), filters, rtol=0, atol=1e-5)
+
+
 def test_a_complete_tucker_basis_only_turns_the_gradient() -> None:
     """beta1 = beta2 = 0 and eps so large that the direction is R / eps: the lift must return the gradient."""
     p = nn.Parameter(torch.zeros(6, 5, 4))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowrank_optim.optim import schema
 from lowrank_optim.optim.parts import Number, Slot, Slots
+from lowrank_optim.optim.state_storage import PART
 from tests.optimizers import VARIANTS, build
 
 CPU = torch.device("cpu")
@@ -52,7 +53,12 @@ def test_no_method_keeps_what_is_not_known() -> None:
         optimizer = build(name, [p], **kwargs)
         kept |= {key.partition(".")[0] for key in optimizer.slots_of(p, optimizer.param_groups[0])}
     # Of layers, of a refresh that is under way, and of parameters that are split over processes: none are here.
-    assert kept == schema.OWN - {"updates", "pending", "first"}
+    assert kept == schema.OWN - {"updates", "pending", *PART}
+
+
+def test_a_state_that_is_no_longer_split_forgets_where_its_part_was() -> None:
+    made = state(axis=-1, length=5, first=2)
+    assert schema.fit_(made, SLOTS, CPU, None) and not set(PART) & set(made)
 
 
 COMPLAINTS: list[tuple[str, Any, str | None]] = [

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from lowrank_optim.ops.project import project
-from lowrank_optim.optim.parts import Group, Number, Scalar, Slots, State, Subspace, View
+from lowrank_optim.optim.parts import Group, Number, Scalar, Slot, Slots, State, Subspace, View
 
 SIDES = ("std", "reverse_std", "left", "right")
 
@@ -75,6 +77,22 @@ class Oriented(Subspace):
         basis = self.basis(target, state, group)
         product_ = torch.Tensor.addmm_ if target.ndim == 2 else torch.Tensor.baddbmm_
         product_(target, low.to(target.dtype), basis.mH, alpha=alpha)
+
+
+class Stored(Oriented):
+    """A subspace whose basis (..., d, rank) is kept in the dtype of the weight."""
+
+    # Whether a CPU keeps it column after column, as :class:`lowrank_optim.optim.parts.Slot` explains.
+    by_columns: ClassVar[bool] = False
+
+    def slots(self, view: View, group: Group) -> Slots:
+        _, d, _, along = self.sides(view, group)
+        shape = (*view.batch, d, self.rank(view.shape, group))
+        return {**super().slots(view, group), "basis": Slot(shape, view.dtype, along, by_columns=self.by_columns)}
+
+    def basis(self, like: Tensor, state: State, group: Group) -> Tensor:
+        basis: Tensor = state["basis"]
+        return basis if basis.dtype == like.dtype else basis.to(like.dtype)
 
 
 def overlap_where(which: Tensor | None, overlap: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from lowrank_optim.ops.sketch import sketch
 from lowrank_optim.optim.options import one_of
 from lowrank_optim.optim.parts import Group, Number, Option, Refresh, Scalar, Slot, Slots, State, View, Which
 from lowrank_optim.optim.state_storage import SALTS
-from lowrank_optim.optim.subspaces.oriented import SIDES, Oriented, on_left
+from lowrank_optim.optim.subspaces.oriented import SIDES, Oriented, Stored, on_left
 
 MOMENTS = ("keep", "align", "rotate")
 
@@ -46,6 +46,13 @@ def sketch_matrix(shape: tuple[int, ...], like: Tensor, state: State, group: Gro
     """Independent real N(0, 1) in the dtype of ``like``; the same for all micro-batches of an update."""
     key = mix_key(state["seed"], state["step"], SALTS["sketch"])
     return noise(shape, like, key, group).to(like.dtype)
+
+
+def random_basis(like: Tensor, state: State, key: int | Tensor, group: Group) -> Tensor:
+    """A uniformly random orthonormal basis as large as the present one, in fp32 or wider."""
+    wide = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
+    # R's diagonal must be positive, or the distribution is not uniform.
+    return orthonormalize(noise(tuple(state["basis"].shape), wide, key, group)).to(wide.dtype)
 
 
 class Drawn(Oriented):
@@ -102,31 +109,21 @@ class Gaussian(Drawn):
         return Refresh(renewed=True, overlap=overlap_of(old, self.basis(grad, state, group), group["moments"]))
 
 
-class RandomOrthonormal(Drawn):
+class RandomOrthonormal(Stored, Drawn):
     """A uniformly random orthonormal basis, drawn at every refresh."""
 
+    by_columns = True
     orthonormal = True
     splits = frozenset({"rows", "columns"})
-
-    def slots(self, view: View, group: Group) -> Slots:
-        _, d, _, along = self.sides(view, group)
-        shape = (*view.batch, d, self.rank(view.shape, group))
-        return {**super().slots(view, group), "basis": Slot(shape, view.dtype, along, by_columns=True)}
 
     def refresh(self, grad: Tensor, state: State, group: Group, which: Which) -> Refresh:
         """The next basis."""
         state["refreshes"] += 1
         basis: Tensor = state["basis"]
-        like = grad.new_empty(0, dtype=torch.promote_types(grad.dtype, torch.float32))
-        # R's diagonal must be positive, or the distribution is not uniform.
-        new = orthonormalize(noise(tuple(basis.shape), like, self.key(state), group)).to(basis.dtype)
+        new = random_basis(grad, state, self.key(state), group).to(basis.dtype)
         overlap = None if which.warm is False else overlap_of(basis, new, group["moments"])
         basis.copy_(new)
         return Refresh(renewed=True, overlap=overlap)
-
-    def basis(self, like: Tensor, state: State, group: Group) -> Tensor:
-        basis: Tensor = state["basis"]
-        return basis.to(like.dtype)
 
 
 class RandomColumns(Drawn):

@@ -18,7 +18,7 @@ from lowrank_optim.ops.project import project
 from lowrank_optim.optim import finite
 from lowrank_optim.optim.options import one_of
 from lowrank_optim.optim.parts import Accumulation, Group, Option, Refresh, Slot, Slots, State, View, Which
-from lowrank_optim.optim.subspaces.oriented import SIDES, Oriented, keep_where, on_left, overlap_where
+from lowrank_optim.optim.subspaces.oriented import SIDES, Oriented, Stored, keep_where, on_left, overlap_where
 from lowrank_optim.optim.subspaces.random import MOMENTS, sketch_matrix
 
 REFRESHES = ("power", "randomized", "svd")
@@ -88,7 +88,9 @@ def top_basis(
 def _svd_basis(grad: Tensor, rank: int, left: bool, selection: str, generator: torch.Generator) -> Tensor | None:
     try:
         # No copy of the gradient: LAPACK's input is overwritten in torch's own buffer.
-        u, singular_values, vh = torch.linalg.svd(grad.mT if left else grad, full_matrices=False)
+        matrix = grad.mT if left else grad
+        # An unfolded convolution may have fewer rows than the basis has columns.
+        u, singular_values, vh = torch.linalg.svd(matrix, full_matrices=min(matrix.shape[-2:]) < rank)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None
     vectors = u.conj() if left else vh.mH
@@ -138,13 +140,14 @@ class HalfIterations(Accumulation):
         return subspace.replace_basis_(image, state, group, which)
 
 
-class TopSingular(Oriented):
+class TopSingular(Stored):
     """The dominant singular subspace on one side of a matrix.
 
     ``std`` compresses the smaller side, ``reverse_std`` the larger one, ``left`` the rows, ``right`` the columns.
     """
 
     accumulation: ClassVar[Accumulation | None] = HalfIterations()
+    by_columns = True
     orthonormal = True
     splits = frozenset({"rows", "columns"})
     refreshes_rows = True
@@ -161,11 +164,6 @@ class TopSingular(Oriented):
 
     def left(self, shape: tuple[int, ...], group: Group) -> bool:
         return on_left(shape, group["proj_type"])
-
-    def slots(self, view: View, group: Group) -> Slots:
-        _, d, _, along = self.sides(view, group)
-        shape = (*view.batch, d, self.rank(view.shape, group))
-        return {**super().slots(view, group), "basis": Slot(shape, view.dtype, along, by_columns=True)}
 
     def refresh(self, grad: Tensor, state: State, group: Group, which: Which) -> Refresh:
         """Replace the basis by the dominant directions of this gradient.
@@ -200,10 +198,6 @@ class TopSingular(Oriented):
                 overlap = None
         self.keep_basis_(basis, state, group)
         return Refresh(renewed=True, overlap=overlap)
-
-    def basis(self, like: Tensor, state: State, group: Group) -> Tensor:
-        basis: Tensor = state["basis"]
-        return basis if basis.dtype == like.dtype else basis.to(like.dtype)
 
     def keep_basis_(self, basis: Tensor, state: State, group: Group) -> None:
         """Overwrite the basis that is kept."""

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from lowrank_optim.ops.orthonormal import normalize_, orthonormalize
 from lowrank_optim.optim.options import number, one_of
-from lowrank_optim.optim.parts import Group, Option, Refresh, Slot, Slots, State, View, Which
+from lowrank_optim.optim.parts import Group, Option, Refresh, State, Which
 from lowrank_optim.optim.state_storage import load_moment
-from lowrank_optim.optim.subspaces.oriented import SIDES, Oriented, keep_where, on_left, overlap_where
+from lowrank_optim.optim.subspaces.oriented import SIDES, Stored, keep_where, on_left, overlap_where
 from lowrank_optim.optim.subspaces.singular import top_basis, usable
 
 
@@ -23,7 +23,7 @@ def carried_momentum(group: Group) -> float:
     return beta1 / (1 - beta1) if group["error_feedback"] else 0.0
 
 
-class Tracking(Oriented):
+class Tracking(Stored):
     """The dominant subspace of a mean of momentum and gradient, one block power iteration a step."""
 
     splits = frozenset({"rows"})
@@ -38,11 +38,6 @@ class Tracking(Oriented):
         """As in GaLore, but "std" compresses the rows of a square matrix."""
         square = shape[-2] == shape[-1] and group["proj_type"] == "std"
         return square or on_left(shape, group["proj_type"])
-
-    def slots(self, view: View, group: Group) -> Slots:
-        _, d, _, along = self.sides(view, group)
-        shape = (*view.batch, d, self.rank(view.shape, group))
-        return {**super().slots(view, group), "basis": Slot(shape, view.dtype, along)}
 
     def refresh(self, grad: Tensor, state: State, group: Group, which: Which) -> Refresh:
         """Turn the basis towards rho P M̂ᵀ + (1 - rho) A; the first is taken from A alone by an SVD."""
@@ -74,7 +69,3 @@ class Tracking(Oriented):
         normalize_(image, which.sums)
         turned = (1 - rho) * (grad.mH @ image) + share * (old @ (momentum.mH @ image))
         return orthonormalize(turned if which.sums is None else which.sums.sum_(turned))
-
-    def basis(self, like: Tensor, state: State, group: Group) -> Tensor:
-        basis: Tensor = state["basis"]
-        return basis.to(like.dtype)
