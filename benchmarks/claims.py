@@ -340,7 +340,20 @@ CLAIMS = (
     ),
     Claim("SST", "node classification, translation", "tables", untestable("no such data"), "none"),
     Claim("this project", "steps equal the published packages'", "0", trajectories, "python -m benchmarks.reference"),
-    Claim("this project", "GaLore trains like galore-torch", "equal", equal("GaLore", "galore-torch"), COMMAND),
+    Claim(
+        "this project",
+        "GaLore with refreshes by SVD trains like galore-torch",
+        "equal",
+        equal("GaLore, refresh by SVD", "galore-torch"),
+        COMMAND,
+    ),
+    Claim(
+        "this project",
+        "GaLore's refresh by a power step is as good as by SVD",
+        "equal",
+        as_good("GaLore", "GaLore, refresh by SVD", SAME),
+        COMMAND,
+    ),
     Claim("this project", "APOLLO trains like apollo-torch", "equal", equal("APOLLO", "apollo-torch"), COMMAND),
     Claim("this project", "Fira trains like the package fira", "equal", equal("Fira", "fira (package)"), COMMAND),
 )

@@ -49,7 +49,7 @@ def quantize_int4_(codes: Tensor, scale: Tensor, zero: Tensor, values: Tensor, *
     low, high = groups.amin(-1).clamp_max_(0), groups.amax(-1).clamp_min_(0)
     torch.div(high - low, LARGEST, out=scale)
     inverse = scale.clamp_min(torch.finfo(scale.dtype).tiny).reciprocal()
-    zero.copy_((-low * inverse).round_().clamp_(0, LARGEST))
+    zero.copy_((-low * inverse).round_())
     code = (groups * inverse.unsqueeze(-1)).round_().add_(zero.unsqueeze(-1)).clamp_(0, LARGEST).to(torch.uint8)
     codes.copy_(pack(code.flatten(-2)[..., :count].view(values.shape)))
 

@@ -26,6 +26,18 @@ REASONS: tuple[tuple[str, str], ...] = (
     (r"engine.py:.*refresh_seconds", "a measured time"),
     (r"engine.py:LowRankOptimizer.refresh: layout is not None and .* -> False", "the whole gradient is gathered"),
     (r"sharding.py:Layout.unwrap: isinstance\(value, Tensor\)", "numbers have no axis to be cut along"),
+    (r"fixed_basis.py:Columns.project_back_: .* -> False", "a product with the identity"),
+    (r"error_feedback.py:ErrorFeedback: True -> False #1", "a low-rank copy more"),
+    (r"scale.py:RowNormalisedMomentum: True -> False", "it tells refreshes, which there are none of"),
+    (r"schema.py:checked: isinstance\(correction, Slot\) and", "no number has this name"),
+    (r"adam.py:Adam._kernel: AXIS in state and .* -> \(isinstance", "a call of the host more"),
+    (r"lowrank_update.py:lowrank_update_: in_place and weight.ndim == 2 -> False", "by way of a batch of one"),
+    (
+        r"state_storage.py:recoded: not suffix and isinstance\(slot, Slot\) and .* -> \(not suffix\) and \(holds",
+        "for types",
+    ),
+    (r"spectral_linear.py:_through_parts: r < s.numel\(\) and .* -> \(need", "products with nothing"),
+    (r"sltrain.py:sltrain_gradients: x.shape\[0\] \* .* -> True", "another order of the same products"),
     (r"random.py:(pick_columns|add_to_columns_): indices.ndim == 1 -> False", "the same elements by their places"),
 )
 

@@ -199,3 +199,11 @@ def test_clear_errors() -> None:
         layer(7, 5, 2).from_weight_(torch.zeros(4, 4))
     with pytest.raises(ValueError, match="no singular value decomposition"):
         layer(7, 5, 2).from_weight_(torch.full((5, 7), float("inf")))
+
+
+def test_a_weight_is_composed_in_a_wide_dtype() -> None:
+    parts = Triplets(*(torch.randn(shape).bfloat16() for shape in ((9, 2), (6,), (6, 2), (9, 4), (6, 4))))
+    exact = compose(Triplets(*(part.double() for part in parts)))
+    weight = compose(parts)
+    assert weight.dtype == torch.float32
+    torch.testing.assert_close(weight.double(), exact, rtol=1e-5, atol=1e-5)

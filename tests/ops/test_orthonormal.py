@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowrank_optim.ops.orthonormal import orthonormalize, range_finder, subspace_iteration
+from lowrank_optim.ops.orthonormal import orthonormalize, orthonormalize_blind, range_finder, subspace_iteration
 
 
 def energy(a: torch.Tensor, basis: torch.Tensor) -> float:
@@ -103,3 +103,17 @@ def test_subspace_iteration_converges_to_the_dominant_subspace() -> None:
     a = (u * 0.5 ** torch.arange(12)) @ v.mT
     basis = subspace_iteration(a, torch.randn(12, 4, dtype=torch.float64), iterations=25)
     torch.testing.assert_close(basis @ basis.mT, v[:, :4] @ v[:, :4].mT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
+@pytest.mark.parametrize("shape", [(9, 4), (2, 9, 4)], ids=str)
+def test_without_a_look_it_is_the_same_factor(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    matrix = torch.randn(shape, dtype=dtype)
+    basis, good = orthonormalize_blind(matrix)
+    assert good.shape == (*shape[:-2], 1, 1) and good.all()
+    torch.testing.assert_close(basis, orthonormalize(matrix), rtol=1e-4, atol=1e-5)
+    for bad in (torch.nan, torch.inf):
+        broken = matrix.clone()
+        broken.view(-1)[1] = bad
+        good = orthonormalize_blind(broken)[1]
+        assert not good.view(-1)[0] and good.view(-1)[1:].all()

@@ -254,6 +254,33 @@ def test_a_group_that_changes_in_mid_run(name: str, kwargs: dict[str, Any], dtyp
         assert [row[2:] for row in optimizer.explain()] == [row[2:] for row in fresh.explain()], change
 
 
+@pytest.mark.parametrize(("name", "kwargs"), [row for row in VARIANTS if "state_dtype" not in row[1]], ids=str)
+def test_a_rule_that_treats_rows_for_themselves_says_so(name: str, kwargs: dict[str, Any]) -> None:
+    """So that it may get some rows, or some elements, of what other processes have the rest of."""
+    params = parameters(FEW)
+    optimizer = quiet(name, params, **kwargs)
+    train(optimizer, params, range(2))
+    for p in params:
+        plan = optimizer.plan_of(p, optimizer.entry(p).group)
+        group, rule, subspace = optimizer.entry(p).group, plan.parts.rule, plan.parts.subspace
+        if not (rule.elementwise if subspace is None else rule.rowwise):
+            continue
+        low = torch.randn(p.shape if subspace is None else subspace.low_shape(plan.view, group))
+        kept = slice(1, None, 2)
+        some, whole = (
+            {key: value.clone() if isinstance(value, Tensor) else value for key, value in plan.state.items()}
+            for _ in range(2)
+        )
+        for key, value in some.items():
+            if isinstance(value, Tensor) and value.shape == low.shape:
+                some[key] = value[kept].clone()
+        found, expected = rule.direction(low[kept].clone(), some, group), rule.direction(low.clone(), whole, group)
+        torch.testing.assert_close(found, expected[kept])
+        for key, value in whole.items():
+            part = isinstance(value, Tensor) and value.shape == low.shape
+            torch.testing.assert_close(some[key], value[kept] if part else value, equal_nan=True)
+
+
 @every_variant
 @pytest.mark.usefixtures("_small_moments_in_8_bits")
 def test_a_change_that_no_step_has_seen_is_saved(name: str, kwargs: dict[str, Any]) -> None:

@@ -110,6 +110,11 @@ def test_bases_are_orthogonal_and_shared(basis: str, size: int) -> None:
     assert torch.equal(narrow, rows.float())
 
 
+def test_a_basis_without_values_is_not_made() -> None:
+    meta = torch.device("meta")
+    assert basis_rows("random", 10**6, torch.float32, meta).shape == (10**6, 10**6)
+
+
 def test_every_basis_is_another_one() -> None:
     made = [basis_rows(basis, 7, torch.float64, CPU) for basis in BASES]
     for i, one in enumerate(made):

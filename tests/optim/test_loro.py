@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -32,6 +33,14 @@ def test_groups_hold_one_layer_each_and_the_rest() -> None:
     assert [g["param_names"] for g in optimizer.param_groups] == [g["param_names"] for g in groups]
     methods = {row.name: row.method for row in optimizer.explain()}
     assert methods["mlp.up_proj.A"] == "rank 4" and methods["mlp.up_proj.bias"] == "full-rank"
+
+
+def test_only_where_no_factors_are_found_a_warning_says_so() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LOROAdamW(factor_groups(converted()))
+    with pytest.warns(UserWarning, match="no factors among the parameters"):
+        LOROAdamW([nn.Parameter(torch.ones(8, 4))])
 
 
 def test_parameters_that_are_no_factors_have_no_rank() -> None:

@@ -79,6 +79,16 @@ def test_moved_gradients_other_options_and_a_loaded_state_make_another_graph(gra
     assert graphs_after(1) == 4
 
 
+def test_a_rate_that_is_a_tensor_is_read_where_it_is(graphs: list[Graph]) -> None:
+    rate = torch.tensor(0.1)
+    params, optimizer = made("GaLoreAdamW", lr=rate)
+    step = ReplayedStep(optimizer)
+    for i in range(3):
+        give(params, i)
+        step()
+    assert len(graphs) == 1 and step._rates == [None] and optimizer.param_groups[0]["lr"] is rate
+
+
 def test_gradients_that_are_allocated_anew_are_never_captured(graphs: list[Graph]) -> None:
     params, optimizer = made("GaLoreAdamW")
     step = ReplayedStep(optimizer)

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from lowrank_optim import GaLoreAdamW
+from lowrank_optim import Alice, GaLoreAdamW
+from lowrank_optim.ops.rounding import Positions
 from lowrank_optim.optim import sharding
+from lowrank_optim.optim.parts import Slot
 from lowrank_optim.optim.sharding import Layout, Shards, agree
-from lowrank_optim.optim.state_storage import decode
+from lowrank_optim.optim.state_storage import decode, position
 
 
 @pytest.fixture
@@ -96,3 +98,23 @@ def test_eight_bit_moments_of_a_whole_state(kind: str, monkeypatch: pytest.Monke
     assert "exp_avg.codes" not in part and "exp_avg.scale" not in part
     for key in ("exp_avg", "exp_avg_sq"):
         assert torch.equal(part[key], decode(state, key)[8:])
+
+
+def test_where_a_part_stands_in_the_counter_of_random_bits() -> None:
+    rows = {"axis": -2, "length": 16, "first": 8, "left": False}
+    assert position(rows, torch.zeros(8, 5), weight=True) == 40
+    # Something of the state has the rows of an oriented gradient.
+    assert position(rows, torch.zeros(8, 3)) == 24
+    turned = {**rows, "axis": -1, "left": True}
+    assert position(turned, torch.zeros(5, 8), weight=True) == Positions(8, 8, 8)
+    assert position(turned, torch.zeros(8, 3)) == 24
+    # The compressed axis is split, and the state whole.
+    assert position({**turned, "axis": -2}, torch.zeros(16, 3)) == 0
+    assert position({**rows, "axis": -1}, torch.zeros(16, 3)) == 0
+
+
+@pytest.mark.parametrize(("shape", "along"), [((12, 7), "rows"), ((7, 12), "columns"), ((2, 7, 12), "columns")])
+def test_the_energy_outside_of_a_subspace_runs_along_the_rows_of_a_gradient(shape: tuple[int, ...], along: str) -> None:
+    optimizer = Alice([param := nn.Parameter(torch.zeros(shape))], rank=4)
+    slot = optimizer.slots_of(param, optimizer.param_groups[0])["outside"]
+    assert isinstance(slot, Slot) and slot.along == along

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim import GaLoreAdamW
+from lowrank_optim.ops import int8_blocks
 from lowrank_optim.optim.parts import Slot
-from lowrank_optim.optim.state_storage import load_moment, scale_slot
+from lowrank_optim.optim.state_storage import load_moment, moment_slots, recoded, scale_slot
 
 LARGE = (300, 40)
 
@@ -138,3 +139,21 @@ def test_the_blocks_of_linear_codes_end_where_rows_do() -> None:
     # 15 rows of 257 values, in blocks of 256 of all values or of 128 of a row.
     assert scale_slot(Slot((3, 5, 257), torch.uint8)).shape == (16,)
     assert scale_slot(Slot((3, 5, 257), torch.int8)).shape == (45,)
+
+
+def test_values_of_another_shape_are_not_made_codes() -> None:
+    """Loading then says what is wrong."""
+    slots = moment_slots("exp_avg", (128, 64), torch.float32, "int8", None)
+    saved = {"exp_avg": torch.ones(64, 128)}
+    assert recoded(saved, slots) == saved
+    assert recoded({"exp_avg": torch.ones(128, 64)}, slots).keys() == slots.keys()
+
+
+def test_an_error_that_was_decoded_becomes_its_codes_again() -> None:
+    error = torch.randn(16, 300)
+    codes, scale = torch.zeros(16, 300, dtype=torch.int8), torch.zeros(48)
+    int8_blocks.quantize_(codes, scale, error)
+    slots = {"error.codes": Slot((16, 300), torch.int8), "error.scale": Slot((48,), torch.float32)}
+    found = recoded({"error": int8_blocks.dequantize(codes, scale, torch.float32)}, slots)
+    assert found.keys() == slots.keys() and torch.equal(found["error.codes"], codes)
+    torch.testing.assert_close(found["error.scale"], scale)

@@ -17,6 +17,7 @@ from lowrank_optim.optim.subspaces.random import (
     RandomOrthonormal,
     noise,
     overlap_of,
+    pick_columns,
     predecessors,
     sketch_matrix,
 )
@@ -69,6 +70,18 @@ def test_noise_is_real_in_the_precision_of_what_it_meets(dtype: torch.dtype) -> 
     assert noise((4, 3), torch.empty(0, dtype=dtype), 7, OPTIONS).shape == (4, 3)
 
 
+@pytest.mark.parametrize("indices", [torch.tensor([3, 0]), torch.tensor([[3, 0], [1, 2]])], ids=["one", "stack"])
+@pytest.mark.parametrize(("dtype", "wide"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)], ids=str)
+def test_columns_are_picked_in_a_wide_dtype(indices: Tensor, dtype: torch.dtype, wide: torch.dtype) -> None:
+    matrix = torch.randn(*indices.shape[:-1], 5, 4).to(dtype)
+    picked = pick_columns(matrix, indices)
+    expected = [matrix[..., i] for i in (3, 0)] if indices.ndim == 1 else None
+    assert picked.dtype == wide
+    if expected is None:
+        expected = [torch.stack((matrix[0, :, a], matrix[1, :, b])) for a, b in ((3, 1), (0, 2))]
+    assert torch.equal(picked, torch.stack(expected, -1).to(wide))
+
+
 @pytest.mark.parametrize("method", ["power_iteration", "svd"])
 @pytest.mark.parametrize("warm", [False, True])
 def test_tracking_keeps_its_basis_where_none_can_be_computed(
@@ -86,6 +99,19 @@ def test_tracking_keeps_its_basis_where_none_can_be_computed(
     assert torch.equal(state["basis"], before)
     assert subspace.refresh(torch.randn(9, 8), state, group, Which(warm=warm)).renewed
     assert not torch.equal(state["basis"], before)
+
+
+def test_a_stack_whose_mean_has_no_basis_takes_that_of_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    subspace, group, grad = Tracking(), {**OPTIONS, "proj_method": "svd"}, torch.randn(2, 9, 8)
+    view = View((2, 9, 8), torch.float32, torch.device("cpu"), "stack")
+    state: dict[str, Any] = {"seed": 1, "step": 1, "exp_avg": torch.randn(2, 9, 3)}
+    allocate_(state, subspace.slots(view, OPTIONS), torch.device("cpu"))
+    assert subspace.refresh(grad, state, group, COLD).renewed
+    expected = state["basis"].clone()
+    monkeypatch.setattr(subspace, "_turned", lambda *_: None)
+    some = Which(warm=torch.tensor([True, False]).view(2, 1, 1))
+    assert subspace.refresh(grad, state, group, some).renewed
+    torch.testing.assert_close(state["basis"].abs(), expected.abs())
 
 
 @pytest.mark.parametrize("refresh", ["power", "randomized", "svd"])

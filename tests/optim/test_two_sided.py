@@ -147,6 +147,16 @@ def test_where_nobody_looks_a_gradient_that_is_not_finite_only_decays(
     torch.testing.assert_close(p.detach(), 0.75 * before)
 
 
+@pytest.mark.parametrize("name", ["embed_tokens.weight", "layers.0.weight"])
+def test_rows_and_columns_of_zeros_stay(name: str) -> None:
+    p = nn.Parameter(torch.ones(14, 9))
+    optimizer = SCALE([(name, p), ("layers.1.weight", nn.Parameter(torch.ones(3, 3)))], lr=0.5)
+    grad = torch.randn(14, 9)
+    grad[:, 2], grad[4] = 0, 0
+    step_with(optimizer, p, grad)
+    assert torch.equal(p.ne(1), grad.ne(0)) and p.isfinite().all()
+
+
 def test_the_momentum_of_a_head_goes_on_after_a_resume() -> None:
     def optimizer_of(p: nn.Parameter) -> SCALE:
         return SCALE([("lm_head.weight", p), ("layers.1.weight", nn.Parameter(torch.ones(3, 3)))], lr=0.1)
@@ -243,6 +253,13 @@ def test_nothing_of_the_size_of_the_weight_is_made(
     with CountTemporaries(p.numel()) as count:
         optimizer.step()
     assert count.created == []
+
+
+@pytest.mark.parametrize("cls", [SinkGD, SCALE, RACS], ids=lambda cls: cls.__name__)
+def test_what_has_one_row_or_column_is_a_vector(cls: type[LowRankOptimizer]) -> None:
+    """Normalised by itself, every value of it would be a sign."""
+    params = [nn.Parameter(torch.ones(shape)) for shape in ((8, 1), (1, 8), (2, 2))]
+    assert [row.method for row in cls(params).explain()] == ["full-rank", "full-rank", "whole"]
 
 
 @pytest.mark.parametrize("cls", [SinkGD, SCALE, RACS], ids=lambda cls: cls.__name__)
