@@ -138,7 +138,7 @@ def _processes(number: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-class Meter(Tracker):
+class Meter(Tracker):  # type: ignore[no-untyped-call]
     """A tracker of the storages of this process, parts of tensors, and of what collectives were given.
 
     Attributes:
