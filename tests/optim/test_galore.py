@@ -150,6 +150,23 @@ def test_a_complete_tucker_basis_only_turns_the_gradient() -> None:
     }
 
 
+@pytest.mark.parametrize("refresh", ["svd", "power"])
+def test_an_expert_without_a_gradient_keeps_all_its_bases(refresh: str) -> None:
+    p = nn.Parameter(torch.zeros(2, 12, 10))
+    optimizer = GaLoreAdamW([p], rank=4, proj_type="full", update_proj_gap=1, refresh=refresh)
+    p.grad = torch.randn(2, 12, 10)
+    optimizer.step()
+    before = {key: value.clone() for key, value in optimizer.state[p].items() if key.startswith("basis")}
+    p.grad = torch.randn(2, 12, 10)
+    p.grad[1] = 0
+    optimizer.step()
+    assert len(before) == 2
+    for key, basis in before.items():
+        assert torch.equal(optimizer.state[p][key][1], basis[1]) and not torch.equal(
+            optimizer.state[p][key][0], basis[0]
+        )
+
+
 def test_convolutions_compress_their_channels_only() -> None:
     p = nn.Parameter(torch.zeros(16, 12, 3, 3))
     optimizer = GaLoreAdamW([p], rank=4)

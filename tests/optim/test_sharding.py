@@ -100,6 +100,24 @@ def test_eight_bit_moments_of_a_whole_state(kind: str, monkeypatch: pytest.Monke
         assert torch.equal(part[key], decode(state, key)[8:])
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_parts_of_other_lengths_are_gathered(axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three rows on two processes; this is the second."""
+    whole = torch.randn(3, 4).bfloat16().movedim(0, axis)
+    parts = whole.split(2, axis)
+
+    def gather(out: Tensor, sent: Tensor, group: Any) -> None:
+        first = parts[0].movedim(axis, 0).contiguous().view(-1).view(torch.uint8)
+        out.copy_(torch.cat((first, sent)))
+
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(dist, "all_gather_into_tensor", gather)
+    group: Any = object()
+    found = Shards(0, 2, 3, 3, group, None, ()).gather(parts[1], axis)
+    assert torch.equal(found, whole)
+    assert Shards(0, 0, 1, 1, None, None, ()).gather(parts[1], axis) is parts[1]
+
+
 def test_where_a_part_stands_in_the_counter_of_random_bits() -> None:
     rows = {"axis": -2, "length": 16, "first": 8, "left": False}
     assert position(rows, torch.zeros(8, 5), weight=True) == 40
