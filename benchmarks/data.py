@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import spread, write_result
-from lowrank_optim.pretrain import tokenize_command
+from lowrank_optim.cli.main import main as lowrank_train
 from lowrank_optim.pretrain.batches import Batch
 from lowrank_optim.pretrain.config import Options
 from lowrank_optim.pretrain.data import load_data
@@ -65,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rates: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         shards = str(Path(folder) / "tokens")
-        line = ["--dataset", options.data, "--tokenizer", options.tokenizer, "--output-dir", shards]
-        if tokenize_command.main(line):
+        line = ["tokenize", "--dataset", options.data, "--tokenizer", options.tokenizer, "--output-dir", shards]
+        if lowrank_train(line):
             raise SystemExit(2)
         for (kind, source, tokens), pack in itertools.product(
             (("text", options.data, options.text_tokens), ("token shards", shards, options.tokens)), (True, False)

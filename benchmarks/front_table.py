@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     peaks: dict[str, Any] = dict((read_result("front_table") or {"peaks": {}})["peaks"])
     for name in only:
         peak = simulate(jobs[name])
-        peaks[name] = {"method": jobs[name].method, "setting": jobs[name].setting, **peak.as_dict()}
+        peaks[name] = {"method": jobs[name].method, "setting": jobs[name].setting, **asdict(peak)}
         # Which layer takes how much is of no use here.
         del peaks[name]["by_layer"]
         print(f"{name}, {jobs[name].method}: {peak.peak_bytes / 1e9:.2f} GB", flush=True)

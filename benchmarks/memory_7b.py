@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             seq_len=2048, per_layer=True, checkpointing=True,
         )  # fmt: skip
         peak = simulate(job)
-        rows.append({"model": model, "method": job.method, "weights": weights, "target_gb": target, **peak.as_dict()})
+        rows.append({"model": model, "method": job.method, "weights": weights, "target_gb": target, **asdict(peak)})
         print(
             f"{model}, {job.method}, {weights} weights: {peak.peak_bytes / 1e9:.2f} GB, target {target:g}", flush=True
         )

@@ -10,6 +10,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,12 @@ def row(model: str, path: str, method: str, number: int, *, simulated: bool) -> 
     figures: dict[str, Any] = {
         "stored": found["fsdp"].stored, "sent": found["fsdp"].sent(parts), "copies_stored": found["ddp"].stored,
         "copies_sent": found["ddp"].sent(copies), "low_rank_sent": found["ddp"].sent_at_low_rank(copies),
-        "parts": found["fsdp"].as_dict(),
+        "parts": asdict(found["fsdp"]),
     }  # fmt: skip
     if simulated:
         real = simulate_sharded(job, number, layers=config.num_hidden_layers)
         moved = real.model.plus(real.update).plus(real.refresh, 1 / found["fsdp"].gap)
-        figures["simulated"] = {**real.as_dict(), "stored": real.peak, "sent": moved.sent(number)}
+        figures["simulated"] = {**asdict(real), "stored": real.peak, "sent": moved.sent(number)}
     print(model, method, number, {key: value for key, value in figures.items() if key != "parts"}, flush=True)
     return {"model": model, "method": method, "devices": number, "rank": rank.get("rank"), **figures}
 

@@ -54,7 +54,9 @@ def prepare(options: Options) -> Training:
     Raises:
         UserError, RuntimeError, ValueError: as the trainer raises them.
     """
-    config = build_config(options.model, vocab_size=None if options.tokenizer else BPE_VOCAB)
+    config = build_config(options.model)
+    if not options.tokenizer:
+        config.vocab_size = BPE_VOCAB
     run, _, model, optimizer = build(options, "cpu", config=config)
     return Training(run, load_data(run, vocab_size=config.vocab_size), model, optimizer)
 

@@ -20,6 +20,8 @@ COLUMNS = (
     *("run", "model", "method", "lr", "updates", "tokens", "loss", "validation loss", "perplexity", "tokens/s"),
     "peak GiB",
 )
+# Options that a row is made of.
+SHOWN = ("model", "optimizer", "optimizer_args", "batch_size", "accumulate", "seq_len")
 
 
 def compare(argv: Sequence[str]) -> int:
@@ -58,9 +60,12 @@ def read_run(folder: Path) -> dict[str, Any]:
     if not (folder / FILE).is_file() or not (folder / "config.yaml").is_file():
         raise UserError(f"Invalid RUN: {folder} is no run folder, expected one with config.yaml and {FILE}")
     rows = read_metrics(folder / FILE)
-    if not any("loss" in row for row in rows):
-        raise UserError(f"Invalid RUN: {folder} has made no update")
-    return {"name": html.escape(folder.name), "options": read_yaml(str(folder / "config.yaml")), "rows": rows}
+    if all(row.get("loss") is None for row in rows):
+        raise UserError(f"Invalid RUN: {folder} has made no update with a finite loss")
+    options = read_yaml(str(folder / "config.yaml"))
+    if lacking := [name for name in SHOWN if name not in options]:
+        raise UserError(f"Invalid RUN: {folder / 'config.yaml'} has no {lacking[0]}, expected the options of a run")
+    return {"name": html.escape(folder.name), "options": options, "rows": rows}
 
 
 def _points(run: dict[str, Any], key: str) -> list[tuple[float, float]]:

@@ -14,7 +14,7 @@ from typing import Any
 from lowrank_optim import __version__
 from lowrank_optim.cli import quiet  # noqa: F401
 from lowrank_optim.optim.validation import nearest
-from lowrank_optim.pretrain.config import UserError
+from lowrank_optim.pretrain.config import UserError, missing
 
 PROG = "lowrank-train"
 # Subcommands: the module and the function, imported when called, and what they do.
@@ -51,9 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UserError as error:
             print(f"{PROG}: error: {error}", file=sys.stderr)
         except ModuleNotFoundError as error:
-            if str(error.name).startswith("lowrank_"):
-                raise
-            print(f"{PROG}: error: {error.name} is not installed: pip install 'lowrank-optim[train]'", file=sys.stderr)
+            print(f"{PROG}: error: {missing(error)}", file=sys.stderr)
         except BrokenPipeError:
             # Who reads has seen enough; nothing may be written at the end either.
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115

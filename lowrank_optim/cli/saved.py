@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_optim.cli.main import PROG
-from lowrank_optim.pretrain.command_line import FIELDS, Parser, add_flags, check_ranges, parse_known, read_values
+from lowrank_optim.pretrain.command_line import (
+    FIELDS,
+    Parser,
+    add_flags,
+    check_ranges,
+    check_seed,
+    parse_known,
+    read_values,
+)
 from lowrank_optim.pretrain.config import Options, Resolved, UserError, user_errors
 
 # The options of an evaluation; what is not given is the run's.
@@ -25,6 +33,7 @@ def generate(argv: Sequence[str]) -> int:
     given = parse_known(parser, argv, ("prompt", "tokens", "seed", "path"))
     if given.tokens < 1:
         raise UserError(f"Invalid --tokens: {given.tokens}, expected a positive number")
+    check_seed(given.seed)
     from lowrank_optim.pretrain.generate import sample
 
     model, tokenizer, _ = load(given.path)
@@ -94,9 +103,8 @@ def load(path: str) -> tuple[Any, Any, Resolved | None]:
     there = [Path(path)] if (Path(path) / "config.json").is_file() else checkpoint.checkpoints(Path(path))
     if not there:
         raise UserError(f"Invalid RUN: {path} holds neither a model nor a complete checkpoint")
-    found, run = there[-1], None
-    if (found / "state.json").is_file():
-        run = _options(found)
+    found = there[-1]
+    run = _options(found) if (found / checkpoint.STATE).is_file() else None
     with user_errors(ImportError):
         if run is None or (found / WEIGHTS).is_file() or not (found / FACTORED).is_file():
             config = build_config(str(found))
@@ -105,8 +113,7 @@ def load(path: str) -> tuple[Any, Any, Resolved | None]:
             # Activations between the factors leave nothing that transformers could load.
             from safetensors.torch import load_model
 
-            options = replace(run, init=None)
-            settled, config = settle(options, config=build_config(str(found)))
+            settled, config = settle(replace(run, init=None), config=build_config(str(found)))
             model = build_network(settled, config, "cpu")
             load_model(model, found / FACTORED)
     return model, load_tokenizer(str(found)), run
@@ -118,5 +125,5 @@ def _options(found: Path) -> Resolved:
         known = {name: value for name, value in saved.items() if name in FIELDS}
         # An older version may not have known an option.
         return Resolved(**{**asdict(Options()), **known})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"Broken checkpoint: {found / 'state.json'} ({error!r})") from error

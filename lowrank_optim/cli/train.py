@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lowrank_optim.cli.main import COMMANDS, PROG
 from lowrank_optim.pretrain.command_line import parse_options
-from lowrank_optim.pretrain.config import Options, user_errors
+from lowrank_optim.pretrain.config import Options, UserError, user_errors
 
 if TYPE_CHECKING:
     from lowrank_optim.memory.estimate import Estimate
@@ -76,10 +76,13 @@ def run(options: Options) -> int:
         text = ""
         if settled.sample_tokens and not trainer.sharded:
             prompt = settled.sample_prompt or ("def " if settled.dataset == "stdlib" else "The ")
-            text = sample(
-                trainer.model, trainer.text.tokenizer, prompt, tokens=settled.sample_tokens, seed=settled.seed
-            )
-            trainer.say("\nsample:\n" + text)
+            try:
+                text = sample(
+                    trainer.model, trainer.text.tokenizer, prompt, tokens=settled.sample_tokens, seed=settled.seed
+                )
+                trainer.say("\nsample:\n" + text)
+            except UserError as error:
+                trainer.say(f"warning: no sample of the model: {error}")
         with user_errors(OSError):
             page = write_page(trainer.folder, memory=memory, summary=summary, sample=text)
         trainer.say(f"report {page}")

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from lowrank_optim.memory.measure import measure
 from lowrank_optim.memory.plan import Plan, available, command_line, parse_size, search
 from lowrank_optim.memory.simulate import simulate
 from lowrank_optim.pretrain.command_line import Parser, add_flags, check_ranges, parse_known, read_values
-from lowrank_optim.pretrain.config import UserError
+from lowrank_optim.pretrain.config import UserError, missing
 from lowrank_optim.pretrain.llama import PRESETS
 from lowrank_optim.pretrain.optimizers import parse_optimizer_args
 
@@ -54,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(end.code or 0)
     except (UserError, ValueError, RuntimeError, OSError) as error:
         _warn(str(error))
+        return 2
+    except ModuleNotFoundError as error:
+        _warn(str(missing(error)))
         return 2
     except KeyboardInterrupt:
         _warn("stopped")
@@ -111,10 +115,9 @@ def _parser() -> Parser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
+    if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"invalid value: {text!r}, expected a positive int")
-    return value
+    return int(text)
 
 
 def _job(options: argparse.Namespace, **more: str) -> Job:
@@ -136,21 +139,15 @@ def _estimate(options: argparse.Namespace) -> Any:
     return result.as_dict() if options.json else format.estimated(result)
 
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Collect no garbage: to look for it takes a sixth of the time of an import as large as transformers'."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 def _simulate(options: argparse.Namespace) -> Any:
     job = _job(options)
-    with _uncollected():
+    # To look for garbage takes a sixth of the time of an import as large as transformers'.
+    gc.disable()
+    try:
         peak = simulate(job)
-    return {**job.as_dict(), **peak.as_dict()} if options.json else format.simulated(job, peak)
+    finally:
+        gc.enable()
+    return {**job.as_dict(), **asdict(peak)} if options.json else format.simulated(job, peak)
 
 
 def _measure(options: argparse.Namespace) -> Any:
@@ -169,10 +166,10 @@ def _measure(options: argparse.Namespace) -> Any:
         return format.measured(job, expected, peak, runs)
     return {
         **job.as_dict(),
-        **runs[0].as_dict(),
+        **asdict(runs[0]),
         "estimate": expected.as_dict(),
-        "simulate": peak.as_dict(),
-        "resumed": runs[1].as_dict() if len(runs) > 1 else None,
+        "simulate": asdict(peak),
+        "resumed": asdict(runs[1]) if len(runs) > 1 else None,
     }
 
 

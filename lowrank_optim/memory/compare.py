@@ -114,24 +114,20 @@ def table(rows: Sequence[Row]) -> str:
         lines += ["", f"{model + ', GB':{width}}" + "".join(f"{name:>13}" for name in heads)]
         for row in rows:
             if row.model == model:
-                cells = [row.by_category[name] / 1e9 for name in shown] + [
-                    row.total_bytes / 1e9,
-                    row.total_bytes / 2**30,
-                ]
+                cells = [row.by_category[name] / 1e9 for name in shown]
+                cells += [row.total_bytes / 1e9, row.total_bytes / 2**30]
                 lines.append(f"{row.method:{width}}{row.state_dtype:>13}" + "".join(f"{cell:13.3f}" for cell in cells))
     return "\n".join(lines[1:])
 
 
 def write_csv(path: str, rows: Sequence[Row], _title: str) -> None:
     """One line a row, sizes in bytes."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["model", "method", "state_dtype", *CATEGORIES, "total"])
-    writer.writerows(
-        [row.model, row.method, row.state_dtype, *(row.by_category[c] for c in CATEGORIES), row.total_bytes]
-        for row in rows
-    )
-    Path(path).write_text(text.getvalue(), encoding="utf-8")
+    with Path(path).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["model", "method", "state_dtype", *CATEGORIES, "total"])
+        for row in rows:
+            sizes = [row.by_category[name] for name in CATEGORIES]
+            writer.writerow([row.model, row.method, row.state_dtype, *sizes, row.total_bytes])
 
 
 def figure(rows: Sequence[Row]) -> Figure:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -94,9 +94,6 @@ class Footprint:
     def sent_at_low_rank(self, devices: Devices) -> int:
         """The same with gradients that are summed at low rank between refreshes."""
         return self.low_rank.plus(self.model, 1 / self.gap).plus(self.low_rank, -1 / self.gap).sent(devices.number)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def footprint(options: Options, devices: Devices) -> Footprint:
@@ -189,14 +186,14 @@ def first_part(param: Tensor, number: int) -> Any:
 
 def state_bytes(optimizer: torch.optim.Optimizer, param: Tensor, group: Group, devices: Devices) -> int:
     """Bytes of a parameter's state, which exists, or of the first device's part of it."""
+    tensors = [value for value in optimizer.state[param].values() if isinstance(value, Tensor)]
     if not devices.splits:
-        return storage_bytes([value for value in optimizer.state[param].values() if isinstance(value, Tensor)])
+        return storage_bytes(tensors)
     shards = first_part(param, devices.number)
     if isinstance(optimizer, LowRankOptimizer):
         slots = optimizer.split(param, group, shards)[2].values()
         kept = [slot for slot in slots if isinstance(slot, Slot) and not slot.late]
         return sum(math.prod(slot.shape) * slot.dtype.itemsize for slot in kept)
-    tensors = [value for value in optimizer.state[param].values() if isinstance(value, Tensor)]
     # What is elementwise is split as the parameter is.
     return sum(t.nbytes // max(shards.size, 1) * shards.stop if t.shape == param.shape else t.nbytes for t in tensors)
 

@@ -87,7 +87,7 @@ def estimate(options: Options) -> Estimate:
 
     Raises:
         UserError, ValueError: unknown model, optimizer, parameterization or argument, or a value out of range.
-        RuntimeError: a package that the model or the optimizer needs is not installed.
+        RuntimeError, ImportError: a package that the model or the optimizer needs is not installed.
     """
     run, _, model, optimizer = build(options, "meta")
     start_in_backward(run, optimizer)
@@ -130,8 +130,12 @@ def init_state_(optimizer: torch.optim.Optimizer) -> None:
             for p in group["params"]:
                 if p.requires_grad:
                     optimizer.init_state(p, group)
-    elif _is_bitsandbytes(optimizer):
-        _init_bitsandbytes_(optimizer)
+    elif type(optimizer).__module__.startswith("bitsandbytes."):
+        # Paged memory needs CUDA and is as large.
+        optimizer.is_paged = False  # type: ignore[attr-defined]
+        for i, group in enumerate(optimizer.param_groups):
+            for j, p in enumerate(group["params"]):
+                optimizer.init_state(group, p, i, j)  # type: ignore[attr-defined]
     else:
         for group in optimizer.param_groups:
             # Ways to compute, which check the device; the state is as large without them.
@@ -262,22 +266,6 @@ class _ScalarsAreOne(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return 1.0
         return func(*args, **(kwargs or {}))
-
-
-def _is_bitsandbytes(optimizer: torch.optim.Optimizer) -> bool:
-    if not type(optimizer).__module__.startswith("bitsandbytes."):
-        return False
-    from bitsandbytes.optim.optimizer import Optimizer8bit
-
-    return isinstance(optimizer, Optimizer8bit)
-
-
-def _init_bitsandbytes_(optimizer: Any) -> None:
-    # Paged memory needs CUDA and is as large.
-    optimizer.is_paged = False
-    for i, group in enumerate(optimizer.param_groups):
-        for j, p in enumerate(group["params"]):
-            optimizer.init_state(group, p, i, j)
 
 
 def _low_rank_parameters(optimizer: torch.optim.Optimizer) -> int:

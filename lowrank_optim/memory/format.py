@@ -133,12 +133,12 @@ def planned(gpu_bytes: int, found: Found) -> str:
 
 def _planned(plan: Plan, least: float, several: bool) -> tuple[object, ...]:
     job, args = plan.job, parse_optimizer_args(plan.job.optimizer_args)
-    own = {"int8" if job.optimizer.endswith("8bit") else "bf16" if job.optimizer == "AdamW" else "float32"}
+    own = "int8" if job.optimizer.endswith("8bit") else "bf16" if job.optimizer == "AdamW" else "float32"
     return (
         job.weights or job.dtype,
         job.optimizer,
         str(args.get("rank", "-")),
-        str(args.get("state_dtype", *own)),
+        str(args.get("state_dtype", own)),
         "per layer" if job.per_layer else "at the end",
         f"{job.accumulate} x {job.batch_size}",
         "yes" if job.checkpointing else "no",

@@ -9,7 +9,6 @@ import ctypes
 import gc
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from lowrank_optim.memory.job import Job
 from lowrank_optim.memory.materialize import materialize, random_batches
 from lowrank_optim.pretrain.build import optimizer_for, settle
 from lowrank_optim.pretrain.optimizers import parse_optimizer_args
+from lowrank_optim.pretrain.report import resident
 from lowrank_optim.pretrain.sizes import tensor_bytes
 from lowrank_optim.pretrain.update import Updater
 
@@ -60,9 +60,6 @@ class Measured:
     seconds: list[float]
     weight_sum: float
     device: str
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def measure(job: Job, *, updates: int = 3, device: str = "cpu", checkpoint: str | None = None) -> list[Measured]:
@@ -147,19 +144,10 @@ class _Meter:
         # Sets the largest resident memory to the present one.
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-        self.before = self._resident("VmRSS")
+        self.before = resident("VmRSS")
 
     def peak(self) -> int:
-        return (torch.cuda.max_memory_allocated() if self.on_gpu else self._resident("VmHWM")) - self.before
-
-    @staticmethod
-    def _resident(key: str) -> int:
-        try:
-            lines = Path("/proc/self/status").read_text().splitlines()
-        except OSError:
-            # No Linux: the largest of the whole life of the process.
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+        return (torch.cuda.max_memory_allocated() if self.on_gpu else resident("VmHWM")) - self.before
 
 
 def _warm_up(job: Job) -> None:
@@ -194,4 +182,4 @@ def _say(text: str) -> None:
 
 if __name__ == "__main__":
     task = json.loads(sys.argv[1])
-    print(json.dumps(run(Job(**task.pop("job")), **task).as_dict()))
+    print(json.dumps(asdict(run(Job(**task.pop("job")), **task))))

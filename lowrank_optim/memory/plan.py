@@ -7,7 +7,7 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -85,8 +85,6 @@ class Profile:
     """Bytes of one optimizer on one model, and what its cost depends on."""
 
     weights: int
-    optimizer: int
-    gradients: int
     largest_gradient: int
     # Bytes of the bf16 sums of low-rank gradients over micro-batches, what a refresh of one matrix adds to them, and of
     # the gradients that are summed whole.
@@ -112,7 +110,7 @@ class Plan:
     sent_bytes: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        peak = self.peak.as_dict() if self.peak is not None else {}
+        peak = asdict(self.peak) if self.peak is not None else {}
         found = {**self.job.as_dict(), "cost": self.cost, "predicted_bytes": self.predicted_bytes, **peak}
         several = {"devices": self.devices.number, "strategy": self.devices.strategy, "sent_bytes": self.sent_bytes}
         return found | (several if self.devices.number > 1 else {})
@@ -327,8 +325,6 @@ def _profile(sizes: Sizes, network: Any, name: str, args: Mapping[str, Any], dev
     summed = dict(low_rank_sums(optimizer, torch.bfloat16)) if isinstance(optimizer, LowRankOptimizer) else {}
     return Profile(
         weights=found.weights,
-        optimizer=found.optimizer,
-        gradients=found.gradients,
         largest_gradient=max(gradients.values()) // (devices.number if devices.splits else 1),
         sums=sum(count[p] * sums.low for p, sums in summed.items()),
         refresh=max((sums.late + max(sums.sketches) for sums in summed.values()), default=0),
@@ -346,7 +342,7 @@ def _bytes(sizes: Sizes, job: Job, profile: Profile) -> int:
     if job.checkpointing:
         stay, come = 2 * hidden * layers, 37 * hidden + 12 * inner
     if not job.per_layer:
-        held, late = profile.gradients, 0
+        held, late = profile.device.gradients, 0
     elif job.accumulate == 1:
         held, late = profile.largest_gradient, 0
     else:
@@ -356,7 +352,7 @@ def _bytes(sizes: Sizes, job: Job, profile: Profile) -> int:
     loss = tokens * stay + 10 * min(tokens, CHUNK) * vocabulary
     loss += held if job.accumulate > 1 else profile.largest_gradient
     update = tokens * (stay + come) + held + late + profile.largest_gradient
-    return int(profile.weights + profile.optimizer + profile.device.gathered + max(loss, update))
+    return int(profile.weights + profile.device.optimizer + profile.device.gathered + max(loss, update))
 
 
 def _inner(config: Any) -> int:
@@ -384,5 +380,5 @@ def _cost(sizes: Sizes, job: Job, rank: int, profile: Profile, devices: Devices,
         flops += matrices * whole.get(job.optimizer, low_rank) / split
     passes = 3 if job.checkpointing else 2
     traffic = job.accumulate * passes * (matrices * (5 if job.weights == "int8" else 2) + 2 * head)
-    traffic += job.accumulate * 2 * profile.gradients + 2 * (profile.weights + profile.optimizer)
+    traffic += job.accumulate * 2 * profile.device.gradients + 2 * (profile.weights + profile.device.optimizer)
     return flops + BALANCE * traffic + LINK * profile.device.sent(devices, job.accumulate)

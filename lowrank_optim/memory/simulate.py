@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import islice
 from types import FunctionType
 from typing import Any
+from unittest.mock import patch
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
-from lowrank_optim.memory.alike import Alike
+from lowrank_optim.memory.alike import repeated
 from lowrank_optim.memory.materialize import allocate_, random_batches
 from lowrank_optim.memory.tracker import Peak, Tracker
 from lowrank_optim.ops import chunks, dct, int8_weight
@@ -67,14 +68,10 @@ def simulate(options: Options, *, whole: bool = False) -> Peak:
             tracker.label([tensor], "weights", name)
         tracker.watch(model)
         optimizer = optimizer_for(run, model)
-        _shorten_gap_(optimizer)
-        alike = Alike(tracker)
+        shorten_gap_(optimizer)
         if isinstance(optimizer, LowRankOptimizer) and not whole:
-            alike.updates_(optimizer)
-            stack.enter_context(alike.sums())
+            stack.enter_context(repeated(tracker, optimizer))
         update = _watched_updater(run, model, optimizer, tracker)
-        if update.in_backward is not None and not whole:
-            alike.clipping_(update.in_backward)
         batches = random_batches(run, config.vocab_size, "cpu")
         tracker.label([tensor for batch in batches for tensor in batch], "other")
         parts = _parts(run, optimizer)
@@ -139,7 +136,7 @@ def _parts(run: Resolved, optimizer: Optimizer) -> tuple[str, ...]:
     return UPDATES[:2] if not renewed else (*UPDATES, SECOND_HALF) if sums else UPDATES
 
 
-def _shorten_gap_(optimizer: Optimizer) -> None:
+def shorten_gap_(optimizer: Optimizer) -> None:
     """Let an update of each kind come within three updates."""
     for group in optimizer.param_groups:
         # Staggered refreshes come a few at a time: a gap of two would make them come in halves.
@@ -193,21 +190,12 @@ def without_cached_tensors() -> Iterator[None]:
         _clear_caches()
 
 
-@contextmanager
-def as_if_with_data() -> Iterator[None]:
+def as_if_with_data() -> AbstractContextManager[Any]:
     """Keep transformers from taking tensors without data for a trace, for which it builds masks that a run has not."""
     from transformers.utils import import_utils
 
-    # Older versions have no such check.
-    check = getattr(import_utils, "is_fake_tensor", None)
-    if check is None:
-        yield
-        return
-    import_utils.is_fake_tensor = lambda _: False
-    try:
-        yield
-    finally:
-        import_utils.is_fake_tensor = check
+    # Older versions have no such check, and do not miss it.
+    return patch.object(import_utils, "is_fake_tensor", lambda _: False, create=True)
 
 
 @contextmanager

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from lowrank_optim.memory.devices import Moved
 from lowrank_optim.memory.materialize import allocate_, random_batches
-from lowrank_optim.memory.simulate import as_if_with_data, two_parts_of_a_pass, with_layers, without_cached_tensors
-from lowrank_optim.memory.tracker import without_reading
-from lowrank_optim.optim.groups import long_side
+from lowrank_optim.memory.simulate import (
+    as_if_with_data,
+    shorten_gap_,
+    two_parts_of_a_pass,
+    with_layers,
+    without_cached_tensors,
+)
+from lowrank_optim.memory.tracker import Block, Tracker
 from lowrank_optim.pretrain.build import build_network, optimizer_for, settle
 from lowrank_optim.pretrain.config import Options
+from lowrank_optim.pretrain.parallel import shard_
 from lowrank_optim.pretrain.steps import LossSum
 
 # With a gap of two: the first update, one between refreshes, one with a refresh.
@@ -44,9 +49,6 @@ class Simulated:
     model: Moved
     update: Moved
     refresh: Moved
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def simulate_sharded(options: Options, number: int, *, layers: int | None = None) -> Simulated:
@@ -76,7 +78,6 @@ def simulate_sharded(options: Options, number: int, *, layers: int | None = None
 
 def _simulated(options: Options, number: int, layers: int | None) -> Simulated:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
     run, config = settle(options)
     model = build_network(run, config if layers is None else with_layers(config, layers), "meta")
@@ -88,27 +89,22 @@ def _simulated(options: Options, number: int, layers: int | None) -> Simulated:
             two_parts_of_a_pass(),
             FakeTensorMode(allow_non_fake_inputs=True),
             Meter() as meter,
+            meter.resizes(),
         ):
             allocate_(model, "cpu")
             network = LossSum(model, chunked=run.chunked_loss)
-            kinds = set(model._no_split_modules or ())
-            for module in reversed(list(model.modules())):
-                if type(module).__name__ in kinds:
-                    fully_shard(module, mesh=mesh, shard_placement_fn=long_side)
-            fully_shard(network, mesh=mesh, shard_placement_fn=long_side)
+            shard_(network, model, mesh)
             optimizer = optimizer_for(run, model)
-            for group in optimizer.param_groups:
-                if group.get("update_proj_gap", 1) > 1:
-                    group["update_proj_gap"] = 2
-            # Of the build, in which parameters were whole.
-            meter.begin()
+            shorten_gap_(optimizer)
+            # Without the peak of the build, in which parameters were whole.
+            meter.forget()
             gradients = 0
             for part in UPDATES:
-                meter.part = part, "model"
+                meter.at = part, "model"
                 for batch in random_batches(run, config.vocab_size, "cpu"):
                     network(batch).backward()
                 gradients = _local_bytes(p.grad for p in model.parameters())
-                meter.part = part, "optimizer"
+                meter.at = part, "optimizer"
                 optimizer.step()
                 optimizer.zero_grad()
         moved = {key: Moved(*counts) for key, counts in meter.moved.items()}
@@ -116,7 +112,7 @@ def _simulated(options: Options, number: int, layers: int | None) -> Simulated:
         between = moved.get(("between", "optimizer"), Moved())
         renewing = moved.get(("refresh", "optimizer"), Moved())
         return Simulated(
-            _local_bytes(model.parameters()), gradients, _local_bytes(states), meter.peak,
+            _local_bytes(model.parameters()), gradients, _local_bytes(states), meter.peak().peak_bytes,
             moved["between", "model"], between, renewing.plus(between, -1),
         )  # fmt: skip
 
@@ -142,67 +138,42 @@ def _processes(number: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The most bytes alive, and what collectives were given; to be entered inside of a ``FakeTensorMode``.
+class Meter(Tracker):  # type: ignore[no-untyped-call]
+    """A tracker of the storages of this process, parts of tensors, and of what collectives were given.
 
     Attributes:
-        part: under which bytes are booked.
-        moved: by part the bytes of whole tensors that were reduced, gathered, and scattered.
-        peak: bytes of all storages together.
+        at: under which bytes are booked.
+        moved: by place the bytes of whole tensors that were reduced, gathered, and scattered.
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.part = "", ""
+        super().__init__()
+        self.at = "", ""
         self.moved: defaultdict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
-        self.peak = self._alive = 0
-        self._sizes: dict[int, int] = {}
 
-    def begin(self) -> None:
-        """Forget the peak so far."""
-        self.peak = self._alive
+    @contextmanager
+    def resizes(self) -> Iterator[None]:
+        """Within it storages may be resized: FSDP2 frees a gathered parameter so, which no dispatcher sees."""
+        resize = torch.UntypedStorage.resize_
 
-    def __enter__(self) -> Meter:
-        self._resize = resize = torch.UntypedStorage.resize_
-
-        # FSDP2 frees a gathered parameter by resizing its storage, which no dispatcher sees.
         def resize_(storage: Any, size: int) -> Any:
             result = resize(storage, size)
-            if id(storage) in self._sizes:
-                self._count(id(storage), size)
+            if id(storage) in self._blocks:
+                self._end(self._blocks[id(storage)])
+                self._blocks[id(storage)] = self._begin(size)
             return result
 
-        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign,assignment]
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        with patch.object(torch.UntypedStorage, "resize_", resize_):
+            yield
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = without_reading(func, args, kwargs or {})
         kind = KINDS.get(func.overloadpacket.__name__) if func.namespace == "c10d" else None
         if kind is not None:
             # The whole is the larger side.
             sizes = [leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-            self.moved[self.part][kind] += max(sizes)
-        if func is torch.ops.aten.nonzero.default:
-            return result
+            self.moved[self.at][kind] += max(sizes)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _block(self, tensor: Tensor) -> Block:
         # A DTensor has a storage of the whole size, without memory; its part was made out of sight.
-        for leaf in (getattr(leaf, "_local_tensor", leaf) for leaf in tree_leaves(result)):
-            if isinstance(leaf, FakeTensor):
-                storage = leaf.untyped_storage()
-                if id(storage) not in self._sizes:
-                    self._sizes[id(storage)] = 0
-                    weakref.finalize(storage, self._end, id(storage))
-                    self._count(id(storage), storage.nbytes())
-        return result
-
-    def _count(self, key: int, size: int) -> None:
-        self._alive += size - self._sizes[key]
-        self._sizes[key] = size
-        self.peak = max(self.peak, self._alive)
-
-    def _end(self, key: int) -> None:
-        self._alive -= self._sizes.pop(key)
+        return super()._block(getattr(tensor, "_local_tensor", tensor))

@@ -6,7 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from lowrank_optim.memory.estimate import CATEGORIES
 _aten = torch.ops.aten
 
 
+@dataclass(eq=False)
 class Block:
     """One storage: its bytes, the phase and the layer that made it, and what it turned out to be.
 
@@ -26,11 +27,16 @@ class Block:
         freed has None.
     """
 
-    def __init__(self, size: int, phase: str, layer: str, made_in: int) -> None:
-        self.size, self.phase, self.layer = size, phase, layer
-        self.label, self.alive = "", True
-        self.made_in: int = made_in
-        self.freed_in: int | None = None
+    size: int
+    phase: str
+    layer: str
+    made_in: int
+    freed_in: int | None = None
+    label: str = ""
+
+    @property
+    def alive(self) -> bool:
+        return self.freed_in is None
 
     @property
     def category(self) -> str:
@@ -62,9 +68,6 @@ class Peak:
     update: str
     phase: str
     layer: str
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Recording(NamedTuple):
@@ -150,6 +153,10 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def part(self, name: str) -> None:
         """Name the part of the run that begins."""
         self._parts.append((len(self._events), name))
+
+    def forget(self) -> None:
+        """Forget everything but what is alive."""
+        self._events = [(block, 1, block.phase, block.layer) for block in self._blocks.values()]
 
     def alike(self, key: Hashable, state: dict[str, Any], run: Callable[[], Any]) -> Any:
         """Run a function, or do once more what one with the same key did to its state and to the bytes alive.
@@ -274,7 +281,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return block
 
     def _end(self, block: Block) -> None:
-        block.alive, block.freed_in = False, self._pass
+        block.freed_in = self._pass
         self._events.append((block, -1, self.phase, self._at_work()))
 
 

@@ -74,10 +74,20 @@ def _by_rank(low: list[Named], ranks: Mapping[str, int]) -> list[tuple[int, list
 
 
 def as_targets(targets: str | Iterable[str] | None) -> list[str]:
-    """A list of targets from what the user gave; None is ``["all"]``."""
+    """A list of targets from what the user gave; None is ``["all"]``.
+
+    Raises:
+        ValueError: something else than words and regular expressions.
+    """
     if targets is None:
         return ["all"]
-    return [targets] if isinstance(targets, str) else list(targets)
+    try:
+        wanted = [targets] if isinstance(targets, str) else list(targets)
+        for target in wanted:
+            re.compile(target)
+    except (TypeError, re.error) as error:
+        raise ValueError(f"Invalid targets: {targets!r}, expected words or regular expressions ({error})") from error
+    return wanted
 
 
 def takes(target: str, name: str, role: Role) -> bool:

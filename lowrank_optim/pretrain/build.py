@@ -21,10 +21,10 @@ from lowrank_optim.pretrain.config import QUANTIZED, Options, Resolved
 from lowrank_optim.pretrain.llama import (
     build_config,
     build_model,
-    check_pretrained,
     checkpoint_activations_,
     load_pretrained,
     plain_head,
+    pretrained_config,
 )
 from lowrank_optim.pretrain.optimizers import build_optimizer, parse_optimizer_args
 from lowrank_optim.pretrain.parallel import check_sharded, check_sharding, shard_, share_weights_
@@ -65,7 +65,9 @@ def build_parallel(
     if processes > 1:
         share_weights_(model)
         if run.fsdp:
-            shard_(network, model, device)
+            from torch.distributed.device_mesh import init_device_mesh
+
+            shard_(network, model, init_device_mesh(device.type, (processes,)))
     optimizer = optimizer_for(run, model)
     if processes > 1 and run.fsdp:
         check_sharded(optimizer)
@@ -83,7 +85,8 @@ def settle(
         config: taken instead of the one that ``options.model`` names.
     """
     if options.init is not None:
-        check_pretrained(options.init)
+        start = pretrained_config(options.init)
+        config = start if config is None and options.model == options.init else config
     config = build_config(options.model) if config is None else config
     run = resolve(options, hidden_size=config.hidden_size, processes=processes)
     longest = config.to_dict().get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))

@@ -179,9 +179,16 @@ def check_ranges(options: Options) -> Options:
         if value is not None and not (least <= value < float("inf")):
             expected = "a positive number" if least else "a number that is not negative"
             raise UserError(f"Invalid {name}: {value}, expected {expected}")
+    check_seed(options.seed)
     if options.parameterization_args and options.parameterization is None:
         raise UserError("Invalid --parameterization-args: they need --parameterization")
     return options
+
+
+def check_seed(seed: int) -> None:
+    """Raise UserError for what is no seed of torch."""
+    if abs(seed) >= 2**63:
+        raise UserError(f"Invalid seed: {seed}, expected less than 2^63")
 
 
 def write_flags(options: Options, names: Iterable[str]) -> list[str]:
@@ -202,7 +209,9 @@ def write_flags(options: Options, names: Iterable[str]) -> list[str]:
 def write_options(options: Options, path: Path) -> None:
     """Write the resolved options as YAML that ``--config`` reads back."""
     values = {k: v for k, v in dataclasses.asdict(options).items() if k not in TRANSIENT and v is not None}
-    path.write_text(_yaml().safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    import yaml
+
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def _flag(name: str) -> str:
@@ -223,7 +232,8 @@ def read_yaml(path: str) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or holds something else.
     """
-    yaml = _yaml()
+    import yaml
+
     shipped = CONFIGS / f"{Path(path).name.removesuffix('.yaml')}.yaml"
     if not Path(path).exists() and shipped.is_file():
         path = str(shipped)
@@ -267,11 +277,3 @@ def _convert(key: str, value: Any, path: str) -> tuple[str, Any]:
     if type(value) is not kind or (choices and value not in choices):
         raise wrong
     return name, value
-
-
-def _yaml() -> Any:
-    try:
-        import yaml
-    except ImportError as error:
-        raise UserError("YAML files need PyYAML: pip install 'lowrank-optim[train]'") from error
-    return yaml

@@ -24,6 +24,13 @@ def line_of(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
+def missing(error: ModuleNotFoundError) -> UserError:
+    """What to say of a package that is not installed; one of our own is a fault of ours."""
+    if str(error.name).startswith("lowrank_"):
+        raise error
+    return UserError(f"{error.name} is not installed: pip install 'lowrank-optim[train]'")
+
+
 @contextmanager
 def user_errors(*more: type[Exception]) -> Iterator[None]:
     """Turn the ``ValueError`` and ``RuntimeError`` of set-up code (and ``more``) into one :class:`UserError`."""
@@ -32,6 +39,8 @@ def user_errors(*more: type[Exception]) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except ModuleNotFoundError as error:
+        raise missing(error) from error
     except kinds as error:
         raise UserError(" ".join(str(error).split())) from error
 

@@ -6,7 +6,7 @@ import hashlib
 import platform
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,27 +79,23 @@ def load_stdlib(
             "train": _encode(trained, train, "encoding the corpus", show),
             "validation": _encode(trained, [text for text, out in zip(texts, held) if out], "", False),
         }
-        corpus = Corpus(trained, splits["train"], splits["validation"], key)
+
+        def fill(into: Path) -> None:
+            if tokenizer is None:
+                serialized = trained.backend_tokenizer.to_str()
+                (into / "bpe.json").write_text(serialized, encoding="utf-8")
+            for split, tokens in splits.items():
+                np.save(into / f"{split}.npy", tokens)
+
         try:
-            write_folder(folder, _writer(corpus, own=tokenizer is None))
+            write_folder(folder, fill)
         except OSError as error:
             # Another process may have been faster; a cache that cannot be written costs half a minute a run.
             if not folder.is_dir():
                 print(f"warning: cannot cache the corpus in {folder} ({error})", file=sys.stderr)
-                return corpus
+                return Corpus(trained, splits["train"], splits["validation"], key)
     loaded = tokenizer or wrap((folder / "bpe.json").read_text(encoding="utf-8"))
     return Corpus(loaded, np.load(folder / "train.npy"), np.load(folder / "validation.npy"), key)
-
-
-def _writer(corpus: Corpus, *, own: bool) -> Callable[[Path], None]:
-    def fill(folder: Path) -> None:
-        if own:
-            serialized = corpus.tokenizer.backend_tokenizer.to_str()
-            (folder / "bpe.json").write_text(serialized, encoding="utf-8")
-        np.save(folder / "train.npy", corpus.train)
-        np.save(folder / "validation.npy", corpus.validation)
-
-    return fill
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], what: str, show: bool) -> Tokens:

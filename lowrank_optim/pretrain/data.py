@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -180,25 +179,21 @@ def _joined(lines: Iterable[str]) -> str:
 
 def read_ahead(items: Iterator[T], depth: int) -> Generator[T, None, None]:
     """The same items, made by a background thread up to ``depth`` ahead; errors surface where they are due."""
-    made: queue.Queue[Any] = queue.Queue(depth)
-    stop = threading.Event()
+    made: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    room, stop = threading.Semaphore(depth), threading.Event()
     end = object()
 
-    def put(item: Any) -> None:
-        while not stop.is_set():
-            with suppress(queue.Full):
-                return made.put(item, timeout=0.1)
-        return None
-
     def work() -> None:
+        failed = None
         try:
             for item in items:
-                put((item, None))
+                made.put((item, None))
+                room.acquire()
                 if stop.is_set():
                     return
-            put((end, None))
         except BaseException as error:
-            put((end, error))
+            failed = error
+        made.put((end, failed))
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -209,8 +204,10 @@ def read_ahead(items: Iterator[T], depth: int) -> Generator[T, None, None]:
                 raise error
             if item is end:
                 return
+            room.release()
             yield item
     finally:
         stop.set()
+        room.release()
         # A thread inside a tokenizer must not outlive the interpreter; one that waits for a network may.
         thread.join(timeout=5)

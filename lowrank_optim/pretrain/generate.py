@@ -6,17 +6,26 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lowrank_optim.pretrain.config import user_errors
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, *, tokens: int, seed: int) -> str:
-    """``prompt`` and up to ``tokens`` sampled ones (temperature 0.8, the 50 likeliest), the same for a seed."""
+    """``prompt`` and up to ``tokens`` sampled ones (temperature 0.8, the 50 likeliest), the same for a seed.
+
+    Raises:
+        UserError: the model predicts no probabilities, as after a divergence.
+    """
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
+    if not ids.numel():
+        # What begins is a text, as after the end of another one.
+        ids = torch.tensor([[tokenizer.eos_token_id or 0]], device=model.device)
     devices = [model.device] if model.device.type == "cuda" else []
     was_training = model.training
     model.eval()
-    with torch.random.fork_rng(devices), torch.no_grad():
+    with torch.random.fork_rng(devices), torch.no_grad(), user_errors():
         torch.manual_seed(seed)
         rows = model.generate(
             ids,

@@ -37,7 +37,7 @@ class HubDocuments:
             if at["stream"] is not None:
                 stream.load_state_dict(at["stream"])
                 index = at["document"]
-            last = _stream_state(stream)
+            last = stream.state_dict()
             block: list[str] = []
             for record in self._records(stream):
                 if index >= at["document"]:
@@ -50,7 +50,7 @@ class HubDocuments:
                 index += 1
                 if len(block) == documents.BLOCK:
                     yield self._block(at, block)
-                    before, last, block = last, _stream_state(stream), []
+                    before, last, block = last, stream.state_dict(), []
                     # datasets has had releases whose state stood still after a resume (datasets#8308):
                     # a position must not rest on a state that did not move.
                     at.update(document=index, bad=bad, stream=None if last == before else last)
@@ -75,10 +75,6 @@ class HubDocuments:
         return dict(at), texts
 
 
-def _stream_state(stream: Any) -> Any:
-    return stream.state_dict() if hasattr(stream, "state_dict") else None
-
-
 def open_stream(name: str, split: str) -> Any:
     """A streamed split of the hub dataset ``NAME[:CONFIG]``."""
     from datasets import load_dataset
@@ -89,13 +85,11 @@ def open_stream(name: str, split: str) -> Any:
 
 def validation_split(name: str) -> str | None:
     """What the hub data set ``NAME[:CONFIG]`` calls its validation split, None where it has none."""
+    from datasets import get_dataset_split_names
+
     path, _, config = name.partition(":")
     try:
-        from datasets import get_dataset_split_names
-
         names: list[str] = get_dataset_split_names(path, config or None)
-    except ImportError as error:
-        raise UserError("Hub datasets need datasets: pip install 'lowrank-optim[train]'") from error
     except Exception as error:
         raise UserError(
             f"Invalid dataset: {name!r} is no local path and cannot be read from the hub "

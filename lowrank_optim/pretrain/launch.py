@@ -48,14 +48,12 @@ def start_accelerator(options: Options, folder: Path) -> Accelerator:
     Where its configuration asks for FSDP2 ``options.fsdp`` is set.
 
     Raises:
-        UserError: a package is missing, another strategy is asked for that shards parameters, or Accelerate sees
+        UserError: the tracker is not installed, a strategy is asked for that shards parameters, or Accelerate sees
             another number of processes than was started.
     """
     tracker = None if options.report_to == "none" else options.report_to
-    for package in ("accelerate", "transformers", "tqdm", *((tracker,) if tracker else ())):
-        if importlib.util.find_spec(package) is None:
-            extra = package if package == tracker else "'lowrank-optim[train]'"
-            raise UserError(f"{package} is not installed: pip install {extra}")
+    if tracker and importlib.util.find_spec(tracker) is None:
+        raise UserError(f"{tracker} is not installed: pip install {tracker}")
     import torch
     from accelerate import Accelerator
     from accelerate.utils import DistributedType

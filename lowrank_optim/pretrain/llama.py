@@ -52,43 +52,34 @@ _ENCODERS = frozenset(
 )
 
 
-def build_config(model: str, *, vocab_size: int | None = None) -> PreTrainedConfig:
+def build_config(model: str) -> PreTrainedConfig:
     """The configuration of a preset, of a ``config.json``, of a folder that holds one, or of a model on the hub.
 
     Args:
         model: a key of :data:`PRESETS`, a path, or a hub name.
-        vocab_size: replaces the configuration's own vocabulary size.
 
     Raises:
         ValueError: none of these, or no causal language model that transformers itself has code for.
-        RuntimeError: transformers is not installed.
     """
-    try:
-        from transformers import LlamaConfig
-    except ImportError as error:
-        raise RuntimeError("Models need transformers: pip install 'lowrank-optim[train]'") from error
-    config: Any
-    if model in PRESETS:
-        shape = PRESETS[model]
-        config = LlamaConfig(
-            hidden_size=shape.hidden,
-            intermediate_size=shape.intermediate,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            vocab_size=shape.vocab,
-            max_position_embeddings=shape.positions,
-            rms_norm_eps=1e-6,
-            initializer_range=0.02,
-            tie_word_embeddings=False,
-            bos_token_id=0,
-            eos_token_id=1,
-            use_cache=False,
-        )
-    else:
-        config = _decoder(_read_config(model), model)
-    if vocab_size is not None:
-        config.vocab_size = vocab_size
-    return config
+    from transformers import LlamaConfig
+
+    if model not in PRESETS:
+        return _decoder(_read_config(model), model)
+    shape = PRESETS[model]
+    return LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        vocab_size=shape.vocab,
+        max_position_embeddings=shape.positions,
+        rms_norm_eps=1e-6,
+        initializer_range=0.02,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+        use_cache=False,
+    )
 
 
 def _read_config(model: str) -> Any:
@@ -124,7 +115,7 @@ def _read_config(model: str) -> Any:
         raise ValueError(f"Invalid model: {path}: {' '.join(str(error).split())[:300]}") from error
 
 
-def _decoder(config: Any, model: str) -> Any:
+def _decoder(config: Any, model: str) -> PreTrainedConfig:
     """The configuration of a causal language model; of one that sees as well, its part for text."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -167,8 +158,8 @@ def build_model(
     return model
 
 
-def check_pretrained(name: str) -> None:
-    """Look for a model before anything is made of it.
+def pretrained_config(name: str) -> PreTrainedConfig:
+    """The configuration of a model that comes with weights.
 
     Raises:
         ValueError: no folder with a configuration, and no hub name.
@@ -177,7 +168,7 @@ def check_pretrained(name: str) -> None:
     if name in PRESETS:
         raise ValueError(f"{expected}; a preset has no weights, see --model")
     try:
-        build_config(name)
+        return build_config(name)
     except ValueError as error:
         if (Path(name) / "config.json").is_file():
             raise ValueError(str(error).replace("Invalid model", "Invalid init", 1)) from error

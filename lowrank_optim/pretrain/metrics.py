@@ -32,11 +32,14 @@ class Metrics:
         if folder is None:
             return
         self.path = folder / FILE
-        now = (rollbacks, step)
         try:
             rows = read_metrics(self.path) if self.path.exists() and step else []
             # All rows before an earlier rollback, and those up to the step since.
-            rows = [row for row in rows if _kept((row.get("rollbacks", 0), row["step"]), now)]
+            rows = [
+                row
+                for row in rows
+                if (before := row.get("rollbacks", 0)) < rollbacks or (before == rollbacks and row["step"] <= step)
+            ]
             new = folder / f".{FILE}.new"
             new.write_text("".join(_line(row) for row in rows), encoding="utf-8")
             os.replace(new, self.path)
@@ -84,13 +87,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             break
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("rollbacks", 0), int):
+        numbers = isinstance(row, dict) and all(x is None or isinstance(x, (int, float)) for x in row.values())
+        if numbers and isinstance(row.get("step"), int) and isinstance(row.get("rollbacks", 0), int):
             rows.append(row)
     return rows
-
-
-def _kept(row: tuple[int, int], now: tuple[int, int]) -> bool:
-    return row[0] < now[0] or (row[0] == now[0] and row[1] <= now[1])
 
 
 def _line(row: dict[str, Any]) -> str:

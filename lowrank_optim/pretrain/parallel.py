@@ -17,6 +17,7 @@ from lowrank_optim.optim.weight_storage import is_quantized
 from lowrank_optim.pretrain.config import QUANTIZED, Resolved
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
 # What acts on whole weights, or on pairs of factors.
@@ -62,24 +63,22 @@ def share_weights_(model: nn.Module) -> None:
             tensor.detach().copy_(values)
 
 
-def shard_(network: nn.Module, model: PreTrainedModel, device: torch.device) -> None:
+def shard_(network: nn.Module, model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Split the parameters of a model over all processes, its layers one by one.
 
     Args:
         network: what is called to compute a loss; it holds ``model``.
         model: what transformers says of it tells its layers.
-        device: where the processes compute.
+        mesh: of the processes.
 
     Raises:
         ValueError: a parameter that is a scalar.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     for name, param in model.named_parameters():
         if param.ndim == 0:
             raise ValueError(f"Invalid model: {name} is a scalar, which cannot be split; train it without --fsdp")
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     layers = set(model._no_split_modules or ())
     # What a layer holds before the layer.
     for module in reversed(list(model.modules())):

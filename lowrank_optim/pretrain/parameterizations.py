@@ -25,7 +25,6 @@ from lowrank_optim.nn import (
     convert,
 )
 from lowrank_optim.nn.restarts import Restart
-from lowrank_optim.optim.validation import nearest
 from lowrank_optim.pretrain.optimizers import check_keys
 
 # Published together with restarts.
@@ -158,8 +157,9 @@ def layer_spec(name: str, args: Mapping[str, Any]) -> LayerSpec:
         options = cls(**{key: value for key, value in args.items() if key in fields})
     except TypeError as error:
         raise ValueError(f"Invalid arguments for {name}: {dict(args)} ({error})") from error
-    rest = {key: args[key] for key in ("targets", "hidden_act") if key in args}
-    return LayerSpec(options, **rest)
+    if not isinstance(args.get("hidden_act"), (str, type(None))):
+        raise ValueError(f"Invalid hidden_act: {args['hidden_act']!r}, expected the name of an activation")
+    return LayerSpec(options, args.get("targets"), args.get("hidden_act"))
 
 
 def parameterize_(
@@ -208,9 +208,5 @@ def build_restarts(
 
 
 def _known(name: str) -> str:
-    if name.lower() not in PARAMETERIZATIONS:
-        raise ValueError(
-            f"Invalid parameterization: {name!r}, expected one of {', '.join(PARAMETERIZATIONS)}"
-            + nearest(name, PARAMETERIZATIONS)
-        )
+    check_keys("parameterization", [name.lower()], list(PARAMETERIZATIONS))
     return name.lower()

@@ -22,7 +22,7 @@ from torch import Tensor
 from lowrank_optim.optim.ranks import allocate_ranks
 from lowrank_optim.optim.roles import HIDDEN, roles
 from lowrank_optim.pretrain.build import build_network, settle
-from lowrank_optim.pretrain.command_line import FIELDS, Parser, add_flags, check_ranges, read_values
+from lowrank_optim.pretrain.command_line import FIELDS, Parser, add_flags, check_ranges, parse_known, read_values
 from lowrank_optim.pretrain.config import Options, UserError, user_errors
 from lowrank_optim.pretrain.data import load_data
 from lowrank_optim.pretrain.steps import loss_sum
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSON file to write")
     add_flags(parser, FIELDS)
     try:
-        given = parser.parse_args(argv)
+        given = parse_known(parser, argv, (*FIELDS, "rank_budget", "out"))
         options = check_ranges(Options(**read_values(given)))
         if options.parameterization or options.ranks or options.weights:
             raise UserError("Invalid options: the gradients of dense weights are wanted, leave --parameterization, "

@@ -52,7 +52,8 @@ def read_documents(path: Path, field: str, start: int = 0, raw: BinaryIO | None 
         raw: the opened file, for those who want to know how far it has been read; tables are not read through it.
 
     Raises:
-        UserError: the file cannot be opened or read, or a package that its format needs is not installed.
+        UserError: the file cannot be opened or read.
+        ImportError: a package that its format needs is not installed.
     """
     name = path.name.lower()
     if path.suffix.lower() in TABLES:
@@ -83,10 +84,8 @@ def _decoded(raw: BinaryIO, name: str) -> TextIO:
     if name.endswith(".gz"):
         source = gzip.GzipFile(fileobj=raw)
     elif name.endswith(".zst"):
-        try:
-            import pyarrow
-        except ImportError as error:
-            raise UserError("zst files need pyarrow: pip install 'lowrank-optim[train]'") from error
+        import pyarrow
+
         source = pyarrow.CompressedInputStream(raw, "zstd")
     # What is no UTF-8 becomes lone surrogates, for which every text is searched.
     return io.TextIOWrapper(source, encoding="utf-8-sig", errors="surrogateescape")
@@ -196,10 +195,8 @@ def _sections(file: TextIO, path: Path) -> Iterator[Document]:
 
 
 def _table(path: Path, field: str, start: int) -> Iterator[Document]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise UserError(f"{path.suffix} files need datasets: pip install 'lowrank-optim[train]'") from error
+    from datasets import load_dataset
+
     skipped = index = max(start, 1) - 1
     try:
         kind = TABLES[path.suffix.lower()]

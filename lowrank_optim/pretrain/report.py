@@ -106,15 +106,17 @@ def memory_in_use(device: torch.device) -> tuple[int, int]:
     """Bytes now and at the peak: allocated tensors on CUDA, resident memory of the process on CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-    # Kilobytes on Linux, bytes on macOS.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resident("VmRSS"), resident("VmHWM")
+
+
+def resident(key: str) -> int:
+    """Resident memory of the process in bytes: now (VmRSS) or at the peak (VmHWM), where there is no Linux the peak."""
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
-        return peak, peak
-    # Linux counts the two in different ways, which may differ by some pages.
-    now = pages * resource.getpagesize()
-    return now, max(now, peak)
+        # Kilobytes, bytes on macOS.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:

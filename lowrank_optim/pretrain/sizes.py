@@ -40,8 +40,7 @@ def tensor_bytes(model: nn.Module, optimizer: Optimizer) -> TensorBytes:
 def kept_bytes(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
     """The three sums of :func:`tensor_bytes`; called between a step and ``zero_grad``."""
     sizes = tensor_bytes(model, optimizer)
-    state = sum(sizes["optimizer"].values())
-    return {"weights": sizes["weights"], "gradients": sizes["gradients"], "optimizer": state}
+    return {"weights": sizes["weights"], "gradients": sizes["gradients"], "optimizer": sum(sizes["optimizer"].values())}
 
 
 class GradientBytes:

@@ -18,10 +18,10 @@ from lowrank_optim.pretrain.tokenization import BPE_VOCAB
 FLAGS = ("dataset", "text_field", "tokenizer", "max_bad_documents", "allow_changed_data")
 
 
-def main(argv: Sequence[str] | None = None, *, prog: str = "lowrank-train tokenize") -> int:
-    """Run the command line; 0 when done, 2 for what the user can correct, 130 when interrupted."""
+def main(argv: Sequence[str]) -> int:
+    """The subcommand; see :func:`lowrank_optim.cli.main.main`."""
     parser = Parser(
-        prog=prog,
+        prog="lowrank-train tokenize",
         allow_abbrev=False,
         description="Encode a data set once: with its tokens on disk, training waits neither for files nor for the "
         "tokenizer, on any number of processes. A call that breaks off continues where it was.",
@@ -29,19 +29,12 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "lowrank-train tokeni
     add_flags(parser, FLAGS)
     parser.add_argument("--output-dir", required=True, type=Path, metavar="DIR", help="folder to create")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="stop after about this many training tokens")
+    given = vars(parse_known(parser, argv, (*FLAGS, "output_dir", "max_tokens")))
     try:
-        given = vars(parse_known(parser, argv, (*FLAGS, "output_dir", "max_tokens")))
         made = run(given.pop("output_dir"), given.pop("max_tokens"), **given)
-    except SystemExit as end:
-        # --help
-        return int(end.code or 0)
     except KeyboardInterrupt:
-        print(f"{prog}: stopped; the same call continues", file=sys.stderr)
+        print(f"{parser.prog}: stopped; the same call continues", file=sys.stderr)
         return 130
-    # A full disk, for one.
-    except (UserError, OSError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 2
     for split in tokens.SPLITS:
         print(f"{split:<10} {made[split]['documents']:,} documents, {made[split]['tokens']:,} tokens")
     return 0
@@ -79,7 +72,3 @@ def run(folder: Path, limit: int | None, **values: Any) -> dict[str, Any]:
         return tokens.write_tokens(
             folder, splits, source.tokenizer, about, changed=saved is not None, limit=limit, said=bar.update
         )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

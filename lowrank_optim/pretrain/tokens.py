@@ -93,7 +93,7 @@ def write_tokens(
 ) -> dict[str, Any]:
     """Encode the documents of both splits into ``folder``, which is complete or absent; returns its manifest.
 
-    What a broken-off call has written stays in ``folder.partial``, where the next one continues.
+    It must not exist. What a broken-off call has written stays in ``folder.partial``, where the next one continues.
 
     Args:
         folder: where to.
@@ -105,10 +105,8 @@ def write_tokens(
         said: is told how many tokens came in.
 
     Raises:
-        UserError: the folder exists, what was begun is something else, or the text cannot be read.
+        UserError: what was begun is something else, or the text cannot be read.
     """
-    if folder.exists():
-        raise UserError(f"Invalid output-dir: {folder} exists already")
     dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
     made: dict[str, Any] = {
         "format": FORMAT,

@@ -201,7 +201,8 @@ class Trainer:
             set_random_state(before)
             raise
         epoch = update[-1][1]["epoch"]
-        self._say_epoch(epoch)
+        if self.position is not None and epoch != self.position.get("epoch"):
+            self.say(f"data       the text begins anew at update {progress.step + 1}, epoch {epoch + 1}")
         self.position = update[-1][1]
         if not made.made:
             self.energy = {}
@@ -262,10 +263,6 @@ class Trainer:
             raise self.stop.cause(failed)
         return update, tokens
 
-    def _say_epoch(self, epoch: int) -> None:
-        if self.position is not None and epoch != self.position.get("epoch"):
-            self.say(f"data       the text begins anew at update {self.progress.step + 1}, epoch {epoch + 1}")
-
     def _look(self) -> None:
         """Between two micro-batches."""
         due = self.stop.is_due()
@@ -320,10 +317,7 @@ class Trainer:
         # At most 50 times in a run: each time costs a projection of every gradient.
         due = self.progress.step % max(1, self.run.max_steps // 50) == 0
         self.energy = captured_energy(self.optimizer) if due and not self.run.per_layer else {}
-        self._measure_sizes()
-
-    def _measure_sizes(self) -> None:
-        """Take the largest sizes: at the first update, and where a line is logged, as refreshes add to them."""
+        # The largest sizes: at the first update, and where a line is logged, as refreshes add to them.
         if self.sizes and (self.progress.step + 1) % self.run.log_every:
             return
         now = kept_bytes(self.model, self.optimizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,49 +60,37 @@ def _export(model: PreTrainedModel, layers: Mapping[str, FactoredLinear], into: 
 
 
 def load_weights_(model: PreTrainedModel, path: Path) -> None:
+    """Load what :func:`save_weights` wrote; of a sharded model every process takes its parts."""
+    from safetensors import safe_open
     from safetensors.torch import load_model
 
-    if any(is_sharded(p) for p in model.parameters()):
-        _load_parts(model, path)
-    elif factored_layers(model):
-        load_model(model, path / FACTORED, device="cpu")
-    else:
-        _load_exported(model, path)
+    file = path / (FACTORED if factored_layers(model) else WEIGHTS)
+    sharded = any(is_sharded(p) for p in model.parameters())
+    with safe_open(file, framework="pt") as saved:
+        names = set(saved.keys())
+        same_names = names <= model.state_dict().keys()
+        if same_names and not sharded:
+            # Mapped files, copied tensor by tensor: a card without room for two of everything can resume.
+            load_model(model, file, device="cpu")
+        elif same_names:
+            _load_parts(model, ((name, saved.get_tensor(name)) for name in names))
+        else:
+            # Of some models, those with experts for one, transformers exports tensors under the names of the hub.
+            weights = type(model).from_pretrained(path, dtype=model.dtype).state_dict()
+            if sharded:
+                _load_parts(model, weights.items())
+            else:
+                model.load_state_dict(weights)
 
 
-def _load_parts(model: PreTrainedModel, path: Path) -> None:
-    """Every process takes its parts of the weights."""
-    from safetensors import safe_open
-
+def _load_parts(model: PreTrainedModel, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     from lowrank_optim.optim.sharding import part_of
 
     targets = model.state_dict(keep_vars=True)
-    with safe_open(path / (FACTORED if factored_layers(model) else WEIGHTS), framework="pt") as file:
-        names = set(file.keys())
-        if names <= targets.keys():
-            parts = {name: part_of(file.get_tensor(name), targets[name]) for name in names}
-        else:
-            loaded = type(model).from_pretrained(path, dtype=model.dtype).state_dict()
-            parts = {name: part_of(values, targets[name]) for name, values in loaded.items()}
+    parts = {name: part_of(values, targets[name]) for name, values in weights}
     found = {id(targets[name]) for name in parts}
     # Tied weights are saved once.
     lacking = [name for name, target in targets.items() if id(target) not in found]
     if lacking:
         raise ValueError(f"{lacking[0]} is missing")
     model.load_state_dict(parts, strict=False)
-
-
-def _load_exported(model: PreTrainedModel, path: Path) -> None:
-    from safetensors import safe_open
-    from safetensors.torch import load_model
-
-    file = path / WEIGHTS
-    with safe_open(file, framework="pt") as exported:
-        same_names = set(exported.keys()) <= model.state_dict().keys()
-    if same_names:
-        # Mapped files, copied tensor by tensor: a card without room for two of everything can resume.
-        load_model(model, file, device="cpu")
-    else:
-        # Of some models, those with experts for one, transformers exports tensors under the names of the hub.
-        loaded = type(model).from_pretrained(path, dtype=model.dtype)
-        model.load_state_dict(loaded.state_dict())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,10 @@ def test_generate_is_the_same_for_a_seed(run: Path, capsys: Any) -> None:
         assert main(["generate", str(path), "--prompt", "the small", "--tokens", "5"]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] and texts[0].startswith("the small")
+    assert main(["generate", str(run), "--prompt", "", "--tokens", "5"]) == 0
+    assert capsys.readouterr().out.strip()
+    assert main(["generate", str(run), "--seed", str(2**63)]) == 2
+    assert "Invalid seed" in capsys.readouterr().err
 
 
 def test_evaluate_finds_the_loss_of_the_run(run: Path, capsys: Any) -> None:
@@ -162,6 +167,36 @@ def test_a_wrong_line_gets_one_line(line: str, message: str, tmp_path: Path, cap
     assert main(line.format(tmp=tmp_path, text=text).split()) == 2
     output = capsys.readouterr()
     assert message in output.err and output.err.count("\n") == 1 and not output.out
+
+
+def test_a_damaged_run_gets_one_line(run: Path, tmp_path: Path, capsys: Any) -> None:
+    damaged = tmp_path / "run"
+    shutil.copytree(run, damaged)
+    state = damaged / "checkpoint-4" / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "options": [1]}))
+    (damaged / "config.yaml").write_text("model: x")
+    for command, message in (
+        ("generate", "Broken checkpoint"),
+        ("compare", "config.yaml has no optimizer, expected the options of a run"),
+    ):
+        assert main([command, str(damaged)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    # Of numbers alone: the first row is none, the second has no loss that is finite.
+    (damaged / "metrics.jsonl").write_text('{"step": 1, "loss": "x"}\n{"step": 2, "loss": null}\n')
+    assert main(["compare", str(damaged)]) == 2
+    assert "has made no update with a finite loss" in capsys.readouterr().err
+
+
+def test_a_run_without_finite_weights_has_a_report(run: Path, tmp_path: Path, capsys: Any) -> None:
+    made = tmp_path / "run"
+    line = ["--model", str(run.parent / "config.json"), "--dataset", str(run.parent / "text.txt"), *LINE.split()[5:]]
+    assert main([*line, "--output-dir", str(made), "--optimizer", "SGD", "--lr", "1e30", "--max-steps", "2"]) == 0
+    assert "no sample of the model: probability tensor" in capsys.readouterr().out
+    assert (made / "report.html").is_file()
+    assert main(["generate", str(made)]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "probability tensor" in error
 
 
 def test_synonyms_lead_to_options_and_hide_none() -> None:

@@ -67,6 +67,7 @@ def test_sheet_shows_both_units_and_what_is_missing(capsys):
         (["compare", "--model", "llama_9m", "--optimizer-args", "rnk=1"], "did you mean rank?"),
         (["measure", "--model", "llama_9m", "--checkpoint", f"{__file__}/x"], "Invalid --checkpoint: cannot write"),
         (["measure", "--model", "llama_9m", "--learning-rate", "1"], "--learning-rate; --help lists"),
+        (["measure", "--model", "llama_9m", "--updates", "x"], "invalid value: 'x', expected a positive int"),
         (["weigh"], "'weigh'"),
         ([], "COMMAND"),
     ],

@@ -319,7 +319,8 @@ def test_a_checkpoint_of_transformers_resumes_from_codes_and_exports_floats(tmp_
     from lowrank_optim.pretrain.llama import build_config, build_model
     from lowrank_optim.pretrain.weight_files import FACTORED, save_weights
 
-    config = build_config("llama_9m", vocab_size=64)
+    config = build_config("llama_9m")
+    config.vocab_size = 64
     config.num_hidden_layers = 1
     model, again = (build_model(config, dtype=torch.bfloat16) for _ in range(2))
     quantize_weights(model)

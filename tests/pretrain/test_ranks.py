@@ -51,6 +51,7 @@ def test_mistakes_are_one_line(tiny_model: Path, shards: Path, tmp_path: Path, c
     out = tmp_path / "ranks.json"
     for more, message in [
         (["--rank-budget", "0"], "Invalid budget: 0"),
+        (["--optimzer", "AdamW"], "did you mean --optimizer?"),
         (["--weights", "int8"], "leave --parameterization, --weights and --ranks to the run"),
         (["--dataset", str(tmp_path / "none")], "error:"),
         (["--out", str(tmp_path / "no" / "folder")], "No such file"),

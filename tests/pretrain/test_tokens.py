@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from lowrank_optim.cli.main import main
 from lowrank_optim.pretrain import documents as documents_module
 from lowrank_optim.pretrain import tokens as module
 from lowrank_optim.pretrain.config import Options, Resolved, UserError
@@ -21,7 +22,6 @@ from lowrank_optim.pretrain.data import load_data
 from lowrank_optim.pretrain.recipes import resolve
 from lowrank_optim.pretrain.sources import open_source
 from lowrank_optim.pretrain.tokenization import encode, train_bpe
-from lowrank_optim.pretrain.tokenize_command import main
 
 from .conftest import documents
 
@@ -39,7 +39,7 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def line(text: Path, out: Path, *more: str) -> list[str]:
-    return ["--dataset", str(text), "--text-field", "content", "--output-dir", str(out), *more]
+    return ["tokenize", "--dataset", str(text), "--text-field", "content", "--output-dir", str(out), *more]
 
 
 def options(dataset: Path, **more: Any) -> Resolved:
