@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lowrank_optim.optim.alice import TrackedEigen
 from lowrank_optim.optim.in_backward import step_in_backward
 from tests.optimizers import build
 
@@ -118,3 +119,13 @@ def test_phases_turn_an_update_of_summed_micro_batches_along(refresh: str, shape
     if refresh == "power":
         torch.testing.assert_close(found, plain * turn, rtol=1e-7, atol=1e-9)
     assert torch.isfinite(torch.view_as_real(found)).all()
+
+
+@pytest.mark.parametrize("leading", [1, 2])
+def test_what_is_drawn_stands_at_right_angles_to_complex_vectors(leading: int) -> None:
+    subspace, state = TrackedEigen(), {"seed": 1, "step": 2}
+    vectors = torch.linalg.qr(torch.randn(9, 4, dtype=torch.complex128)).Q
+    basis = subspace._completed(vectors, leading, state, {"capturable": False, "backend": None})
+    torch.testing.assert_close(basis[:, :leading], vectors[:, :leading])
+    across = vectors.mH @ basis[:, leading:]
+    torch.testing.assert_close(across, torch.zeros_like(across))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -107,6 +108,41 @@ def test_a_gradient_that_is_not_finite_elsewhere_counts_as_missing_here(name: st
             torch.testing.assert_close(p, q)
             for key, value in optimizer.state[p].items():
                 torch.testing.assert_close(value, reference.state[q][key], equal_nan=True)
+
+
+@every_variant
+def test_a_subspace_that_says_so_has_an_orthonormal_basis(name: str, kwargs: dict[str, Any]) -> None:
+    params = parameters()
+    optimizer = quiet(name, params, **kwargs)
+    train(optimizer, params, range(1))
+    for p, grad in zip(params, gradients(params, 1)):
+        group = optimizer.entry(p).group
+        plan = optimizer.plan_of(p, group)
+        subspace, state = plan.parts.subspace, plan.state
+        if subspace is None or subspace.low_shape(plan.view, group)[-1] == 0 or "ns_steps" in group:
+            continue
+        if subspace.factored:
+            found = [subspace.basis(subspace.orient(as_matrices(grad, plan.view), state), state, group)]
+        else:
+            found = [value for key, value in state.items() if key.startswith("basis.")]
+        for basis in found:
+            # A basis of 4 bits is so to a hundredth.
+            off = (basis.mH @ basis - torch.eye(basis.shape[-1])).abs().max()
+            assert not subspace.orthonormal or off < (0.3 if "basis.codes" in state else 1e-4)
+
+
+@pytest.mark.parametrize("update_proj_gap", [1, 100])
+def test_a_skipped_update_is_said_once(update_proj_gap: int) -> None:
+    p = nn.Parameter(torch.ones(12, 7))
+    optimizer = GaLoreAdamW([p], rank=4, update_proj_gap=update_proj_gap)
+    p.grad = torch.randn(12, 7)
+    optimizer.step()
+    p.grad[3, 3] = torch.nan
+    with pytest.warns(RuntimeWarning, match="skipped an update because of a non-finite gradient"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
 
 
 @every_variant

@@ -295,6 +295,15 @@ def test_clipping_after_a_first_norm_that_is_not_finite() -> None:
     assert optimizer.state[weight]["exp_avg"].norm().item() == pytest.approx(1.0)
 
 
+def test_complex_gradients_are_clipped_by_their_length() -> None:
+    weight = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    optimizer = GaLoreAdamW([weight], rank=None, betas=(0.0, 0.0))
+    handle = step_in_backward(optimizer, max_norm=1.0)
+    (weight * torch.tensor([3.0, 4j])).real.sum().backward()
+    assert handle.grad_norm.item() == pytest.approx(5.0) and not handle.grad_norm.is_complex()
+    assert optimizer.state[weight]["exp_avg"].norm().item() == pytest.approx(1.0)
+
+
 def test_without_clipping_no_norm_is_kept() -> None:
     model = Net()
     optimizer = GaLoreAdamW(parameters(model), rank=4)

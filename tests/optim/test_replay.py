@@ -87,6 +87,12 @@ def test_a_rate_that_is_a_tensor_is_read_where_it_is(graphs: list[Graph]) -> Non
         give(params, i)
         step()
     assert len(graphs) == 1 and step._rates == [None] and optimizer.param_groups[0]["lr"] is rate
+    # Another tensor is one that the graph does not read.
+    optimizer.param_groups[0]["lr"] = rate.clone()
+    for i in range(2):
+        give(params, i)
+        step()
+    assert len(graphs) == 2
 
 
 def test_gradients_that_are_allocated_anew_are_never_captured(graphs: list[Graph]) -> None:

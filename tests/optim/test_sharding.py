@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from lowrank_optim import Alice, GaLoreAdamW
 from lowrank_optim.ops.rounding import Positions
 from lowrank_optim.optim import sharding
 from lowrank_optim.optim.parts import Slot
-from lowrank_optim.optim.sharding import Layout, Shards, agree
+from lowrank_optim.optim.sharding import Layout, Shards, agree, shards_of
 from lowrank_optim.optim.state_storage import decode, position
 
 
@@ -116,6 +117,36 @@ def test_parts_of_other_lengths_are_gathered(axis: int, monkeypatch: pytest.Monk
     found = Shards(0, 2, 3, 3, group, None, ()).gather(parts[1], axis)
     assert torch.equal(found, whole)
     assert Shards(0, 0, 1, 1, None, None, ()).gather(parts[1], axis) is parts[1]
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "rank", "split", "from_end"),
+    [
+        ((16, 7), 0, 4, "rows", -2),
+        ((16, 7), 1, 4, "columns", -1),
+        ((7, 16), 1, 4, "rows", -1),
+        ((7, 16), 0, 4, "columns", -2),
+        ((16, 7), 0, None, "elements", -2),
+        ((16, 7), 1, None, "elements", -1),
+        ((16, 7, 3, 3), 0, 4, "whole", -1),
+    ],
+)
+def test_how_a_parameter_is_split(
+    shape: tuple[int, ...], axis: int, rank: int | None, split: str, from_end: int
+) -> None:
+    optimizer = GaLoreAdamW([param := nn.Parameter(torch.zeros(shape))], rank=rank)
+    group: Any = object()
+    shards = Shards(axis, 8, 16, 16, group, None, ())
+    found = optimizer.split(param, optimizer.param_groups[0], shards)[-1]
+    assert (found.split, found.from_end) == (split, from_end)
+
+
+def test_only_shards_along_one_axis_of_the_mesh(mesh: DeviceMesh) -> None:
+    for placement in (Partial(), _StridedShard(0, split_factor=1)):
+        param = DTensor.from_local(torch.zeros(4, 2), mesh, [placement], run_check=False)
+        with pytest.raises(ValueError, match=r"Invalid placements: .*shape \(4, 2\), expected Shard\(dim\)"):
+            shards_of(param)
+    assert shards_of(split(mesh, 1.0, 2.0)[1]).stop == 2
 
 
 def test_where_a_part_stands_in_the_counter_of_random_bits() -> None:

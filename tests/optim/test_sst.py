@@ -401,3 +401,6 @@ def test_clear_errors() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             SSTAdamW([{**groups[0], **change}])
+    for params in (groups[0]["params"][:4], [*groups[0]["params"], groups[0]["params"][0]]):
+        with pytest.raises(ValueError, match="Invalid rank"):
+            SSTAdamW([{"params": params, "rank": groups[0]["rank"]}])

@@ -157,3 +157,15 @@ def test_an_error_that_was_decoded_becomes_its_codes_again() -> None:
     found = recoded({"error": int8_blocks.dequantize(codes, scale, torch.float32)}, slots)
     assert found.keys() == slots.keys() and torch.equal(found["error.codes"], codes)
     torch.testing.assert_close(found["error.scale"], scale)
+
+
+def test_codes_of_another_shape_are_not_decoded() -> None:
+    slots = moment_slots("exp_avg", (64, 128), torch.float32, "float32", None)
+    saved = {
+        key: torch.zeros(slot.shape, dtype=slot.dtype)
+        for key, slot in moment_slots("exp_avg", (128, 64), torch.float32, "int8", None).items()
+        if isinstance(slot, Slot)
+    }
+    assert recoded(saved, slots) == saved
+    other = moment_slots("exp_avg", (128, 64), torch.float32, "float32", None)
+    assert recoded(saved, other).keys() == {"exp_avg"}
