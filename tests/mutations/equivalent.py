@@ -40,6 +40,8 @@ REASONS: tuple[tuple[str, str], ...] = (
     (r"sltrain.py:sltrain_gradients: x.shape\[0\] \* .* -> True", "another order of the same products"),
     (r"int8_weight.py:round_groups_: step.clamp_min_", "the NaN of a group of zeros is 0 as an integer"),
     (r"whole.py:Unprojected.project: torch.promote_types", "it holds no value"),
+    (r"sharding.py:Layout.wrap: suffix == \"codes\" -> True", "wrapped twice"),
+    (r"fixed_basis.py:add_coefficients_: out.dtype == tall.dtype -> False", "the same in parts"),
     (r"random.py:(pick_columns|add_to_columns_): indices.ndim == 1 -> False", "the same elements by their places"),
 )
 
