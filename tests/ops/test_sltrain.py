@@ -209,3 +209,13 @@ def test_what_a_compiler_is_told_about_the_operators_is_true(sparsity: float, dt
     torch.library.opcheck(sltrain_weight_operator, (B, A, values, index, row_pointers, SCALE))
     grad, x = torch.randn(6, 70, device=device).to(dtype), torch.randn(6, 300, device=device).to(dtype)
     torch.library.opcheck(sddmm_operator, (grad, x, index, row_pointers, values.numel()))
+
+
+def test_the_sum_over_blocks_is_not_rounded_between_them() -> None:
+    """1 and three times 2^-9, each of which bfloat16 would drop."""
+    empty = empty_support((4, 2), 0, None)
+    grad, x = torch.zeros(3, 4, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.bfloat16)
+    grad[0], x[0] = torch.tensor([1.0, *[2.0**-9] * 3]), 1.0
+    ones = torch.ones(4, 1, dtype=torch.bfloat16), torch.ones(1, 2, dtype=torch.bfloat16)
+    dA = sltrain_gradients(grad, x, *ones, *empty, count=0, scale=1.0)[1]
+    assert BLOCKS == 4 and dA.dtype == torch.bfloat16 and dA.eq(1 + 2.0**-7).all()

@@ -172,3 +172,17 @@ def test_a_covariance_that_overflows_leaves_the_basis() -> None:
         optimizer.step()
     assert not optimizer.state[p]["covariance"].isfinite().all()
     assert optimizer.state[p]["basis"].isfinite().all() and p.isfinite().all()
+
+
+def test_rows_without_a_residual_stay_finite_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowrank_optim.optim.finite.host_looks", lambda device: False)
+    p = nn.Parameter(torch.zeros(14, 9))
+    optimizer = Alice([p], rank=3, leading=None, update_proj_gap=100)
+    inside = torch.zeros(14, 9)
+    inside[:, :2] = torch.randn(14, 2)
+    bad = torch.randn(14, 9)
+    bad[2, 3] = torch.nan
+    trained(optimizer, p, torch.stack((inside, bad, torch.randn(14, 9))))
+    assert p.isfinite().all() and all(
+        bool(v.isfinite().all()) for v in optimizer.state[p].values() if torch.is_tensor(v)
+    )

@@ -304,6 +304,16 @@ def test_complex_gradients_are_clipped_by_their_length() -> None:
     assert optimizer.state[weight]["exp_avg"].norm().item() == pytest.approx(1.0)
 
 
+def test_a_matrix_without_a_gradient_takes_its_basis_from_the_next_sum() -> None:
+    weight = nn.Parameter(torch.zeros(8, 6))
+    handle = step_in_backward(GaLoreAdamW([weight], rank=2, update_proj_gap=100), accumulate=2)
+    for update in range(2):
+        for _ in range(2):
+            with handle.micro_batch():
+                (weight * torch.randn(8, 6) * update).sum().backward()
+    assert weight.any()
+
+
 def test_without_clipping_no_norm_is_kept() -> None:
     model = Net()
     optimizer = GaLoreAdamW(parameters(model), rank=4)

@@ -20,7 +20,7 @@ from lowrank_optim import Alice, GaLoreAdamW
 from lowrank_optim.ops.rounding import Positions
 from lowrank_optim.optim import sharding
 from lowrank_optim.optim.parts import Slot
-from lowrank_optim.optim.sharding import Layout, Shards, agree, shards_of
+from lowrank_optim.optim.sharding import Layout, Shards, agree, room_for, shards_of, whole
 from lowrank_optim.optim.state_storage import decode, position
 
 
@@ -147,6 +147,34 @@ def test_only_shards_along_one_axis_of_the_mesh(mesh: DeviceMesh) -> None:
         with pytest.raises(ValueError, match=r"Invalid placements: .*shape \(4, 2\), expected Shard\(dim\)"):
             shards_of(param)
     assert shards_of(split(mesh, 1.0, 2.0)[1]).stop == 2
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "int8"])
+def test_a_state_is_saved_as_what_its_parameter_is(
+    mesh: DeviceMesh, state_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowrank_optim.optim.state_storage.MIN_8BIT_SIZE", 16)
+    grad = distribute_tensor(torch.randn(16, 9), mesh, [Shard(0)])
+    param = nn.Parameter(torch.zeros_like(grad))
+    optimizer = GaLoreAdamW([param], rank=3, state_dtype=state_dtype)
+    assert not optimizer.accumulates(param, optimizer.param_groups[0])
+    param.grad = grad
+    optimizer.step()
+    (state,) = optimizer.state_dict()["state"].values()
+    kept = {key: value.placements for key, value in state.items() if isinstance(value, DTensor)}
+    assert kept == {"exp_avg": (Shard(0),), "exp_avg_sq": (Shard(0),), "basis": (Replicate(),)}
+    before = {key: whole(value) for key, value in state.items() if isinstance(value, DTensor)}
+    optimizer.load_state_dict(optimizer.state_dict())
+    (again,) = optimizer.state_dict()["state"].values()
+    for key, value in before.items():
+        torch.testing.assert_close(whole(again[key]), value)
+
+
+def test_room_for_a_state(mesh: DeviceMesh) -> None:
+    param = nn.Parameter(distribute_tensor(torch.zeros(16, 9), mesh, [Shard(0)]))
+    for shape, placements in (((16, 9), Shard(0)), ((3, 16), Shard(1)), ((16,), Shard(0)), ((9, 3), None)):
+        room = room_for(torch.empty(shape, device="meta"), param)
+        assert room.shape == shape and getattr(room, "placements", (None,)) == (placements,)
 
 
 def test_where_a_part_stands_in_the_counter_of_random_bits() -> None:
