@@ -43,6 +43,7 @@ REASONS: tuple[tuple[str, str], ...] = (
     (r"sharding.py:Layout.wrap: suffix == \"codes\" -> True", "wrapped twice"),
     (r"fixed_basis.py:add_coefficients_: out.dtype == tall.dtype -> False", "the same in parts"),
     (r"whole.py:Unprojected: False -> True #1", "nothing of it is refreshed"),
+    (r"alice.py:TrackingAdam: False -> True$", "its lift asks for zeros, too"),
     (r"random.py:(pick_columns|add_to_columns_): indices.ndim == 1 -> False", "the same elements by their places"),
 )
 

@@ -204,3 +204,21 @@ def test_published_groups_are_taken() -> None:
     matrix.grad, bias.grad = torch.randn(8, 6), torch.randn(6)
     optimizer.step()
     assert "update_norm" in optimizer.state[matrix] and "update_norm" not in optimizer.state[bias]
+
+
+@pytest.mark.parametrize(("dtype", "asks"), [(torch.float32, True), (torch.bfloat16, True), (torch.float64, False)])
+def test_which_weights_have_their_scales_from_a_kernel(
+    dtype: torch.dtype, asks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def picked(operation: Any, backend: Any, device: torch.device) -> Any:
+        asked.append(operation)
+        return operation
+
+    monkeypatch.setattr("lowrank_optim.optim.lifts.norm_scaling.pick", picked)
+    p = nn.Parameter(torch.zeros(12, 7, dtype=dtype))
+    optimizer = FiraAdamW([p], rank=3)
+    p.grad = torch.randn(12, 7).to(dtype)
+    optimizer.step()
+    assert bool(asked) is asks

@@ -180,6 +180,16 @@ def test_an_expert_without_a_gradient_keeps_all_its_bases(refresh: str) -> None:
         )
 
 
+def test_a_state_of_another_side_is_refused() -> None:
+    optimizer = GaLoreAdamW([p := nn.Parameter(torch.zeros(12, 10))], rank=4, proj_type="full")
+    p.grad = torch.randn(12, 10)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][0]["left"] = True
+    with pytest.raises(ValueError, match="'left' of parameter 0 is True, expected False"):
+        optimizer.load_state_dict(saved)
+
+
 def test_convolutions_compress_their_channels_only() -> None:
     p = nn.Parameter(torch.zeros(16, 12, 3, 3))
     optimizer = GaLoreAdamW([p], rank=4)
