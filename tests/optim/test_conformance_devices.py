@@ -107,9 +107,13 @@ def test_a_gradient_that_is_not_finite_elsewhere_counts_as_missing_here(name: st
         plan = optimizer.plan_of(p, optimizer.entry(p).group)
         # Between two refreshes, and not where every value counts for itself.
         if plan.parts.subspace is not None and optimizer.state[p]["step"] == reference.state[q]["step"]:
-            torch.testing.assert_close(p, q)
+            # Moments of 16 bits are rounded by sums whose order may differ.
+            tolerance = 1e-2 if kwargs.get("state_dtype") == "bfloat16" else 1e-5
+            torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
             for key, value in optimizer.state[p].items():
-                torch.testing.assert_close(value, reference.state[q][key], equal_nan=True)
+                torch.testing.assert_close(
+                    value, reference.state[q][key], rtol=tolerance, atol=tolerance, equal_nan=True
+                )
 
 
 @every_variant
