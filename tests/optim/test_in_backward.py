@@ -320,6 +320,10 @@ def test_without_clipping_no_norm_is_kept() -> None:
     handle = step_in_backward(optimizer)
     train(model, handle, batches(3))
     assert handle.grad_norm > 0 and "clip_norm" not in optimizer.param_groups[0]
+    handle.remove()
+    # Nor where no update looks back at the one before.
+    train(model, step_in_backward(optimizer, max_norm=1.0, clip_by="layer"), batches(3))
+    assert "clip_norm" not in optimizer.param_groups[0]
 
 
 def test_clipping_after_a_state_of_a_run_without_it() -> None:

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from lowrank_optim import Alice, GaLoreAdamW
+from lowrank_optim import Alice, FiraAdamW, GaLoreAdamW
 from lowrank_optim.ops.rounding import Positions
 from lowrank_optim.optim import sharding
 from lowrank_optim.optim.parts import Slot
@@ -168,6 +168,15 @@ def test_a_state_is_saved_as_what_its_parameter_is(
     (again,) = optimizer.state_dict()["state"].values()
     for key, value in before.items():
         torch.testing.assert_close(whole(again[key]), value)
+
+
+def test_one_number_of_a_state_is_saved_as_it_is(mesh: DeviceMesh) -> None:
+    grad = distribute_tensor(torch.randn(16, 9), mesh, [Shard(0)])
+    optimizer = FiraAdamW([param := nn.Parameter(torch.zeros_like(grad))], rank=3)
+    param.grad = grad
+    optimizer.step()
+    norm = optimizer.state_dict()["state"][0]["update_norm"]
+    assert norm.ndim == 0 and norm > 0 and not isinstance(norm, DTensor)
 
 
 def test_room_for_a_state(mesh: DeviceMesh) -> None:

@@ -157,6 +157,16 @@ def test_rows_and_columns_of_zeros_stay(name: str) -> None:
     assert torch.equal(p.ne(1), grad.ne(0)) and p.isfinite().all()
 
 
+@pytest.mark.parametrize("cls", [SCALE, RACS], ids=lambda cls: cls.__name__)
+def test_a_rate_of_zero_moves_nothing(cls: type[LowRankOptimizer]) -> None:
+    params = [nn.Parameter(torch.ones(shape)) for shape in ((14, 9), (9,))]
+    optimizer = cls(params, lr=0.0, **{"adamw_lr": 1e-3})
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert params[0].eq(1).all() and all(p.isfinite().all() for p in params)
+
+
 def test_the_momentum_of_a_head_goes_on_after_a_resume() -> None:
     def optimizer_of(p: nn.Parameter) -> SCALE:
         return SCALE([("lm_head.weight", p), ("layers.1.weight", nn.Parameter(torch.ones(3, 3)))], lr=0.1)
