@@ -44,6 +44,8 @@ REASONS: tuple[tuple[str, str], ...] = (
     (r"fixed_basis.py:add_coefficients_: out.dtype == tall.dtype -> False", "the same in parts"),
     (r"whole.py:Unprojected: False -> True #1", "nothing of it is refreshed"),
     (r"alice.py:TrackingAdam: False -> True$", "its lift asks for zeros, too"),
+    (r"in_backward.py:StepInBackward._clip_: grad.is_complex\(\) -> False", "a complex gradient has the same length"),
+    (r"spectral_linear.py:_through_parts: .* -> \(r < s.numel\(\)\)$", "products that nobody reads"),
     (r"random.py:(pick_columns|add_to_columns_): indices.ndim == 1 -> False", "the same elements by their places"),
 )
 

@@ -241,6 +241,11 @@ def test_the_norm_of_racs_grows_by_gamma() -> None:
     torch.testing.assert_close(scaled_norm(matrix, rows, columns).view(()), (rows * matrix * columns).norm())
 
 
+def test_the_fit_of_zeros_is_zero() -> None:
+    for iterations in (1, 3):
+        assert all(not found.any() for found in rank_one_fit(torch.zeros(2, 5, 4), iterations))
+
+
 def test_a_matrix_without_a_gradient_keeps_its_fit() -> None:
     p = nn.Parameter(torch.zeros(14, 9))
     optimizer = RACS([p])
