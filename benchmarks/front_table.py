@@ -41,12 +41,7 @@ CHOICES: tuple[tuple[str, str, Mapping[str, Any], str], ...] = (
     ("to begin with", "GaLoreAdamW", {"rank": 1024}, "a refresh every 200 updates"),
     ("a third of that state", "GaLoreAdamW8bit", {"rank": 1024}, "moments in 8 bits"),
     ("int8 weights as well, 7B on 16 GB", "QGaLoreAdamW8bit", {"rank": 1024}, "weights rounded at random"),
-    (
-        "7B on 12 GB",
-        "DCTAdamW",
-        {"rank": 256, "state_dtype": "int8"},
-        "the highest perplexity above",
-    ),
+    ("7B on 12 GB", "DCTAdamW", {"rank": 256, "state_dtype": "int8"}, "the highest perplexity above"),
     ("updates of full rank", "FiraAdamW", {"rank": 1024}, "sums whole gradients under accumulation"),
     ("next to no state", "APOLLOMini", {}, "sums whole gradients under accumulation"),
 )

@@ -49,7 +49,7 @@ class LowRankAllReduce:
     def __init__(self, model: DistributedDataParallel, optimizer: LowRankOptimizer) -> None:
         self.optimizer, self.group = optimizer, model.process_group
         self.sent = self.whole = 0
-        if all(reason != "low rank" for _, reason in self.explain()):
+        if all(reason_to_send_whole(optimizer, p) for group in optimizer.param_groups for p in group["params"]):
             warnings.warn(
                 f"{type(optimizer).__name__}: no parameter can be summed at low rank, all gradients are sent whole; "
                 "LowRankAllReduce.explain() says why",

@@ -35,11 +35,7 @@ class Metrics:
         try:
             rows = read_metrics(self.path) if self.path.exists() and step else []
             # All rows before an earlier rollback, and those up to the step since.
-            rows = [
-                row
-                for row in rows
-                if (before := row.get("rollbacks", 0)) < rollbacks or (before == rollbacks and row["step"] <= step)
-            ]
+            rows = [row for row in rows if (row.get("rollbacks", 0), row["step"]) <= (rollbacks, step)]
             new = folder / f".{FILE}.new"
             new.write_text("".join(_line(row) for row in rows), encoding="utf-8")
             os.replace(new, self.path)

@@ -160,8 +160,7 @@ def test_tensors_as_numbers(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("which", ["alpha", "decay"])
 def test_a_number_on_a_device_is_not_read(which: str, terms: str, dtype: torch.dtype) -> None:
     # On this device there is nothing to read.
-    given = {name: value.to("meta") for name, value in operands(terms, dtype).items() if value is not None}
-    given.setdefault("left", None), given.setdefault("right", None)
+    given = {name: None if value is None else value.to("meta") for name, value in operands(terms, dtype).items()}
     lowrank_update_(torch.ones(37, 61, dtype=dtype, device="meta"), **given, **{which: torch.ones((), device="meta")})
 
 

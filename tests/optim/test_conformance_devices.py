@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from lowrank_optim import GaLoreAdamW
 from lowrank_optim.optim.engine import LowRankOptimizer, refresh_due
 from lowrank_optim.optim.parts import Group, Norms, State, Step, Update
+from lowrank_optim.optim.plans import Plan
 from lowrank_optim.optim.views import as_matrices
 from tests.conformance import FP32_AND_SLOW_BF16, SHAPES, every_variant, gradients, parameters, quiet, same, train
 
@@ -116,16 +118,25 @@ def test_a_gradient_that_is_not_finite_elsewhere_counts_as_missing_here(name: st
                 )
 
 
-@every_variant
-def test_a_subspace_that_says_so_has_an_orthonormal_basis(name: str, kwargs: dict[str, Any]) -> None:
+def compressed(
+    name: str, kwargs: dict[str, Any], steps: int
+) -> Iterator[tuple[LowRankOptimizer, nn.Parameter, Tensor, Group, Plan]]:
+    """An optimizer after some steps, with each parameter that it compresses and the next gradient."""
     params = parameters()
     optimizer = quiet(name, params, **kwargs)
-    train(optimizer, params, range(1))
-    for p, grad in zip(params, gradients(params, 1)):
+    train(optimizer, params, range(steps))
+    for p, grad in zip(params, gradients(params, steps)):
         group = optimizer.entry(p).group
         plan = optimizer.plan_of(p, group)
+        if plan.parts.subspace is not None:
+            yield optimizer, p, grad, group, plan
+
+
+@every_variant
+def test_a_subspace_that_says_so_has_an_orthonormal_basis(name: str, kwargs: dict[str, Any]) -> None:
+    for _, _, grad, group, plan in compressed(name, kwargs, 1):
         subspace, state = plan.parts.subspace, plan.state
-        if subspace is None or subspace.low_shape(plan.view, group)[-1] == 0 or "ns_steps" in group:
+        if subspace.low_shape(plan.view, group)[-1] == 0 or "ns_steps" in group:
             continue
         if subspace.factored:
             found = [subspace.basis(subspace.orient(as_matrices(grad, plan.view), state), state, group)]
@@ -154,12 +165,8 @@ def test_a_skipped_update_is_said_once(update_proj_gap: int) -> None:
 def test_a_lift_that_asks_for_norms_reads_them(
     name: str, kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    params = parameters()
-    optimizer = quiet(name, params, **kwargs)
-    train(optimizer, params, range(1))
-    for p, grad in zip(params, gradients(params, 1)):
-        group = optimizer.entry(p).group
-        lift = optimizer.plan_of(p, group).parts.lift
+    for optimizer, p, grad, group, plan in compressed(name, kwargs, 1):
+        lift = plan.parts.lift
 
         def compared(step: Step, state: State, group: Group, lift: Any = lift) -> Update:
             update = type(lift).update
@@ -186,16 +193,10 @@ def unknown(norms: Norms | None) -> Norms | None:
 
 @every_variant
 def test_a_lift_that_changes_gradients_says_so(name: str, kwargs: dict[str, Any]) -> None:
-    params = parameters()
-    optimizer = quiet(name, params, **kwargs)
-    train(optimizer, params, range(2))
-    for p, grad in zip(params, gradients(params, 2)):
-        group = optimizer.entry(p).group
-        plan = optimizer.plan_of(p, group)
+    for _, _, grad, group, plan in compressed(name, kwargs, 2):
         subspace, _, lift = plan.parts
-        if subspace is not None:
-            oriented = subspace.orient(as_matrices(grad, plan.view), plan.state)
-            assert lift.changes_gradient or torch.equal(lift.before(oriented, plan.state, group), oriented)
+        oriented = subspace.orient(as_matrices(grad, plan.view), plan.state)
+        assert lift.changes_gradient or torch.equal(lift.before(oriented, plan.state, group), oriented)
 
 
 @pytest.mark.parametrize("refresh", ["svd", "power"])

@@ -54,6 +54,13 @@ def test_a_verdict_is_read_only_where_the_host_looks(
     assert (found[bad[0]] is False) if looks else bool(torch.as_tensor(found[bad[0]]).isnan())
 
 
+def test_what_processes_tell_each_other_of_a_gradient_is_whether_it_is_finite() -> None:
+    device = torch.device("cpu")
+    for ok, finite in ((True, True), (False, False), (torch.tensor(7.0), True), (torch.tensor(torch.inf), False)):
+        assert sharding._flag(ok, device).item() is finite
+    assert sharding._flag(torch.tensor([1.0, torch.nan]), device).item() is False
+
+
 def test_what_every_process_holds_whole_needs_no_message(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[Any] = []
     monkeypatch.setattr(dist, "all_reduce", lambda *args, **_: sent.append(args))

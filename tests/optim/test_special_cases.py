@@ -16,7 +16,7 @@ from lowrank_optim.ops.int8_weight import row_slices
 from lowrank_optim.ops.limited_scale import limited_scale
 from lowrank_optim.ops.newton_schulz import newton_schulz
 from lowrank_optim.ops.project import project
-from lowrank_optim.optim import plans, sharding, weight_storage
+from lowrank_optim.optim import plans, weight_storage
 from lowrank_optim.optim.engine import without_autocast
 from lowrank_optim.optim.finite import host_looks, is_finite, verdict, zero_unless
 from lowrank_optim.optim.parts import Which
@@ -493,10 +493,3 @@ def test_a_column_that_turned_to_a_right_angle_keeps_its_sign(moments: str) -> N
     assert overlap is not None
     assert overlap.tolist() == ([[1, 0], [0, 1]] if moments == "align" else [[0, 0], [0, 0]])
     assert overlap_of(old, new, "keep") is None
-
-
-def test_what_processes_tell_each_other_of_a_gradient_is_whether_it_is_finite() -> None:
-    device = torch.device("cpu")
-    for ok, finite in ((True, True), (False, False), (torch.tensor(7.0), True), (torch.tensor(torch.inf), False)):
-        assert sharding._flag(ok, device).item() is finite
-    assert sharding._flag(torch.tensor([1.0, torch.nan]), device).item() is False
