@@ -276,7 +276,9 @@ def test_any_matrix_trains(
 ) -> None:
     weight = torch.ones(rows, columns, dtype=dtype) if contiguous else torch.ones(columns, rows, dtype=dtype).T
     p = nn.Parameter(weight)
-    target = torch.randn(rows, columns)
+    # Farther from every weight than eight updates go, which would step over a target nearby.
+    away = torch.randn(rows, columns)
+    target = 1 + away + 0.5 * away.sign()
     optimizer = GaLoreAdamW([p], lr=0.05, rank=rank, update_proj_gap=2, scale=1.0, proj_type=proj_type, refresh=refresh)
     first = float((p.detach().float() - target).square().sum())
     for _ in range(8):
